@@ -1,0 +1,298 @@
+"""Checkpoints: a plain Hugging Face folder plus the trainer's state, saved whole or not at all.
+
+    checkpoints/step_000010/
+        config.json, model.safetensors, tokenizer ...   what transformers and vLLM load
+        trainer/state.safetensors                       optimizer tensors
+        trainer/state.json                              step, model identity, RNG states, ...
+        manifest.json                                   sizes and sha256 of all of the above
+
+A save writes a tmp_* folder next to its final place, flushes it to disk, and renames it: a kill, a
+full disk or a failing one at any moment leaves the earlier checkpoints as they were. Nothing is
+pickled: tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polymath_fast import manifest
+from polymath_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FOLDER = "checkpoints"
+_STEP = re.compile(r"step_(\d+)")
+_ASIDE = re.compile(r"tmp_(\d+)_old")
+_IO_ERROR = re.compile(r"I/?O error|os error (\d+)", re.IGNORECASE)
+# The part of a model's config.json that fixes the shapes and names of its weights.
+_SHAPE_KEYS = (
+    *("model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One verified checkpoint on disk."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    """what was given to `save` as trainer_state"""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trainer's tensors, on the CPU, in the dtypes they were saved in."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / "trainer" / "state.safetensors")
+
+    def require_model(self, identity: Mapping[str, Any]) -> None:
+        """Raise UserError unless the run that saved this trained the model of `identity`.
+
+        `identity` comes from `model_identity`; the saved one is `state["model"]`.
+        """
+        saved = self.state.get("model") or {"name": "an unnamed model", "shape": None}
+        same_name = Path(saved["name"]).name == Path(identity["name"]).name
+        if same_name and saved["shape"] == identity["shape"]:
+            return
+        saved_shape, shape = saved["shape"] or {}, identity["shape"]
+        differing = [
+            f"{key} {saved_shape.get(key)} / {shape.get(key)}"
+            for key in _SHAPE_KEYS
+            if saved_shape.get(key) != shape.get(key)
+        ]
+        why = f" ({', '.join(differing[:3])})" if differing else ""
+        raise UserError(
+            f"--resume {self.path} holds a run of {saved['name']}, not of {identity['name']}{why}; "
+            f"pass --model {saved['name']} to continue it, or choose a new --output-dir to train "
+            f"{identity['name']}"
+        )
+
+
+def model_identity(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `trainer_state["model"]` must hold: the model's name and the shape of its weights.
+
+    `config` is the parsed config.json. A local folder may move: only its last part is compared.
+    """
+    return {"name": name, "shape": {key: config[key] for key in _SHAPE_KEYS if key in config}}
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    *,
+    model_files: Callable[[Path], None],
+    trainer_tensors: Mapping[str, Tensor],
+    trainer_state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoints/step_N, then drop all but the newest `keep`; returns its path.
+
+    `model_files(folder)` writes the Hugging Face folder. `trainer_tensors` are contiguous and share
+    no memory; `trainer_state` is JSON. Checkpoints past `step` come from a future that the run
+    resumed from before, and go too. Raises UserError when the disk fails or a weight is not finite;
+    the earlier checkpoints are then untouched.
+    """
+    if keep < 1:
+        raise UserError(f"--keep-checkpoints {keep}: at least 1 checkpoint must be kept; use 2")
+    _require_finite(trainer_tensors.items(), step)
+    root = Path(run_dir) / FOLDER
+    temporary = root / f"tmp_{step:06d}_{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, model_files, trainer_tensors, trainer_state, step)
+        final = _publish(temporary, root / f"step_{step:06d}")
+    except Exception as error:
+        reason = _disk_failure(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"checkpoint of step {step} could not be written to {root} ({reason}); earlier "
+            "checkpoints are intact; make room or repair the disk, then go on with --resume auto"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _rotate(root, step, keep)
+    return final
+
+
+def sweep(run_dir: Path) -> list[Path]:
+    """Remove what killed saves left behind; call it only while holding the folder's RunLock.
+
+    A checkpoint that a kill caught between being moved aside and being replaced gets its name back.
+    """
+    leftovers = sorted((Path(run_dir) / FOLDER).glob("tmp_*"))
+    for path in leftovers:
+        aside = _ASIDE.fullmatch(path.name)
+        final = path.with_name(f"step_{aside[1]}") if aside else path
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(final)
+    return leftovers
+
+
+def resume(
+    option: str, run_dir: Path, *, on_skip: Callable[[Path, str], None]
+) -> Checkpoint | None:
+    """The checkpoint that --resume means: "auto" is the newest of `run_dir`, or None when it has
+    none yet; anything else is the path of a run folder or of one checkpoint, which must exist."""
+    if option == "auto":
+        return find(run_dir, on_skip=on_skip)
+    found = find(option, on_skip=on_skip)
+    if found is None:
+        raise UserError(
+            f"--resume {option}: no checkpoint there; pass a run folder, one of its "
+            f"{FOLDER}/step_N folders, or auto"
+        )
+    return found
+
+
+def find(path: Path | str, *, on_skip: Callable[[Path, str], None]) -> Checkpoint | None:
+    """The newest checkpoint of a run folder that verifies, or None when the run has saved none.
+
+    `path` may also be one checkpoint; the ones before it stand in when it is torn. `on_skip(path,
+    reason)` is called for every torn one. Raises UserError when all of them are torn.
+    """
+    path = Path(path)
+    named = _STEP.fullmatch(path.name)
+    if named and path.is_dir():
+        root, last = path.parent, int(named[1])
+    else:
+        root, last = (path / FOLDER, None)
+    candidates = [item for item in _steps(root) if last is None or item[0] <= last]
+    for step, folder in reversed(candidates):
+        try:
+            return _load(folder, step)
+        except manifest.TornFolder as error:
+            on_skip(folder, str(error))
+    if candidates:
+        raise UserError(
+            f"--resume {path}: none of its {len(candidates)} checkpoint(s) is intact; start again "
+            "in a new --output-dir"
+        )
+    return None
+
+
+def _load(folder: Path, step: int) -> Checkpoint:
+    content = manifest.verify(folder)
+    if content.get("step") != step:
+        raise manifest.TornFolder(f"it was saved as step {content.get('step')!r}")
+    needed = {"config.json", "trainer/state.safetensors", "trainer/state.json"}
+    if missing := needed - content["files"].keys():
+        raise manifest.TornFolder(f"{min(missing)} is not in the manifest")
+    state = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(path=folder, step=step, state=state)
+
+
+def _write(
+    folder: Path,
+    model_files: Callable[[Path], None],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    step: int,
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    model_files(folder)
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            _require_finite(((name, file.get_tensor(name)) for name in file.keys()), step)  # noqa: SIM118
+    trainer = folder / "trainer"
+    trainer.mkdir()
+    save_file(dict(tensors), trainer / "state.safetensors")
+    text = json.dumps(state, indent=1, allow_nan=False)
+    (trainer / "state.json").write_text(text + "\n", encoding="utf-8")
+    manifest.write(folder, step=step)
+
+
+def _publish(temporary: Path, final: Path) -> Path:
+    """Give the finished folder its name. An older checkpoint of that name (a torn one, or one of an
+    abandoned future) is moved aside first, because a rename cannot replace a full folder."""
+    aside = final.with_name(final.name.replace("step_", "tmp_") + "_old")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    try:
+        temporary.rename(final)
+        manifest.fsync(final.parent)
+    except OSError:
+        if aside.exists() and not final.exists():
+            aside.rename(final)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def _rotate(root: Path, step: int, keep: int) -> None:
+    """Keep the newest `keep` complete checkpoints up to `step`; torn ones do not count."""
+    kept = 0
+    for number, folder in reversed(_steps(root)):
+        if number <= step and kept < keep and _complete(folder):
+            kept += 1
+        else:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill in the middle must not leave half of one under its name."""
+    doomed = folder.with_name(f"tmp_{folder.name}_{uuid.uuid4().hex[:8]}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        manifest.verify(folder, hashes=False)
+    except manifest.TornFolder:
+        return False
+    return True
+
+
+def _steps(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint below `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    named = ((_STEP.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def _require_finite(tensors: Any, step: int) -> None:
+    for name, tensor in tensors:
+        if not _is_finite(tensor):
+            raise UserError(
+                f"checkpoint of step {step} refused: {name} holds NaN or Inf; the earlier "
+                "checkpoints are intact: go on from them with --resume auto and a lower "
+                "--learning-rate, for example half of it"
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite, in pieces: a mask of a whole optimizer state is gigabytes."""
+    if not tensor.is_floating_point():
+        return True
+    return all(bool(piece.isfinite().all()) for piece in tensor.detach().view(-1).split(1 << 24))
+
+
+def _disk_failure(error: Exception) -> str | None:
+    """The reason in words when `error` is the disk's, None when it is a bug."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors writes in Rust and reports the system's error as text.
+    if isinstance(error, SafetensorError) and (found := _IO_ERROR.search(str(error))):
+        number = re.search(r"os error (\d+)", str(error))
+        return os.strerror(int(number[1])) if number else found[0]
+    return None

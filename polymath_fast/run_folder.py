@@ -1,0 +1,174 @@
+"""The folder of a run: whose it is, who writes in it now, how to go on in it.
+
+A folder belongs to a run when it holds LOCK_FILE. The lock itself is the kernel's (flock), so it
+dies with the process that holds it: a killed run leaves a file, never a locked folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shlex
+import socket
+import time
+import warnings
+from pathlib import Path
+from types import TracebackType
+
+from polymath_fast.errors import UserError
+
+LOCK_FILE = ".polymath_fast.lock"
+# Left by a run that ended before its first step: nothing is lost by starting over.
+_NOTHING_YET = {LOCK_FILE, "config.toml"}
+_held: set[int] = set()
+
+
+class RunLock:
+    """`with RunLock(run_dir):` makes this process the only one that writes in the run folder.
+
+    The folder must exist. Raises UserError naming the other process when the folder is in use.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = Path(run_dir) / LOCK_FILE
+        self._descriptor: int | None = None
+
+    def acquire(self) -> RunLock:
+        """Take the lock at once or raise; never waits."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _unusable(self.path.parent, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(descriptor, 4096, 0)
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                warnings.warn(
+                    f"{self.path.parent}: this filesystem has no locks ({error.strerror}); "
+                    "make sure that no other run writes in the same output folder",
+                    stacklevel=2,
+                )
+                return self
+            raise UserError(_in_use(self.path.parent, owner)) from None
+        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode(), 0)
+        self._descriptor = descriptor
+        _held.add(descriptor)
+        return self
+
+    def release(self) -> None:
+        """Give the folder back; the file stays, as the mark of a run."""
+        if self._descriptor is not None:
+            _held.discard(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> RunLock:
+        return self.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def _drop_in_child() -> None:
+    # A forked worker shares the lock; it must not keep the folder locked once the run is gone.
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_drop_in_child)
+
+
+def prepare(output_dir: str | None, *, resume: str | None) -> Path:
+    """Make the output folder and return it; None means runs/YYYYmmdd-HHMMSS.
+
+    Refuses (UserError) what cannot be a run's folder: a file, a folder that cannot be written, one
+    with foreign files, and one with an earlier run's files unless `resume` says to go on in it.
+    Writes nothing in a folder that it refuses.
+    """
+    run_dir = Path(output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
+    try:
+        if run_dir.exists() and not run_dir.is_dir():
+            raise UserError(
+                f"--output-dir {run_dir} is a file; it must be a folder that is new, empty or an "
+                f"earlier run's, for example {run_dir}-run"
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in run_dir.iterdir()}
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _unusable(run_dir, error) from error
+    if names and not _is_run(run_dir, names):
+        raise UserError(
+            f"--output-dir {run_dir} holds files that are no run's ({_some(names)}); it must be a "
+            f"folder that is new or empty, for example {_free_name(run_dir)}"
+        )
+    if resume is None and names - _NOTHING_YET:
+        raise UserError(
+            f"--output-dir {run_dir} holds an earlier run; add --resume auto to continue it, or "
+            f"choose a new folder, for example --output-dir {shlex.quote(str(_free_name(run_dir)))}"
+        )
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise _unusable(run_dir, PermissionError(errno.EACCES, "Permission denied"))
+    return run_dir
+
+
+def resume_command(run_dir: Path) -> str:
+    """The shell command that continues the run, quoted for names with spaces."""
+    folder = Path(run_dir)
+    words = [
+        *("python", "-m", "polymath_fast.train", "--config", str(folder / "config.toml")),
+        *("--output-dir", str(folder), "--resume", "auto"),
+    ]
+    return shlex.join(words)
+
+
+def _is_run(run_dir: Path, names: set[str]) -> bool:
+    copied = {"config.toml", "metrics.jsonl"} <= names
+    return LOCK_FILE in names or copied
+
+
+def _in_use(run_dir: Path, owner: bytes) -> str:
+    try:
+        content = json.loads(owner)
+        who = f"pid {int(content['pid'])} on {content['host']}"
+    except (ValueError, KeyError, TypeError):
+        who = "pid unknown"
+    return (
+        f"--output-dir {run_dir}: output folder in use by another run ({who}); wait for it, stop "
+        f"it, or choose another folder, for example {_free_name(run_dir)}"
+    )
+
+
+def _unusable(run_dir: Path, error: OSError | ValueError) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return UserError(
+        f"--output-dir {str(run_dir)!r} cannot be written ({reason}); it must be a folder where "
+        "you may create files, for example runs/first"
+    )
+
+
+def _free_name(run_dir: Path) -> Path:
+    if run_dir.name in ("", ".."):
+        run_dir = run_dir / "run"
+    number = 2
+    while os.path.lexists(candidate := run_dir.with_name(f"{run_dir.name}-{number}")):
+        number += 1
+    return candidate
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
