@@ -1,0 +1,296 @@
+"""Every setting of a training run: one flat, frozen dataclass, whose fields are the flags.
+
+The string below a field is its help text, its annotation holds its range, and its default stands
+here and nowhere else. Sections only group the flags in --help. Importing this loads neither torch
+nor the parser.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
+
+from polymath_fast import config_checks, toml_flags
+from polymath_fast.config_checks import Range
+
+EMBEDDED_MODEL = "embedded:smollm2"
+DEFAULT_SAMPLE = "shipped:rectangle"
+_LARGEST = 2**31 - 1
+
+Count = Annotated[int, Range(ge=1, le=_LARGEST, works=1)]
+Interval = Annotated[int, Range(ge=0, le=_LARGEST, works=10)]
+LossType = Literal[
+    "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "geo_mean", "reinforce"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    model: str = EMBEDDED_MODEL
+    """embedded:smollm2 (135M parameters, no download), a local Hugging Face folder, a hub id, or
+    random:FAMILY / random:CONFIG.JSON for random weights of an architecture"""
+    revision: str | None = None
+    """commit, tag or branch of a hub model"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to learn"""
+    threads: Annotated[int, Range(ge=1, le=4096, works=2)] | None = None
+    """CPU threads; as many as there are cores when left out"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    question: str | None = None
+    """the one problem to learn from; needs --answer"""
+    answer: str | None = None
+    """its right answer"""
+    dataset: str | None = None
+    """a .jsonl or .parquet file, shipped:NAME, or a hub id; shipped:rectangle when neither this nor
+    --question is given"""
+    dataset_split: str = "train"
+    """split of a hub data set"""
+    max_samples: Count | None = None
+    """keep only the first ones"""
+    template: Literal["chat", "plain", "polymath", "qwen25-math-cot"] = "chat"
+    """how a problem becomes a prompt; chat is the model's own template"""
+    instruction: str | None = None
+    """text after the problem (templates chat and plain); asks for a boxed answer when left out;
+    '' for none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """what samples completions; auto takes vLLM where it is installed"""
+    kv_cache_gib: Annotated[float, Range(gt=0, le=65536, works=2)] | None = None
+    """memory for vLLM's KV cache in GiB; chosen from what is free when left out"""
+    num_generations: Annotated[int, Range(ge=2, le=1_000_000, works=8)] = 64
+    """completions per group; advantages compare the members of a group"""
+    groups_per_step: Annotated[int, Range(ge=1, le=1_000_000, works=1)] = 8
+    """groups per step; a single sample is asked in every group"""
+    max_completion_length: Annotated[int, Range(ge=1, le=10_000_000, works=1024)] = 1024
+    """tokens per completion at most"""
+    temperature: Annotated[float, Range(ge=0.01, le=10, works=1.0)] = 1.0
+    """sampling temperature, also applied to the log-probs that are trained"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    reward: tuple[str, ...] = ("math",)
+    """rewards: names such as math, or your own as FILE.py:FUNCTION"""
+    reward_weights: tuple[float, ...] | None = None
+    """one weight per reward; all 1 when left out"""
+    reward_timeout: Annotated[float, Range(gt=0, le=3600, works=5)] = 5.0
+    """seconds to judge one distinct answer before its process is killed"""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """divide advantages by the standard deviation within the group, the batch, or not at all"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    loss_type: LossType = "dapo"
+    """policy loss and its normalisation; dapo is the clipped loss averaged over tokens"""
+    epsilon: Annotated[float, Range(gt=0, lt=1, works=0.2)] = 0.2
+    """ratio is clipped below at 1 - epsilon"""
+    epsilon_high: Annotated[float, Range(gt=0, le=1e6, works=0.28)] | None = None
+    """ratio is clipped above at 1 + epsilon-high; equals epsilon when left out"""
+    delta: Annotated[float, Range(gt=1, le=1e6, works=4)] | None = None
+    """upper bound of the ratio of completions with negative advantage"""
+    beta: Annotated[float, Range(ge=0, le=1000, works=0)] = 0.0
+    """weight of the KL divergence from the starting model; 0 needs no reference model"""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """estimator of that divergence"""
+    entropy_coef: Annotated[float, Range(ge=-10, le=10, works=0)] = 0.0
+    """weight of the entropy bonus"""
+    mask_truncated_completions: bool = False
+    """leave completions that hit the length limit out of the loss"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    learning_rate: Annotated[float, Range(ge=0, le=1, works=1e-6)] = 1e-6
+    """peak learning rate of AdamW"""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """learning rate after warm-up"""
+    warmup_steps: Annotated[int, Range(ge=0, le=_LARGEST, works=0)] = 0
+    """steps of linear warm-up"""
+    weight_decay: Annotated[float, Range(ge=0, le=10, works=0)] = 0.0
+    """decoupled weight decay"""
+    adam_beta1: Annotated[float, Range(ge=0, lt=1, works=0.9)] = 0.9
+    """decay of the first moment"""
+    adam_beta2: Annotated[float, Range(ge=0, lt=1, works=0.999)] = 0.999
+    """decay of the second moment"""
+    adam_eps: Annotated[float, Range(gt=0, le=1, works=1e-8)] = 1e-8
+    """term added to the denominator"""
+    max_grad_norm: Annotated[float, Range(gt=0, works=1)] = 1.0
+    """gradients are scaled down to this norm; inf never does"""
+    updates_per_batch: Annotated[int, Range(ge=1, le=10_000, works=1)] = 1
+    """optimizer updates per batch of rollouts; with 1 the ratio is 1 and no old log-probs are
+    needed"""
+    tokens_per_microbatch: Annotated[int, Range(ge=1, le=_LARGEST, works=16384)] = 16384
+    """completion tokens that go through the model at once: the one memory knob"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    max_steps: Count = 200
+    """batches of rollouts to learn from"""
+    seed: Annotated[int, Range(ge=0, le=2**32 - 1, works=0)] = 0
+    """seed of everything random"""
+    output_dir: str | None = None
+    """run folder; runs/DATE-TIME when left out"""
+    resume: str | None = None
+    """continue a run: auto (newest good checkpoint of --output-dir), a run folder or a checkpoint"""
+    save_every: Interval = 50
+    """steps between checkpoints; 0 saves only at the end"""
+    keep_checkpoints: Count = 2
+    """older checkpoints are deleted"""
+    log_to: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
+    """trackers next to metrics.jsonl, which is always written"""
+    log_completions_every: Interval = 10
+    """steps between tables of completions on the console; 0 shows none"""
+    dry_run: bool = False
+    """check model, sample, rewards and memory, print the plan and stop"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    eval_dataset: tuple[str, ...] | None = None
+    """files of problems scored before, during and after training; the held-out problems of a
+    shipped sample when left out; without a value: none"""
+    eval_every: Interval = 20
+    """steps between evaluations; 0 evaluates only before and after"""
+    eval_k: Annotated[int, Range(ge=1, le=10_000, works=1)] = 1
+    """completions per evaluation problem"""
+    eval_temperature: Annotated[float, Range(ge=0, le=10, works=0)] = 0.0
+    """temperature of evaluations; 0 is greedy"""
+
+
+SECTIONS = {
+    "model": ModelSettings,
+    "sample": SampleSettings,
+    "rollout": RolloutSettings,
+    "reward": RewardSettings,
+    "loss": LossSettings,
+    "optimizer": OptimizerSettings,
+    "run": RunSettings,
+    "evaluation": EvaluationSettings,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(
+    EvaluationSettings,
+    RunSettings,
+    OptimizerSettings,
+    LossSettings,
+    RewardSettings,
+    RolloutSettings,
+    SampleSettings,
+    ModelSettings,
+):
+    """All settings of a run. Raises UserError when one cannot work or two do not fit together."""
+
+    def __post_init__(self) -> None:
+        config_checks.check(self)
+        if self.question is None and self.dataset is None:
+            object.__setattr__(self, "dataset", DEFAULT_SAMPLE)
+
+    def to_toml(self) -> str:
+        """The settings as TOML that --config reads back into an equal Config.
+
+        Settings that are None are left out, for TOML has no null and None is always the default.
+        """
+        import tomli_w
+
+        from polymath_fast import __version__
+
+        values = asdict(self)
+        text = f"# every setting of a run of polymath_fast {__version__}\n"
+        for title, section in SECTIONS.items():
+            present = {f.name: values[f.name] for f in fields(section)}
+            present = {name: value for name, value in present.items() if value is not None}
+            text += f"\n# {title}\n{tomli_w.dumps(present)}"
+        return text
+
+    def write(self, path: Path) -> None:
+        """Write `to_toml()` to `path`, whole or not at all."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(self.to_toml(), encoding="utf-8")
+        partial.replace(path)
+
+
+def parse(args: Sequence[str] | None = None, prog: str = "python -m polymath_fast.train") -> Config:
+    """Settings from the command line: defaults < --config left to right < flags.
+
+    The preset cpu_demo takes the place of --config when there is none and the model is the embedded
+    one. A flag that does not exist or has the wrong type ends the process with code 2 and names the
+    nearest flag; settings that do not fit together raise UserError.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    configs = toml_flags.values_of("--config", args)
+    models = toml_flags.values_of("--model", args)
+    if not configs and models[-1:] in ([], [EMBEDDED_MODEL]):
+        configs = ["cpu_demo"]
+    kinds = get_type_hints(Config)
+    words: list[str] = []
+    for name in configs:
+        path = toml_flags.find(name)
+        flags = toml_flags.read(path, kinds)
+        try:
+            _parse_flags(flags, prog)
+        except SystemExit:
+            print(f"in {path}", file=sys.stderr)
+            raise
+        words += [*_displaced_source(flags), *flags]
+    return Config(**_parse_flags([*words, *_displaced_source(args), *args], prog))
+
+
+def _displaced_source(words: Sequence[str]) -> list[str]:
+    """Flags that undo an earlier choice of sample where `words` choose another kind of source."""
+    question = toml_flags.values_of("--question", words)
+    dataset = toml_flags.values_of("--dataset", words)
+    if question and not dataset:
+        return ["--dataset=None"]
+    if dataset and not question:
+        return ["--question=None", "--answer=None"]
+    return []
+
+
+def _parse_flags(words: Sequence[str], prog: str) -> dict[str, object]:
+    """Let the parser read `words`; the sections become groups of --help, the flags stay flat."""
+    import tyro
+
+    sections = [
+        (title, Annotated[section, tyro.conf.OmitArgPrefixes], section())
+        for title, section in SECTIONS.items()
+    ]
+    source = (
+        "config",
+        Annotated[
+            tuple[str, ...],
+            tyro.conf.arg(
+                help="TOML files or presets ("
+                + ", ".join(sorted(path.stem for path in toml_flags.PRESETS.glob("*.toml")))
+                + ") with these settings; later ones win, flags win over all; cpu_demo when there is "
+                "none and the model is the embedded one"
+            ),
+        ],
+        (),
+    )
+    parser = make_dataclass("Settings", [source, *sections], frozen=True, kw_only=True)
+    parsed = tyro.cli(
+        parser,
+        args=words,
+        prog=prog,
+        description="Teach a language model from one sample, by reinforcement learning with a "
+        "verifiable reward.",
+    )
+    return {
+        field.name: getattr(getattr(parsed, title), field.name)
+        for title, section in SECTIONS.items()
+        for field in fields(section)
+    }

@@ -1,0 +1,179 @@
+"""What the types of `Config` cannot say: the range of each number, and which settings fit together.
+
+Every refusal is one UserError that names the flag, its value, the rule and a value that works.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+
+from polymath_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from polymath_fast.config import Config
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/\s]*@")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The values a number may take; stands in the field's annotation, next to its type."""
+
+    ge: float = -math.inf
+    gt: float = -math.inf
+    le: float = math.inf
+    lt: float = math.inf
+    works: float
+    """a value to name in the message when the given one is refused"""
+
+    def allows(self, value: float) -> bool:
+        """False for anything outside, NaN included."""
+        return self.ge <= value <= self.le and self.gt <= value < self.lt and value != self.gt
+
+    def __str__(self) -> str:
+        words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+        limits = [(word, getattr(self, name)) for name, word in words.items()]
+        return " and ".join(
+            f"{word} {limit:.12g}" for word, limit in limits if math.isfinite(limit)
+        )
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def check(config: Config) -> None:
+    """Raise UserError for the first setting that cannot work."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in fields(config):
+        _check_value(field.name, getattr(config, field.name), hints[field.name])
+    _check_sample(config)
+    _check_rewards(config)
+    _check_loss(config)
+    _check_evaluation(config)
+    _check_sizes(config)
+
+
+def _check_value(name: str, value: object, hint: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, tuple):
+        for item in value:
+            _check_text(name, item)
+    _check_text(name, value)
+    for part in _parts(hint):
+        if isinstance(part, Range):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not part.allows(value):
+                raise UserError(
+                    f"{flag(name)} is {value!r}; it must be {part}; {part.works:g} works"
+                )
+        if get_origin(part) is Literal and isinstance(value, str) and value not in get_args(part):
+            choices = ", ".join(map(str, get_args(part)))
+            raise UserError(f"{flag(name)} is {value!r}; it must be one of {choices}")
+
+
+def _parts(hint: object) -> list[object]:
+    """The hint and everything nested in it: members of unions, arguments, Annotated metadata."""
+    if get_origin(hint) is Literal:
+        return [hint]
+    nested = [*get_args(hint), *getattr(hint, "__metadata__", ())]
+    return [hint, *(part for argument in nested for part in _parts(argument))]
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        return
+    if _TOKEN.search(value):
+        raise UserError(
+            f"{flag(name)} seems to hold an access token, and settings are written to disk; "
+            "put the token into the environment variable HF_TOKEN instead"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag(name)} is {value!r}, which is not valid UTF-8 text") from None
+
+
+def _check_sample(config: Config) -> None:
+    if config.answer is not None and config.question is None:
+        raise UserError(
+            f"--answer is {config.answer!r} but there is no question; "
+            f"add one: --question 'What is 6 * 7?' --answer {config.answer!r}"
+        )
+    if config.question is not None:
+        if not config.question.strip():
+            raise UserError("--question is empty; write one: --question 'What is 6 * 7?'")
+        if config.answer is None or not config.answer.strip():
+            raise UserError(
+                "--question needs the right answer, which the reward compares with; "
+                "add it: --answer 42"
+            )
+        if config.dataset is not None:
+            raise UserError(
+                f"--question and --dataset {config.dataset} are both given; "
+                "a run takes its samples from one of them: leave one out"
+            )
+    for name in ("model", "dataset", "output_dir", "resume", "revision"):
+        value = getattr(config, name)
+        if value is not None and (not value.strip() or "\0" in value):
+            raise UserError(f"{flag(name)} is {value!r}; it must name something: leave it out")
+
+
+def _check_rewards(config: Config) -> None:
+    if not config.reward:
+        raise UserError("--reward is empty; name at least one: --reward math")
+    weights = config.reward_weights
+    if weights is None:
+        return
+    if len(weights) != len(config.reward):
+        raise UserError(
+            f"--reward-weights has {len(weights)} values for {len(config.reward)} rewards "
+            f"({', '.join(config.reward)}); give one each: "
+            f"--reward-weights {' '.join(['1.0'] * len(config.reward))}"
+        )
+    if not all(math.isfinite(weight) for weight in weights) or not any(weights):
+        raise UserError(
+            f"--reward-weights is {' '.join(map(str, weights))}; weights must be finite and not all "
+            f"zero: --reward-weights {' '.join(['1.0'] * len(weights))}"
+        )
+
+
+def _check_loss(config: Config) -> None:
+    upper = 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
+    if config.delta is not None and config.delta <= upper:
+        raise UserError(
+            f"--delta is {config.delta}; it bounds ratios above the clip range, so it must be "
+            f"greater than {upper:g} (1 + epsilon); {upper + 2:g} works"
+        )
+    if config.warmup_steps >= config.max_steps:
+        raise UserError(
+            f"--warmup-steps is {config.warmup_steps} of {config.max_steps} steps, so the learning "
+            f"rate would never be reached; it must be less than --max-steps; 0 works"
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    if 0 < config.eval_temperature < 0.01:
+        raise UserError(
+            f"--eval-temperature is {config.eval_temperature}; it must be 0 (greedy) or at least "
+            "0.01; 0 works"
+        )
+    if config.eval_k > 1 and config.eval_temperature == 0:
+        raise UserError(
+            f"--eval-k is {config.eval_k} with --eval-temperature 0: greedy completions are all "
+            "the same; use --eval-k 1, or --eval-temperature 0.6"
+        )
+
+
+def _check_sizes(config: Config) -> None:
+    if config.tokens_per_microbatch < config.max_completion_length:
+        raise UserError(
+            f"--tokens-per-microbatch is {config.tokens_per_microbatch}; one completion must fit, so "
+            f"it must be at least --max-completion-length ({config.max_completion_length}); "
+            f"{max(16384, 2 * config.max_completion_length)} works"
+        )
