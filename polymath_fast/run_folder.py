@@ -135,6 +135,11 @@ def resume_command(run_dir: Path) -> str:
     return shlex.join(words)
 
 
+def evaluate_command(checkpoint: Path) -> str:
+    """The shell command that scores a checkpoint."""
+    return shlex.join(["python", "-m", "polymath_fast.evaluate", "--model", str(checkpoint)])
+
+
 def _is_run(run_dir: Path, names: set[str]) -> bool:
     copied = {"config.toml", "metrics.jsonl"} <= names
     return LOCK_FILE in names or copied
