@@ -1,0 +1,142 @@
+"""Which implementation of an operator runs, and why.
+
+`choose` is a pure function of its arguments, so that every rule is testable without a GPU. A new
+implementation is a file in the operator's folder plus its name in `IMPLEMENTATIONS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+
+import torch
+
+FILES = {"reference": "reference", "cpu": "_cpu", "triton": "_triton", "cuda": "_cuda"}
+"""implementation -> module inside kernels/<operator>/"""
+
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "group_advantages": ("reference",),
+    "token_logprobs": ("reference",),
+    "linear_logprobs": ("reference",),
+    "grpo_loss": ("reference",),
+    "linear_grpo_loss": ("reference",),
+    "prefix_attention": ("cpu", "reference"),
+}
+"""operator -> what exists for it, fastest first"""
+
+ENVIRONMENT = "POLYMATH_FAST_IMPL"
+_HALF_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
+_default: ContextVar[str | None] = ContextVar("polymath_fast_impl", default=None)
+
+
+@contextmanager
+def use(impl: str) -> Iterator[None]:
+    """Make `impl` the default of every operator inside the block (this thread or task only).
+
+    An operator that has no such implementation keeps choosing for itself.
+    """
+    _check_name(impl, "kernels.use")
+    token = _default.set(impl)
+    try:
+        yield
+    finally:
+        _default.reset(token)
+
+
+def choose(
+    op: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
+    default: str | None = None,
+    capability: tuple[int, int] | None = None,
+) -> tuple[str, str]:
+    """The implementation of `op` that runs on these inputs, and the reason in words.
+
+    Args:
+        op: name of an operator, a key of `IMPLEMENTATIONS`.
+        device, dtype: of the operator's main input.
+        impl: what the caller asked for; "auto" leaves it open.
+        default: what `use` or POLYMATH_FAST_IMPL asked for; binding where `op` has it.
+        capability: CUDA compute capability of the device, None when it has none.
+
+    Raises:
+        ValueError: an implementation was asked for that does not exist or cannot run here.
+    """
+    device = torch.device(device)
+    existing = IMPLEMENTATIONS[op]
+    _check_name(impl, "impl")
+    asked = impl
+    if asked == "auto" and default is not None and default in existing:
+        asked = default
+    if asked != "auto":
+        refusal = _refusal(op, asked, device, dtype, capability)
+        if refusal:
+            raise ValueError(f"{op}: impl={asked!r} is not possible here: {refusal}; use 'auto'")
+        return asked, f"asked for {asked!r}"
+    refusals = []
+    for candidate in existing:
+        refusal = _refusal(op, candidate, device, dtype, capability)
+        if refusal is None:
+            because = "; ".join(refusals) or f"the fastest one for {device.type} tensors"
+            return candidate, because
+        refusals.append(f"{candidate}: {refusal}")
+    raise ValueError(f"{op}: nothing runs on {device.type} {dtype}: {'; '.join(refusals)}")
+
+
+def resolve(op: str, tensor: torch.Tensor, impl: str) -> ModuleType:
+    """The module that implements `op` for `tensor`, honouring `use` and POLYMATH_FAST_IMPL.
+
+    Falling back to the reference on a CUDA tensor is allowed but slow, so it warns, once.
+    """
+    default = _default.get() or os.environ.get(ENVIRONMENT) or None
+    if default is not None:
+        _check_name(default, ENVIRONMENT)
+    on_cuda = tensor.device.type == "cuda"
+    capability = torch.cuda.get_device_capability(tensor.device) if on_cuda else None
+    name, reason = choose(
+        op, tensor.device, tensor.dtype, impl=impl, default=default, capability=capability
+    )
+    if on_cuda and name == "reference" and not reason.startswith("asked"):
+        _warn_once(op, reason)
+    return importlib.import_module(f"polymath_fast.kernels.{op}.{FILES[name]}")
+
+
+def _refusal(
+    op: str,
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+) -> str | None:
+    """Why `impl` of `op` cannot run on these inputs; None when it can."""
+    if impl not in IMPLEMENTATIONS[op]:
+        return f"{op} has only {', '.join(IMPLEMENTATIONS[op])}"
+    if impl == "reference":
+        return None
+    if dtype not in _HALF_AND_SINGLE:
+        return f"{dtype} inputs (bfloat16, float16 and float32 work)"
+    if impl == "cpu":
+        return None if device.type == "cpu" else f"the tensors are on {device.type}"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if capability is not None and capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def _check_name(impl: str, where: str) -> None:
+    if impl != "auto" and impl not in FILES:
+        raise ValueError(f"{where}={impl!r}: must be one of auto, {', '.join(FILES)}")
+
+
+@cache
+def _warn_once(op: str, reason: str) -> None:
+    warnings.warn(f"{op} runs its slow reference on a CUDA tensor ({reason})", stacklevel=4)

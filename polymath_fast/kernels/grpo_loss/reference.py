@@ -1,0 +1,21 @@
+"""Policy loss from logits in plain PyTorch: the specification."""
+
+from __future__ import annotations
+
+import torch
+
+from polymath_fast.kernels.policy_loss import (
+    PolicyBatch,
+    PolicyLossOutput,
+    PolicyLossSpec,
+    differentiable_loss,
+)
+from polymath_fast.kernels.token_logprobs.reference import token_logprobs
+
+
+def grpo_loss(
+    logits: torch.Tensor, targets: torch.Tensor, batch: PolicyBatch, spec: PolicyLossSpec
+) -> PolicyLossOutput:
+    """`logits` (N, V), `targets` (N,) int64."""
+    logprobs, entropy = token_logprobs(logits, targets, spec.temperature)
+    return differentiable_loss(batch, logprobs, entropy, spec)

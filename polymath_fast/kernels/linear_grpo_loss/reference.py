@@ -1,0 +1,26 @@
+"""Policy loss from the LM head in plain PyTorch: the specification."""
+
+from __future__ import annotations
+
+import torch
+
+from polymath_fast.kernels.linear_logprobs.reference import linear_logprobs
+from polymath_fast.kernels.policy_loss import (
+    PolicyBatch,
+    PolicyLossOutput,
+    PolicyLossSpec,
+    differentiable_loss,
+)
+
+
+def linear_grpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    batch: PolicyBatch,
+    spec: PolicyLossSpec,
+) -> PolicyLossOutput:
+    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64."""
+    logprobs, entropy = linear_logprobs(hidden, weight, targets, bias, spec.temperature)
+    return differentiable_loss(batch, logprobs, entropy, spec)

@@ -1,0 +1,163 @@
+"""What a policy loss knows about its tokens before it sees a single log-prob."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from polymath_fast.kernels.policy_loss.spec import (
+    SEQUENCE_MEAN,
+    SEQUENCE_SUM,
+    SEQUENCE_SUM_NORM,
+    TOKEN_MEAN,
+    PolicyLossSpec,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyBatch:
+    """One value a token, all on one device, floats in one dtype (fp32, or fp64 in tests)."""
+
+    cu_seqlens: torch.Tensor  # (B + 1,) int64
+    advantages: torch.Tensor  # (N,)
+    mask: torch.Tensor  # (N,) bool, True on trained tokens
+    weights: torch.Tensor  # (N,) share of a token's loss in the total
+    entropy_weights: torch.Tensor | None  # (N,) share of a token's entropy in the bonus
+    old_logprobs: torch.Tensor | None  # (N,); None: on-policy, the ratio is 1
+    ref_logprobs: torch.Tensor | None  # (N,)
+    importance_weights: torch.Tensor | None  # (N,) multiply the policy term
+
+    def rows(self, start: int, stop: int) -> PolicyBatch:
+        """The same for tokens [start, stop); completions that reach over an end are cut there."""
+        cut = {
+            field.name: value[start:stop]
+            for field in fields(self)
+            if field.name != "cu_seqlens" and (value := getattr(self, field.name)) is not None
+        }
+        inside = (self.cu_seqlens[1:] > start) & (self.cu_seqlens[:-1] < stop)
+        ends = (self.cu_seqlens[1:][inside] - start).clamp(max=stop - start)
+        return replace(self, cu_seqlens=torch.nn.functional.pad(ends, (1, 0)), **cut)
+
+
+def sequence_ids(cu_seqlens: torch.Tensor, count: int) -> torch.Tensor:
+    """(count,) index of the completion that each token belongs to."""
+    positions = torch.arange(count, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], positions, right=True)
+
+
+def sequence_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """(N,) -> (B,) sum over each completion, in a fixed order; 0 for an empty one."""
+    if values.numel() == 0 or cu_seqlens.numel() == 1:
+        return values.new_zeros(cu_seqlens.numel() - 1)
+    return torch.segment_reduce(values, "sum", offsets=cu_seqlens, initial=0)
+
+
+def prepare(
+    spec: PolicyLossSpec,
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    advantages: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    old_logprobs: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    importance_weights: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> PolicyBatch:
+    """Check shapes and devices, spread per-completion values over tokens, weigh the tokens.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or device than the contract says; beta without
+            `ref_logprobs`. What cannot be seen without waiting for a GPU is checked on CPU only.
+    """
+    cu_seqlens = _check_cu_seqlens(cu_seqlens, count, device)
+    completions = cu_seqlens.numel() - 1
+    if spec.beta and ref_logprobs is None:
+        raise ValueError(f"beta={spec.beta} needs ref_logprobs (N,); or set beta=0")
+    if mask is None:
+        mask = torch.ones(count, dtype=torch.bool, device=device)
+    elif mask.dtype != torch.bool or mask.shape != (count,) or mask.device != device:
+        raise ValueError(
+            f"mask must be bool ({count},) on {device}, got {mask.dtype} {tuple(mask.shape)} on "
+            f"{mask.device}; True on trained tokens"
+        )
+    ids = sequence_ids(cu_seqlens, count)
+
+    def per_token(name: str, value: torch.Tensor | None, spread: bool) -> torch.Tensor | None:
+        if value is None:
+            return None
+        shapes = ((completions,), (count,)) if spread else ((count,),)
+        if value.shape not in shapes or not value.is_floating_point() or value.device != device:
+            expected = " or ".join(str(tuple(shape)) for shape in shapes)
+            raise ValueError(
+                f"{name} must be float {expected} on {device}, got {value.dtype} "
+                f"{tuple(value.shape)} on {value.device}"
+            )
+        value = value.detach().to(dtype)
+        return value[ids] if spread and value.shape == (completions,) else value
+
+    weights, entropy_weights = _weights(spec, mask, cu_seqlens, ids, dtype)
+    return PolicyBatch(
+        cu_seqlens=cu_seqlens,
+        advantages=per_token("advantages", advantages, True),
+        mask=mask,
+        weights=weights,
+        entropy_weights=entropy_weights,
+        old_logprobs=per_token("old_logprobs", old_logprobs, False),
+        ref_logprobs=per_token("ref_logprobs", ref_logprobs, False),
+        importance_weights=per_token("importance_weights", importance_weights, True),
+    )
+
+
+def _weights(
+    spec: PolicyLossSpec,
+    mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(N,) weight of each token's loss and, with an entropy bonus, of its entropy."""
+    trained = mask.to(dtype)
+    tokens = trained.sum().clamp(min=1)
+    completions = max(cu_seqlens.numel() - 1, 1)
+    how = spec.token_aggregation
+    if how == TOKEN_MEAN:
+        weights = trained / (spec.normalizer or tokens)
+    elif how == SEQUENCE_MEAN:
+        lengths = sequence_sum(trained, cu_seqlens).clamp(min=1)
+        weights = trained / (lengths[ids] * (spec.normalizer or completions))
+    elif how == SEQUENCE_SUM_NORM:
+        weights = trained / ((spec.normalizer or completions) * spec.max_completion_length)
+    elif how == SEQUENCE_SUM:
+        weights = trained / (spec.normalizer or completions)
+    else:
+        weights = trained / (spec.normalizer or 1)
+    if not spec.entropy_coef:
+        return weights, None
+    shared = spec.normalizer if how == TOKEN_MEAN else None
+    return weights, trained / (spec.entropy_normalizer or shared or tokens)
+
+
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+    """(B + 1,) int64."""
+    if (
+        cu_seqlens.ndim != 1
+        or cu_seqlens.numel() < 1
+        or cu_seqlens.dtype not in (torch.int32, torch.int64)
+        or cu_seqlens.device != device
+    ):
+        raise ValueError(
+            f"cu_seqlens must be int32 (B + 1,) on {device}, got {cu_seqlens.dtype} "
+            f"{tuple(cu_seqlens.shape)} on {cu_seqlens.device}; for example [0, 3, 7]"
+        )
+    cu_seqlens = cu_seqlens.long()
+    if device.type == "cpu":
+        steps = cu_seqlens.diff()
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != count or bool((steps < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the {count} tokens given, got "
+                f"{cu_seqlens[:8].tolist()}{'...' if cu_seqlens.numel() > 8 else ''}"
+            )
+    return cu_seqlens

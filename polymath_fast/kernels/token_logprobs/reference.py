@@ -1,0 +1,20 @@
+"""Log-probs and entropies of logits in plain PyTorch: the specification."""
+
+from __future__ import annotations
+
+import torch
+
+from polymath_fast.kernels.checks import working_dtype
+
+
+def token_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logits` (N, V), `targets` (N,) int64 -> logprobs (N,), entropy (N,), by autograd."""
+    scaled = logits.to(working_dtype(logits.dtype)) / temperature
+    log_p = scaled.log_softmax(-1)
+    logprobs = log_p.gather(-1, targets[:, None])[:, 0].clamp(max=0)
+    # An excluded token has p = 0 and log p = -inf: it adds nothing, and its gradient is 0 too.
+    surprise = torch.where(log_p.isneginf(), 0, log_p)
+    entropy = -(log_p.exp() * surprise).sum(-1)
+    return logprobs, entropy
