@@ -1,0 +1,133 @@
+"""The model being trained: an unmodified Hugging Face decoder, run on packed shared-prompt rows."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from polymath_fast.errors import UserError
+from polymath_fast.kernels import prefix_attention
+from polymath_fast.learner.packing import PackedBatch
+
+ATTENTION = "polymath_fast"
+SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def shared_prompt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    packed: PackedBatch | None = None,
+    decode: object | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention of the packed learner pass (`packed=`) or of the embedded sampler (`decode=`).
+
+    query (B, Hq, T, D), key and value (B, Hkv, T, D) -> (B, T, Hq, D), as transformers' attention
+    registry wants it. Both keywords travel through the model's own forward, so no model is patched.
+    """
+    if decode is not None:
+        return decode.attend(module.layer_idx, query, key, value, scaling), None
+    if packed is None:
+        raise RuntimeError(f"{ATTENTION!r} attention runs only inside Policy and its samplers")
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    outs = []
+    for block in packed.blocks:
+        rows = slice(block.start, block.end)
+        outs.append(
+            prefix_attention(
+                q[rows], k[rows], v[rows], block.prompt_len, block.cu_seqlens, scale=scaling
+            )
+        )
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).unsqueeze(0), None
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, shared_prompt_attention)
+    AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def _check_supported(config: object) -> None:
+    family = config.model_type
+    if family not in SUPPORTED_FAMILIES:
+        raise UserError(
+            f"model family {family!r} is not supported by the shared-prompt learner; "
+            f"use one of {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(config, "use_sliding_window", False) or kinds - {"full_attention"}:
+        raise UserError(
+            f"{family!r} with layers {sorted(kinds)} uses sliding-window attention, which the "
+            "shared-prompt learner does not compute; set use_sliding_window to false in config.json "
+            "if the context is shorter than the window"
+        )
+
+
+class Policy:
+    """Weights, forward pass and export of the trained model."""
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        _register_attention()
+        self.model_dir = Path(model_dir)
+        self.config = AutoConfig.from_pretrained(self.model_dir)
+        _check_supported(self.config)
+        with _quiet_loading():
+            self.model = AutoModelForCausalLM.from_pretrained(
+                self.model_dir, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True
+            )
+        self.model.to(device).eval()  # eval: no dropout, so ratio == 1 on policy
+        self.device = torch.device(device)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The LM head; its weight is (V, H) and may be the embedding itself."""
+        return self.model.get_output_embeddings()
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """(N, H) hidden states; row i predicts `batch.targets[i]`."""
+        states = self.model.get_decoder()(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            packed=batch,
+        ).last_hidden_state  # (1, T, H)
+        return states[0].index_select(0, batch.hidden_rows)
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder: weights (safetensors), config, tokenizer."""
+        from transformers import AutoTokenizer
+
+        with _quiet_loading():
+            self.model.save_pretrained(folder, safe_serialization=True)
+            AutoTokenizer.from_pretrained(self.model_dir).save_pretrained(folder)
+
+
+@contextmanager
+def _quiet_loading():
+    """transformers draws progress bars on stderr; the run's console has one of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,48 @@
+"""Drawing one token per row from logits, with the log-prob of what was drawn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 256  # vocabulary columns whose mass is summed before the draw is located inside them
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw from softmax(logits / temperature) by inverting its distribution function.
+
+    One uniform number a row and two short cumulative sums (over blocks of columns, then inside the
+    chosen block) replace a random number for every vocabulary entry.
+
+    Args:
+        logits: (B, V), any float dtype; computed with in float32.
+        uniforms: (B,) float64 in [0, 1); ignored when temperature is 0.
+        temperature: 0 takes the largest logit and reports its log-prob at temperature 1.
+
+    Returns:
+        tokens (B,) int64, logprobs (B,) float32.
+    """
+    greedy = temperature == 0
+    scaled = logits.float() if greedy else logits.float() / temperature
+    log_norm = torch.logsumexp(scaled, dim=-1)  # (B,)
+    tokens = scaled.argmax(-1) if greedy else _invert(scaled, log_norm, uniforms)
+    logprobs = scaled.gather(-1, tokens[:, None])[:, 0] - log_norm
+    return tokens, logprobs.clamp_(max=0)
+
+
+def _invert(scaled: Tensor, log_norm: Tensor, uniforms: Tensor) -> Tensor:
+    rows, vocab = scaled.shape
+    probs = (scaled - log_norm[:, None]).exp_()
+    padding = -vocab % _BLOCK
+    if padding:
+        probs = torch.nn.functional.pad(probs, (0, padding))
+    blocks = probs.view(rows, -1, _BLOCK)
+    mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, V / _BLOCK)
+    target = (uniforms * mass[:, -1])[:, None]
+    block = torch.searchsorted(mass, target, right=True).clamp_(max=mass.shape[1] - 1)
+    below = torch.where(block > 0, mass.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0]
+    inner = inside.to(torch.float64).cumsum(-1)
+    column = torch.searchsorted(inner, target - below, right=True)
+    last = (inside > 0).to(torch.int64).cumsum(-1).argmax(-1, keepdim=True)  # never a zero entry
+    return (block * _BLOCK + torch.minimum(column, last))[:, 0]

@@ -1,0 +1,133 @@
+"""The embedded sampler: completions drawn from the learner's own module, prompt prefilled once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from polymath_fast.learner.policy import Policy
+from polymath_fast.rollout.decode import DecodeCache, PromptCache
+from polymath_fast.rollout.sampling import sample_tokens
+from polymath_fast.rollout.types import Completion, SamplingOptions
+from polymath_fast.rollout.weights import IdentitySync
+
+_SHRINK_BELOW = 0.8  # share of unfinished rows below which finished ones leave the batch
+_ALONE_FROM = 16  # completions of one prompt from which it decodes in a batch of its own
+
+
+class TransformersEngine:
+    """Samples from `policy`'s weights as they are now; there is nothing to sync."""
+
+    name = "transformers"
+
+    def __init__(self, policy: Policy, *, stop_token_ids: Sequence[int], max_num_seqs: int = 256):
+        """`max_num_seqs` completions decode together; more of them are drawn in several waves."""
+        self.policy = policy
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self.max_num_seqs = max_num_seqs
+        self.weights = IdentitySync()
+
+    def generate(
+        self, prompt_ids: Sequence[int], n: int, sampling: SamplingOptions
+    ) -> list[Completion]:
+        """n completions of one prompt."""
+        return self.generate_many([prompt_ids], n, sampling)[0]
+
+    @torch.inference_mode()
+    def generate_many(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingOptions
+    ) -> list[list[Completion]]:
+        """n completions for each prompt, in the order of the prompts."""
+        generator = torch.Generator().manual_seed(sampling.seed)
+        prefill = lru_cache(self.max_num_seqs)(lambda index: self._prefill(prompts[index]))
+        completions: list[Completion] = []
+        for wave in self._waves(len(prompts), n):
+            uniforms = torch.rand(
+                len(wave), sampling.max_completion_length, dtype=torch.float64, generator=generator
+            )
+            completions += self._decode([prefill(index) for index in wave], uniforms, sampling)
+        return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+    def _waves(self, num_prompts: int, n: int) -> Iterator[list[int]]:
+        """Prompt index of every completion, cut into batches that decode together.
+
+        Completions of different prompts share a batch only when each prompt has few of them.
+        """
+        slots = [index for index in range(num_prompts) for _ in range(n)]
+        stretch = n if n >= _ALONE_FROM else len(slots)
+        for start in range(0, len(slots), stretch):
+            for first in range(start, start + stretch, self.max_num_seqs):
+                yield slots[first : min(first + self.max_num_seqs, start + stretch)]
+
+    def sleep(self) -> None:
+        """Nothing is held between rollouts."""
+
+    def wake(self) -> None:
+        """Nothing was given up."""
+
+    def close(self) -> None:
+        """The module belongs to the learner."""
+
+    def _prefill(self, prompt_ids: Sequence[int]) -> tuple[PromptCache, Tensor]:
+        prompt = PromptCache()
+        ids = torch.tensor([list(prompt_ids)], device=self.policy.device)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        return prompt, self._hidden(ids, positions, prompt)[:, -1]  # (1, H)
+
+    def _hidden(self, ids: Tensor, positions: Tensor, kv: PromptCache | DecodeCache) -> Tensor:
+        decoder = self.policy.model.get_decoder()
+        return decoder(
+            input_ids=ids, position_ids=positions, use_cache=False, decode=kv
+        ).last_hidden_state
+
+    def _decode(
+        self,
+        prefilled: Sequence[tuple[PromptCache, Tensor]],
+        uniforms: Tensor,
+        sampling: SamplingOptions,
+    ) -> list[Completion]:
+        """One wave in lock step; row i reads uniforms[i], so finished rows change nobody's draw."""
+        wave, limit = uniforms.shape
+        device = self.policy.device
+        stop = torch.tensor(sorted(self.stop_token_ids))
+        tokens = torch.zeros(wave, limit, dtype=torch.int64)
+        logprobs = torch.zeros(wave, limit)
+        lengths = torch.full((wave,), limit)
+        kv = DecodeCache([prompt for prompt, _ in prefilled])
+        hidden = torch.cat([last for _, last in prefilled])  # (wave, H)
+        rows = torch.arange(wave)  # which completion each row of the batch is
+        alive = torch.ones(wave, dtype=torch.bool)
+        for step in range(limit):
+            drawn, drawn_logprobs = sample_tokens(
+                self.policy.head(hidden), uniforms[rows, step].to(device), sampling.temperature
+            )
+            drawn, drawn_logprobs = drawn.cpu(), drawn_logprobs.cpu()
+            tokens[rows[alive], step] = drawn[alive]
+            logprobs[rows[alive], step] = drawn_logprobs[alive]
+            ended = torch.isin(drawn, stop) & alive
+            lengths[rows[ended]] = step + 1
+            alive &= ~ended
+            remaining = int(alive.sum())
+            if remaining == 0 or step + 1 == limit:
+                break
+            if step and remaining < _SHRINK_BELOW * len(rows):
+                kept = alive.nonzero()[:, 0]
+                kv.keep(kept.to(device))
+                rows, drawn, alive = rows[kept], drawn[kept], alive[kept]
+            hidden = self._hidden(
+                drawn[:, None].to(device), kv.positions[:, None].to(device), kv
+            )[:, 0]
+            kv.advance()
+        return [self._completion(tokens[i], logprobs[i], int(lengths[i])) for i in range(wave)]
+
+    def _completion(self, tokens: Tensor, logprobs: Tensor, length: int) -> Completion:
+        ids = tokens[:length].tolist()
+        return Completion(
+            token_ids=ids,
+            sampling_logprobs=logprobs[:length].tolist(),
+            finish_reason="stop" if ids[-1] in self.stop_token_ids else "length",
+            weight_version=self.weights.version,
+        )
