@@ -143,7 +143,8 @@ class RunSettings:
     output_dir: str | None = None
     """run folder; runs/DATE-TIME when left out"""
     resume: str | None = None
-    """continue a run: auto (newest good checkpoint of --output-dir), a run folder or a checkpoint"""
+    """continue a run: auto (newest good checkpoint of --output-dir), a run folder or a
+    checkpoint"""
     save_every: Interval = 50
     """steps between checkpoints; 0 saves only at the end"""
     keep_checkpoints: Count = 2
@@ -275,8 +276,8 @@ def _parse_flags(words: Sequence[str], prog: str) -> dict[str, object]:
             tyro.conf.arg(
                 help="TOML files or presets ("
                 + ", ".join(sorted(path.stem for path in toml_flags.PRESETS.glob("*.toml")))
-                + ") with these settings; later ones win, flags win over all; cpu_demo when there is "
-                "none and the model is the embedded one"
+                + ") with these settings; later ones win, flags win over all; cpu_demo when there "
+                "is none and the model is the embedded one"
             ),
         ],
         (),

@@ -138,8 +138,8 @@ def _check_rewards(config: Config) -> None:
         )
     if not all(math.isfinite(weight) for weight in weights) or not any(weights):
         raise UserError(
-            f"--reward-weights is {' '.join(map(str, weights))}; weights must be finite and not all "
-            f"zero: --reward-weights {' '.join(['1.0'] * len(weights))}"
+            f"--reward-weights is {' '.join(map(str, weights))}; weights must be finite and not "
+            f"all zero: --reward-weights {' '.join(['1.0'] * len(weights))}"
         )
 
 
@@ -173,7 +173,7 @@ def _check_evaluation(config: Config) -> None:
 def _check_sizes(config: Config) -> None:
     if config.tokens_per_microbatch < config.max_completion_length:
         raise UserError(
-            f"--tokens-per-microbatch is {config.tokens_per_microbatch}; one completion must fit, so "
-            f"it must be at least --max-completion-length ({config.max_completion_length}); "
+            f"--tokens-per-microbatch is {config.tokens_per_microbatch}; one completion must fit, "
+            f"so it must be at least --max-completion-length ({config.max_completion_length}); "
             f"{max(16384, 2 * config.max_completion_length)} works"
         )
