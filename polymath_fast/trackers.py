@@ -25,15 +25,17 @@ _SECRET_NAME = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"://[^/\s@]+@")
 
 Log = Callable[[int, Mapping[str, float]], None]
-Connect = Callable[[Path, Mapping[str, Any]], tuple[Log, Callable[[], None]]]
+Say = Callable[[str], None]
+Connect = Callable[[Path, Mapping[str, Any], Say], tuple[Log, Callable[[], None]]]
 
 
 class Tracker:
-    """One tracker by name. Raises UserError when its package is not installed."""
+    """One tracker by name; `say` shows a line to the user, from any thread.
 
-    def __init__(
-        self, name: str, run_dir: Path, config: Mapping[str, Any], warn: Callable[[str], None]
-    ) -> None:
+    Raises UserError when the tracker's package is not installed.
+    """
+
+    def __init__(self, name: str, run_dir: Path, config: Mapping[str, Any], say: Say) -> None:
         if name not in CONNECT:
             raise UserError(f"--log-to {name}: unknown tracker; use one of {', '.join(CONNECT)}")
         if importlib.util.find_spec(name) is None:
@@ -43,7 +45,7 @@ class Tracker:
                 "(metrics.jsonl is always written)"
             )
         self.name = name
-        self._warn = warn
+        self._say = say
         self._warned = False
         self._rows: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(QUEUE_SIZE)
         self._thread = threading.Thread(
@@ -70,7 +72,7 @@ class Tracker:
 
     def _work(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         try:
-            log, finish = CONNECT[self.name](run_dir, config)
+            log, finish = CONNECT[self.name](run_dir, config, self._say)
             while (row := self._rows.get()) is not None:
                 log(*row)
             finish()
@@ -82,7 +84,7 @@ class Tracker:
     def _warn_once(self, what: str) -> None:
         if not self._warned:
             self._warned = True
-            self._warn(f"warning: {self.name} {what}; training and metrics.jsonl go on")
+            self._say(f"warning: {self.name} {what}; training and metrics.jsonl go on")
 
 
 def redact(text: str) -> str:
@@ -93,10 +95,14 @@ def redact(text: str) -> str:
     return _URL_LOGIN.sub("://***@", text)
 
 
-def _connect_wandb(run_dir: Path, config: Mapping[str, Any]) -> tuple[Log, Callable[[], None]]:
+def _connect_wandb(
+    run_dir: Path, config: Mapping[str, Any], say: Say
+) -> tuple[Log, Callable[[], None]]:
     import wandb
 
-    settings = wandb.Settings(console="off", disable_code=True, disable_git=True)
+    # Silent also means that a missing API key is an error here, not a question on the terminal.
+    settings = wandb.Settings(silent=True, console="off", disable_code=True, disable_git=True)
+    wandb.setup(settings)
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "polymath-fast"),
         name=run_dir.name,
@@ -106,10 +112,14 @@ def _connect_wandb(run_dir: Path, config: Mapping[str, Any]) -> tuple[Log, Calla
         config=dict(config),
         settings=settings,
     )
+    if run.url:
+        say(f"wandb: {run.url}")
     return (lambda step, metrics: run.log(dict(metrics), step=step)), run.finish
 
 
-def _connect_trackio(run_dir: Path, config: Mapping[str, Any]) -> tuple[Log, Callable[[], None]]:
+def _connect_trackio(
+    run_dir: Path, config: Mapping[str, Any], say: Say
+) -> tuple[Log, Callable[[], None]]:
     import trackio
 
     run = trackio.init(
@@ -123,7 +133,7 @@ def _connect_trackio(run_dir: Path, config: Mapping[str, Any]) -> tuple[Log, Cal
 
 
 def _connect_tensorboard(
-    run_dir: Path, config: Mapping[str, Any]
+    run_dir: Path, config: Mapping[str, Any], say: Say
 ) -> tuple[Log, Callable[[], None]]:
     from torch.utils.tensorboard import SummaryWriter
 
