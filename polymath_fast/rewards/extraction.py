@@ -1,0 +1,125 @@
+"""Finding the answer in a completion: boxed, then "answer is", then the last number.
+
+Completions are written by a policy that is paid for confusing this file, so every scan is linear
+in the text: no nested quantifiers, no recursion, no conversion of digits.
+"""
+
+from __future__ import annotations
+
+import re
+
+_TIDY = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
+_TIDY |= {0x2212: "-", 0x2013: "-", 0x3000: " ", 0x00A0: " ", 0x2009: " ", 0x202F: " "}
+# NUL, zero-width and direction controls: invisible, so they must not decide a comparison
+_TIDY |= dict.fromkeys([0, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F)])
+_TIDY |= dict.fromkeys(range(0x2066, 0x206A))
+
+_BRACES = re.compile(r"\\(?:boxed|fbox)[ \t\n]*\{|\\.|[{}]", re.DOTALL)
+_ANSWER_IS = re.compile(r"answer(?: is)?[ \t]*:|answer is", re.IGNORECASE)
+_NUMBER_BODY = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_NUMBER = re.compile(
+    r"[-+]?\\[dt]?frac\{-?[0-9]+\}\{[0-9]+\}"
+    rf"|(?:(?<![\w.)}}\]])[-+])?(?<![\w.])(?:{_NUMBER_BODY})(?:/[0-9]+)?"
+)
+_DELIMITED = re.compile(r"\$\$?([^$]+)\$|\\\(([^\n]*?)\\\)|\\\[([^\n]*?)\\\]")
+_LEADING_NUMBER = re.compile(rf"(?:[A-Za-z]\w?[ ]*=[ ]*)?\\?\$?[ ]*([-+]?(?:{_NUMBER_BODY}))")
+_PROSE = re.compile(r"[A-Za-z ,;'()%.!*]*")
+_CHOICE_WRAPPING = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\b|\\?[()\[\]]|[{}$*]")
+_CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?(?:([A-Z])(?![A-Za-z0-9])|([a-z])$)")
+_MAX_PHRASE = 300
+
+
+def tidy(text: str) -> str:
+    """`text` with full-width forms and Unicode minus as ASCII and invisible controls removed."""
+    return text.translate(_TIDY) if "\0" in text or not text.isascii() else text
+
+
+def final_part(text: str) -> str:
+    """What counts as the answer of a reasoning model: the text after the last `</think>`, or all
+    of it when there is none."""
+    return text.rpartition("</think>")[2]
+
+
+def box_spans(text: str) -> list[tuple[int, int]]:
+    r"""(start, end) of the content of every closed `\boxed{...}`, in order of opening; one pass."""
+    open_braces: list[tuple[bool, int]] = []
+    spans: list[tuple[int, int]] = []
+    for token in _BRACES.finditer(text):
+        symbol = token.group()
+        if symbol.endswith("{") and symbol != r"\{":
+            open_braces.append((len(symbol) > 1, token.end()))
+        elif symbol == "}" and open_braces:
+            is_box, start = open_braces.pop()
+            if is_box:
+                spans.append((start, token.start()))
+    return sorted(spans)
+
+
+def last_box(text: str) -> str | None:
+    r"""Content of the last closed, non-blank `\boxed{...}`; None when there is none.
+
+    A box that was cut off is no box. A blank one is skipped: models quote `\boxed{}` from their
+    instructions. Of nested boxes the innermost counts.
+    """
+    for start, end in reversed(box_spans(text)):
+        content = text[start:end].strip()
+        if content:
+            return content
+    return None
+
+
+def extract_answer(completion: str) -> str | None:
+    r"""The answer a completion commits to, as text; None when it has none.
+
+    Order of the One-Shot-RLVR evaluation harness: last box, else the phrase after the last "answer
+    is", else the last number. With a `</think>` only what follows it is read.
+    """
+    text = tidy(final_part(completion))
+    box = last_box(text)
+    if box is not None:
+        return box
+    return _after_answer_is(text) or _last_number(text)
+
+
+def _after_answer_is(text: str) -> str | None:
+    marker = None
+    for marker in _ANSWER_IS.finditer(text):
+        pass
+    if marker is None:
+        return None
+    phrase = text[marker.end() : marker.end() + _MAX_PHRASE].lstrip(" \t*:=")
+    phrase = phrase.split("\n")[0]
+    delimited = _DELIMITED.match(phrase)
+    if delimited:
+        return next(group for group in delimited.groups() if group is not None).strip()
+    number = _LEADING_NUMBER.match(phrase)
+    if number and _PROSE.fullmatch(_first_sentence(phrase[number.end() :])):
+        return number.group(1)
+    return _first_sentence(phrase).strip(" *.,;!") or None
+
+
+def _first_sentence(phrase: str) -> str:
+    return re.split(r"[.!?](?:\s|$)", phrase, maxsplit=1)[0]
+
+
+def _last_number(text: str) -> str | None:
+    last = None
+    for last in _NUMBER.finditer(text):
+        pass
+    return last.group() if last else None
+
+
+def extract_choice(completion: str, letters: str) -> str | None:
+    r"""The option letter a completion commits to, upper case; None when it has none.
+
+    The box (or the phrase after "answer is", or the whole of a one-word reply) must begin with one
+    of `letters`, alone or followed by its text: "B", "(B)", "B. mitosis", "\text{B}", "b".
+    """
+    text = tidy(final_part(completion))
+    phrase = last_box(text) or _after_answer_is(text) or (text if len(text) < 8 else "")
+    phrase = _CHOICE_WRAPPING.sub(" ", phrase[:_MAX_PHRASE]).strip(" .,:")
+    match = _CHOICE.match(phrase)
+    if match is None:
+        return None
+    letter = (match.group(1) or match.group(2)).upper()
+    return letter if letter in letters else None
