@@ -27,6 +27,10 @@ class TrainingRow:
     advantage: float
     trained: bool = True
     """False: counts as a sequence of the batch, but none of its tokens carries loss"""
+    old_logprobs: Sequence[float] | None = None
+    """(length,) log-probs before the first update on this batch; None = on policy"""
+    ref_logprobs: Sequence[float] | None = None
+    """(length,) log-probs of the reference model"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class PackedBatch:
     cu_seqlens: Tensor  # (B + 1,) int32 over the N targets
     advantages: Tensor  # (B,) float32
     sampling_logprobs: Tensor  # (N,) float32
-    mask: Tensor  # (N,) bool, True on trained tokens
+    old_logprobs: Tensor | None  # (N,) float32
+    ref_logprobs: Tensor | None  # (N,) float32
 
 
 def split_rows(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[list[int]]:
@@ -105,6 +110,11 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
     def flat(values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device)
 
+    def optional(name: str) -> Tensor | None:
+        if getattr(rows[0], name) is None:
+            return None
+        return flat([x for row in rows for x in getattr(row, name)], torch.float32)
+
     return PackedBatch(
         input_ids=flat(input_ids, torch.int64).unsqueeze(0),
         position_ids=flat(positions, torch.int64).unsqueeze(0),
@@ -114,7 +124,8 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
         cu_seqlens=cu_seqlens.to(device),
         advantages=flat([row.advantage for row in rows], torch.float32),
         sampling_logprobs=flat([x for row in rows for x in row.sampling_logprobs], torch.float32),
-        mask=flat([row.trained for row in rows for _ in row.token_ids], torch.bool),
+        old_logprobs=optional("old_logprobs"),
+        ref_logprobs=optional("ref_logprobs"),
     )
 
 

@@ -1,0 +1,76 @@
+"""Sums of one batch's updates, kept on the device until the batch is done."""
+
+from __future__ import annotations
+
+import torch
+
+from polymath_fast.kernels import PolicyLossOutput
+from polymath_fast.learner.packing import PackedBatch
+
+
+class UpdateMetrics:
+    """Gathers per-token means over micro-batches and what each update reported."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._maxima: dict[str, torch.Tensor] = {}
+        self._norms: list[float] = []
+        self._skipped = 0
+
+    def add_microbatch(self, out: PolicyLossOutput, batch: PackedBatch) -> None:
+        """Take in one call of the loss."""
+        tokens = out.metrics["tokens"]
+        weighted = {
+            "policy/entropy": out.metrics["entropy"] * tokens,
+            "policy/kl": self._kl(out, batch) * tokens,
+            "policy/ratio_mean": out.metrics["ratio/mean"] * tokens,
+            "tokens": tokens,
+            "policy/loss": out.loss.detach(),
+        }
+        region = out.metrics.get("clip_ratio/region")
+        weighted["policy/clip_ratio"] = region * tokens if region is not None else tokens * 0
+        if not self._norms and not self._skipped:  # the sampler's weights: before any update
+            difference = (out.logprobs - batch.sampling_logprobs).abs()
+            weighted["difference"] = difference.sum()
+            weighted["difference tokens"] = tokens
+            self._raise("sampling/logprob_diff_max", difference.max())
+        self._raise("policy/ratio_max", out.metrics["ratio/max"])
+        for name, value in weighted.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+
+    def add_update(self, norm: float, updated: bool) -> None:
+        """Take in the gradient norm of one update and whether the weights changed."""
+        if updated:
+            self._norms.append(norm)
+        else:
+            self._skipped += 1
+
+    def result(self) -> dict[str, float]:
+        """Means over tokens, maxima, the mean gradient norm; non-finite updates are counted."""
+        sums = {name: float(value) for name, value in self._sums.items()}
+        tokens = max(1.0, sums.pop("tokens"))
+        difference = sums.pop("difference") / max(1.0, sums.pop("difference tokens"))
+        loss = sums.pop("policy/loss") / max(1, len(self._norms) + self._skipped)
+        norms = self._norms or [float("nan")]
+        return {
+            **{name: value / tokens for name, value in sums.items()},
+            **{name: float(value) for name, value in self._maxima.items()},
+            "sampling/logprob_diff_mean": difference,
+            "policy/loss": loss,
+            "policy/grad_norm": sum(norms) / len(norms),
+            "update/nonfinite": float(self._skipped),
+            "update/skipped": 0.0,
+        }
+
+    def _kl(self, out: PolicyLossOutput, batch: PackedBatch) -> torch.Tensor:
+        """From the reference model; without one, from the policy that the batch began with."""
+        if "kl" in out.metrics:
+            return out.metrics["kl"]
+        if batch.old_logprobs is None:
+            return out.loss.detach() * 0
+        log_ratio = out.logprobs - batch.old_logprobs
+        return (torch.exp(-log_ratio) - 1 + log_ratio).mean()
+
+    def _raise(self, name: str, value: torch.Tensor) -> None:
+        seen = self._maxima.get(name)
+        self._maxima[name] = value if seen is None else torch.maximum(seen, value)

@@ -1,0 +1,171 @@
+"""One batch of scored rollouts becomes one or more optimizer updates."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from polymath_fast.config import Config
+from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss, linear_logprobs
+from polymath_fast.learner.metrics import UpdateMetrics
+from polymath_fast.learner.optimizer import FlatAdamW, learning_rate_at
+from polymath_fast.learner.packing import PackedBatch, TrainingRow, pack, split_rows
+from polymath_fast.learner.policy import Policy
+from polymath_fast.rollout.types import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Divisors:
+    """What the loss of one update is divided by, whatever part of it enters the model."""
+
+    tokens: int
+    completions: int
+
+
+class Learner:
+    """Policy, optimizer and, with beta > 0, the frozen reference model."""
+
+    def __init__(self, policy: Policy, config: Config, reference: Policy | None = None):
+        self.policy = policy
+        self.config = config
+        self.reference = reference
+        self.optimizer = FlatAdamW(policy.model, config)
+
+    def update(self, rows: Sequence[TrainingRow], step: int) -> dict[str, float]:
+        """Learn from the rows of one batch; returns metrics, or {"update/skipped": 1.0}.
+
+        Rows without influence on the gradient never enter the model; the divisors count them.
+        """
+        config = self.config
+        metrics = UpdateMetrics()
+        needed = [row for row in rows if self._matters(row)]
+        if not needed:
+            return {"update/skipped": 1.0}
+        if config.updates_per_batch > 1:
+            needed = self._with_logprobs(needed, self.policy, "old_logprobs")
+        if self.reference is not None:
+            needed = self._with_logprobs(needed, self.reference, "ref_logprobs")
+        share = config.updates_per_batch
+        trained = sum(len(row.token_ids) for row in rows if row.trained)
+        divisors = Divisors(tokens=max(1, trained // share), completions=max(1, len(rows) // share))
+        for part in _minibatches(needed, share, f"{config.seed}-{step}"):
+            self._accumulate(part, divisors, metrics)
+            norm, updated = self.optimizer.step(learning_rate_at(step, config))
+            metrics.add_update(norm, updated)
+        return metrics.result() | {"learning_rate": learning_rate_at(step, config)}
+
+    def save(self, folder: Path) -> None:
+        """Write the live weights as a Hugging Face folder."""
+        self.policy.save(folder)
+
+    def _matters(self, row: TrainingRow) -> bool:
+        regularised = self.config.beta != 0 or self.config.entropy_coef != 0
+        return row.trained and (row.advantage != 0 or regularised)
+
+    def _accumulate(
+        self, rows: Sequence[TrainingRow], divisors: Divisors, metrics: UpdateMetrics
+    ) -> None:
+        spec = loss_spec(self.config, divisors)
+        head = self.policy.head
+        for chunk in split_rows(rows, self.config.tokens_per_microbatch):
+            batch = pack([rows[i] for i in chunk], self.policy.device)
+            out = linear_grpo_loss(
+                self.policy.hidden(batch),
+                head.weight,
+                batch.targets,
+                batch.advantages,
+                batch.cu_seqlens,
+                old_logprobs=batch.old_logprobs,
+                ref_logprobs=batch.ref_logprobs,
+                bias=head.bias,
+                spec=spec,
+            )
+            out.loss.backward()
+            metrics.add_microbatch(out, batch)
+
+    @torch.no_grad()
+    def _with_logprobs(
+        self, rows: Sequence[TrainingRow], policy: Policy, field: str
+    ) -> list[TrainingRow]:
+        """The rows with `policy`'s log-probs of their tokens in `field`."""
+        filled = []
+        for chunk in split_rows(rows, self.config.tokens_per_microbatch):
+            part = [rows[i] for i in chunk]
+            batch = pack(part, policy.device)
+            logprobs = self._logprobs(policy, batch).cpu().split([len(r.token_ids) for r in part])
+            filled += [
+                replace(row, **{field: values.tolist()})
+                for row, values in zip(part, logprobs, strict=True)
+            ]
+        return filled
+
+    def _logprobs(self, policy: Policy, batch: PackedBatch) -> Tensor:
+        logprobs, _ = linear_logprobs(
+            policy.hidden(batch),
+            policy.head.weight,
+            batch.targets,
+            bias=policy.head.bias,
+            temperature=self.config.temperature,
+        )
+        return logprobs
+
+
+def training_rows(
+    batch: RolloutBatch, advantages: Sequence[float], *, mask_truncated: bool
+) -> list[TrainingRow]:
+    """The completions of a batch as rows to learn from; ones without a reward are left out."""
+    rows = []
+    flat = iter(advantages)
+    for group in batch.groups:
+        for completion, reward in zip(group.completions, group.rewards, strict=True):
+            advantage = next(flat)
+            if reward is None or not completion.token_ids:
+                continue
+            rows.append(
+                TrainingRow(
+                    prompt_ids=group.sample.prompt_ids,
+                    token_ids=completion.token_ids,
+                    sampling_logprobs=completion.sampling_logprobs,
+                    advantage=float(advantage),
+                    trained=not (mask_truncated and completion.finish_reason == "length"),
+                )
+            )
+    return rows
+
+
+def loss_spec(config: Config, divisors: Divisors | None = None) -> PolicyLossSpec:
+    """The policy loss that the settings describe; with `divisors` it may be split over calls."""
+    spec = PolicyLossSpec(
+        loss_type=config.loss_type,
+        temperature=config.temperature,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high,
+        delta=config.delta,
+        beta=config.beta,
+        kl_estimator=config.kl_estimator,
+        entropy_coef=config.entropy_coef,
+        max_completion_length=config.max_completion_length,
+    )
+    if divisors is None:
+        return spec
+    by_token = spec.token_aggregation == "token-mean"
+    return replace(
+        spec,
+        normalizer=float(divisors.tokens if by_token else divisors.completions),
+        entropy_normalizer=float(divisors.tokens),
+    )
+
+
+def _minibatches(rows: Sequence[TrainingRow], count: int, seed: str) -> list[list[TrainingRow]]:
+    """Split rows into `count` parts at random; each part keeps the rows in their order."""
+    if count == 1:
+        return [list(rows)]
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    parts = [sorted(order[i::count]) for i in range(count)]
+    return [[rows[i] for i in part] for part in parts if part]
