@@ -7,6 +7,7 @@ in the text: no nested quantifiers, no recursion, no conversion of digits.
 from __future__ import annotations
 
 import re
+from collections import deque
 
 _TIDY = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
 _TIDY |= {0x2212: "-", 0x2013: "-", 0x3000: " ", 0x00A0: " ", 0x2009: " ", 0x202F: " "}
@@ -82,9 +83,7 @@ def extract_answer(completion: str) -> str | None:
 
 
 def _after_answer_is(text: str) -> str | None:
-    marker = None
-    for marker in _ANSWER_IS.finditer(text):
-        pass
+    marker = _last_match(_ANSWER_IS, text)
     if marker is None:
         return None
     phrase = text[marker.end() : marker.end() + _MAX_PHRASE].lstrip(" \t*:=")
@@ -103,10 +102,12 @@ def _first_sentence(phrase: str) -> str:
 
 
 def _last_number(text: str) -> str | None:
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
-    return last.group() if last else None
+    number = _last_match(_NUMBER, text)
+    return number.group() if number else None
+
+
+def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def extract_choice(completion: str, letters: str) -> str | None:

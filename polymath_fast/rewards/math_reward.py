@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from polymath_fast.errors import UserError
 from polymath_fast.rewards.contract import RewardInput, Scores
@@ -14,6 +15,10 @@ from polymath_fast.rewards.pool import Outcome, WorkerPool, cores
 MEMORY_BYTES = 2**30
 REMEMBERED_ANSWERS = 100_000
 BUDGET_IN_TIMEOUTS = 12
+Pair = tuple[str, str]
+"""(answer, gold)"""
+Verdict = tuple[float, bool]
+"""(score, whether verification was cut off for its time or memory)"""
 _EXPENSIVE = ("^", "!", r"\binom", r"\sum", r"\prod", r"\int", r"\lim", "matrix")
 
 
@@ -32,7 +37,7 @@ class MathReward:
             size=min(4, cores()),
             limits={"RLIMIT_AS": MEMORY_BYTES, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0},
         )
-        self._verdicts: OrderedDict[tuple[str, str], tuple[float, bool]] = OrderedDict()
+        self._verdicts: OrderedDict[Pair, Verdict] = OrderedDict()
         self._lock = threading.Lock()
 
     def score(self, batch: RewardInput) -> Scores:
@@ -41,31 +46,17 @@ class MathReward:
         answers = [extract_answer(completion) for completion in batch.completions]
         return self.score_answers(answers, golds)
 
-    def score_answers(self, answers: list[str | None], golds: list[str]) -> Scores:
+    def score_answers(self, answers: Sequence[str | None], golds: Sequence[str]) -> Scores:
         """Scores extracted answers; None (no answer found) scores 0."""
-        pairs = [
-            None if answer is None else (answer, gold)
-            for answer, gold in zip(answers, golds, strict=True)
-        ]
-        unsettled: dict[tuple[str, str], None] = {}
-        verdicts: dict[tuple[str, str], tuple[float, bool]] = {}
-        for pair in {pair: None for pair in pairs if pair is not None}:
-            known = self._recall(pair)
-            equal = settle(*pair) if known is None else None
-            if known is not None:
-                verdicts[pair] = known
-            elif equal is not None:
-                verdicts[pair] = (float(equal), False)
-            else:
-                unsettled[pair] = None
-        broken = self._verify(list(unsettled), verdicts)
+        pairs = list(zip(answers, golds, strict=True))
+        distinct = {pair: None for pair in pairs if pair[0] is not None}
+        verdicts = {pair: self._cheap_verdict(*pair) for pair in distinct}
+        broken = self._verify(verdicts)
         scores = Scores(values=[])
         for index, pair in enumerate(pairs):
-            if pair is not None and pair in broken:
+            if pair in broken:
                 scores.failures[index] = broken[pair]
-                scores.values.append(None)
-                continue
-            value, cut_off = (0.0, False) if pair is None else verdicts[pair]
+            value, cut_off = verdicts.get(pair) or (None if pair in broken else 0.0, False)
             scores.values.append(value)
             scores.timeouts += cut_off
         return scores
@@ -83,14 +74,20 @@ class MathReward:
             )
         return [unwrap(str(gold)) for gold in golds]
 
-    def _verify(
-        self,
-        pairs: list[tuple[str, str]],
-        verdicts: dict[tuple[str, str], tuple[float, bool]],
-    ) -> dict[tuple[str, str], str]:
-        """Adds the workers' verdicts to `verdicts`; returns the pairs that workers died of."""
+    def _cheap_verdict(self, answer: str, gold: str) -> Verdict | None:
+        """The verdict where it is remembered or text and numbers decide, else None."""
+        with self._lock:
+            if (answer, gold) in self._verdicts:
+                self._verdicts.move_to_end((answer, gold))
+                return self._verdicts[answer, gold]
+        equal = settle(answer, gold)
+        return None if equal is None else (float(equal), False)
+
+    def _verify(self, verdicts: dict[Pair, Verdict | None]) -> dict[Pair, str]:
+        """Fills in the missing verdicts with the workers'; returns the pairs that workers died
+        of, and how."""
         # cheap ones first: a batch full of traps must not use up the budget of honest answers
-        pairs.sort(key=lambda pair: (sum(map(pair[0].count, _EXPENSIVE)), len(pair[0])))
+        pairs = sorted((pair for pair, known in verdicts.items() if known is None), key=_expense)
         outcomes = self.pool.run(
             [{"answer": answer, "gold": gold} for answer, gold in pairs],
             self.timeout,
@@ -100,26 +97,24 @@ class MathReward:
         for pair, outcome in zip(pairs, outcomes, strict=True):
             if outcome.status == "died":
                 broken[pair] = f"the verifier's worker process died ({outcome.detail})"
-                continue
-            verdicts[pair] = _verdict(outcome)
-            self._remember(pair, verdicts[pair])
+            else:
+                verdicts[pair] = _verdict(outcome)
+                self._remember(pair, verdicts[pair])
         return broken
 
-    def _recall(self, pair: tuple[str, str]) -> tuple[float, bool] | None:
-        with self._lock:
-            if pair in self._verdicts:
-                self._verdicts.move_to_end(pair)
-            return self._verdicts.get(pair)
-
-    def _remember(self, pair: tuple[str, str], verdict: tuple[float, bool]) -> None:
+    def _remember(self, pair: Pair, verdict: Verdict) -> None:
         with self._lock:
             self._verdicts[pair] = verdict
             while len(self._verdicts) > REMEMBERED_ANSWERS:
                 self._verdicts.popitem(last=False)
 
 
-def _verdict(outcome: Outcome) -> tuple[float, bool]:
-    """(score, whether verification was cut off for its time or memory)."""
+def _expense(pair: Pair) -> tuple[int, int]:
+    answer = pair[0]
+    return sum(map(answer.count, _EXPENSIVE)), len(answer)
+
+
+def _verdict(outcome: Outcome) -> Verdict:
     if outcome.status == "timeout" or outcome.value == "memory":
         return 0.0, True
     return float(outcome.value == "equal"), False

@@ -119,9 +119,17 @@ class WorkerProcess:
         elif gone:
             self._dead = True
         elif not is_open:
-            self.kill("it closed its channel")
+            self._await_end()
         elif len(self._inbox) > _MAX_REPLY:
             self.kill("its reply was too long")
+
+    def _await_end(self) -> None:
+        """A closed channel is mostly the first sign of an end; the exit code follows at once."""
+        try:
+            self._process.wait(timeout=1.0)
+            self._dead = True
+        except subprocess.TimeoutExpired:
+            self.kill("it closed its channel")
 
     def _receive(self, line: bytes) -> None:
         self._inbox.clear()

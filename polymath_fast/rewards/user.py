@@ -123,7 +123,8 @@ class UserReward:
         for index in range(len(batch)):
             single = self.score(batch.take(index))
             scores.values.extend(single.values)
-            scores.failures.update({index: why for why in single.failures.values()})
+            if single.failures:
+                scores.failures[index] = single.failures[0]
             if len(scores.failures) > MAX_FAILED_SHARE * len(batch):
                 raise UserError(
                     f"--reward {self.name} failed on {len(scores.failures)} of {index + 1} "
@@ -143,7 +144,8 @@ def _plain(values: Sequence[Any], column: str) -> list[Any]:
 
 
 def _plain_value(value: Any, column: str) -> Any:
-    """`value` as JSON can carry it; numpy arrays and scalars as lists and numbers, dates as text."""
+    """`value` as JSON can carry it: numpy arrays and scalars as lists and numbers, dates as
+    text."""
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if isinstance(value, Mapping):
