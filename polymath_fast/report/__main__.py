@@ -1,0 +1,27 @@
+"""`python -m polymath_fast.report RUN_DIR`: writes the page and prints where it is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from polymath_fast.errors import UserError
+from polymath_fast.report import write_report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for a user error."""
+    parser = argparse.ArgumentParser(prog="python -m polymath_fast.report", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="output folder of a run, also one in progress")
+    options = parser.parse_args(arguments)
+    try:
+        print(write_report(options.run_dir))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
