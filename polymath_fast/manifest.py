@@ -36,9 +36,8 @@ def write(folder: Path, **fields: object) -> None:
                 "sha256": _sha256(path),
             }
             fsync(path)
-    content = {"format": FORMAT, **fields, "files": files}
     target = folder / NAME
-    target.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    target.write_text(seal({"format": FORMAT, **fields, "files": files}), encoding="utf-8")
     fsync(target)
     for directory in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         fsync(directory)
@@ -62,6 +61,13 @@ def verify(folder: Path, *, hashes: bool = True) -> dict:
     return content
 
 
+def seal(content: dict) -> str:
+    """The text of a manifest: `content` and its own sha256, so that a flipped bit shows."""
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True) + "\n"
+
+
 def fsync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -77,10 +83,11 @@ def fsync(path: Path) -> None:
 
 def _read(folder: Path) -> dict:
     try:
-        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        text = (folder / NAME).read_text(encoding="utf-8")
+        content = json.loads(text)
     except FileNotFoundError:
         raise TornFolder(f"{NAME} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TornFolder(f"{NAME} cannot be read ({error})") from None
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise TornFolder(f"{NAME} lists no files")
@@ -88,6 +95,8 @@ def _read(folder: Path) -> dict:
         raise TornFolder(
             f"{NAME} has format {content.get('format')!r}; this version reads format {FORMAT}"
         )
+    if text != seal(content):
+        raise TornFolder(f"{NAME} is not what was saved")
     return content
 
 
