@@ -147,7 +147,7 @@ def _distinct(
             yield problem
     if total > len(seen):
         notify(
-            f"{dataset}: {total} rows, {len(seen)} of them distinct, and each of those is one sample; "
+            f"{dataset}: {total} rows, {len(seen)} of them distinct, and each such is a sample; "
             "--groups-per-step says how many groups a step asks"
         )
 

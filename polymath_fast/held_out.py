@@ -1,0 +1,58 @@
+"""Makes the held-out problems of the shipped sample `rectangle`: other products of two numbers.
+
+python -m polymath_fast.held_out [FILE] writes the file that ships with the package. No problem
+shares a number, or the product, with the training sample, so a right answer was not memorised.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+from polymath_fast.sources import SHIPPED
+
+TRAINED = (24, 15)
+COUNT = 60
+_SEED = 20250
+_WORDINGS = (
+    "A rectangle has a length of {a} and a width of {b}. What is its area?",
+    "A rectangular garden is {a} metres long and {b} metres wide. What is its area?",
+    "What is {a} times {b}?",
+    "A box holds {b} pens. How many pens are in {a} boxes?",
+    "A hall has {a} rows of {b} chairs. How many chairs are there?",
+    "A ticket costs {b} dollars. How many dollars do {a} tickets cost?",
+)
+
+
+def problems() -> list[dict[str, str]]:
+    """The held-out problems, always the same: `COUNT` products of a in 11..40 and b in 6..19."""
+    generator = random.Random(_SEED)
+    pairs = [
+        (a, b)
+        for a in range(11, 41)
+        for b in range(6, 20)
+        if a > b and not {a, b} & set(TRAINED) and a * b != TRAINED[0] * TRAINED[1]
+    ]
+    rows = []
+    for number, (a, b) in enumerate(generator.sample(pairs, COUNT)):
+        wording = _WORDINGS[number % len(_WORDINGS)]
+        rows.append({"problem": wording.format(a=a, b=b), "answer": str(a * b)})
+    return rows
+
+
+def render() -> str:
+    """The problems as the text of a jsonl file."""
+    return "".join(json.dumps(row) + "\n" for row in problems())
+
+
+def main(args: list[str]) -> None:
+    """Write the file to the path in `args`, or to its place in the package."""
+    path = Path(args[0]) if args else SHIPPED / "rectangle_held_out.jsonl"
+    path.write_text(render(), encoding="utf-8")
+    print(f"wrote {COUNT} problems to {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
