@@ -14,9 +14,8 @@ from polymath_fast.rewards.extraction import last_box, tidy
 MAX_CHARS, MAX_DIGITS, MAX_NESTING = 300, 200, 20
 REL_TOLERANCE = 1e-4
 
-_SPACING = re.compile(
-    r"\\(?:left|right|displaystyle|limits|quad|qquad)(?![A-Za-z])|\\[!,;: ]|~|\{,\}"
-)
+_SPACING = re.compile(r"\\(?:left|right|displaystyle|limits|quad|qquad)(?![A-Za-z])|\\[!,;: ]|~")
+_TIGHT_COMMA = re.compile(r"\{,\}|,\\!\s*")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\{([^{}]*)\}")
 _UNIT_AFTER_NUMBER = re.compile(
     r"([0-9}])\s*\\(?:text|textbf|mathrm|mbox|operatorname)\{[^{}0-9]*(?:\^\{?[0-9]\}?)?[^{}0-9]*\}"
@@ -34,6 +33,7 @@ _UNIT_WORD_AFTER_NUMBER = re.compile(
 )
 _DEGREES = re.compile(r"\^\{?\s*\\circ\s*\}?|\\degree\b|\xb0|\\deg\b")
 _SHORT_FRACTION = re.compile(r"\\frac\s*([0-9a-z])\s*([0-9a-z])|\\frac\s*([0-9a-z])\s*\{")
+_HALF_SHORT_FRACTION = re.compile(r"\\frac\{([^{}]*)\}\s*([0-9a-z])")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-z])")
 _THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _ASSIGNMENT = re.compile(r"[a-z]\w{0,2}(?:_\{?\w\}?)?(?:\([a-z]\))?=")
@@ -64,12 +64,13 @@ def normalise(answer: str) -> str:
     text = unwrap(answer).rstrip(".,; ")
     text = text.replace(r"\$", "").replace("$", "").replace("\\dfrac", "\\frac")
     text = text.replace("\\tfrac", "\\frac").replace("\\%", "%").replace("\u03c0", "\\pi ")
-    text = _SPACING.sub(" ", text.replace("{,}", "")).strip()
+    text = _SPACING.sub(" ", _TIGHT_COMMA.sub(",", text)).strip()
     text = _DEGREES.sub("", text).strip()
     text = _UNIT_AFTER_NUMBER.sub(r"\1", text)
     text = _WRAPPED.sub(r"\1", text).strip()
     text = _UNIT_WORD_AFTER_NUMBER.sub(r"\1", text)
     text = _SHORT_FRACTION.sub(_spell_fraction, text)
+    text = _HALF_SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
     text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
