@@ -44,8 +44,9 @@ def printable(text: str, limit: int | None = None) -> str:
 class SafeStream:
     """A text stream that goes silent, instead of raising, once nobody reads it any more."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        # Python sets sys.stdout to None when the process was started with it closed.
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
         self.alive = True
 
     @property

@@ -127,17 +127,22 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
 
 def resume_command(run_dir: Path) -> str:
     """The shell command that continues the run, quoted for names with spaces."""
-    folder = Path(run_dir)
+    folder = _as_argument(run_dir)
     words = [
-        *("python", "-m", "polymath_fast.train", "--config", str(folder / "config.toml")),
-        *("--output-dir", str(folder), "--resume", "auto"),
+        *("python", "-m", "polymath_fast.train", "--config", f"{folder}/config.toml"),
+        *("--output-dir", folder, "--resume", "auto"),
     ]
     return shlex.join(words)
 
 
 def evaluate_command(checkpoint: Path) -> str:
     """The shell command that scores a checkpoint."""
-    return shlex.join(["python", "-m", "polymath_fast.evaluate", "--model", str(checkpoint)])
+    words = ["python", "-m", "polymath_fast.evaluate", "--model", _as_argument(checkpoint)]
+    return shlex.join(words)
+
+
+def _as_argument(path: Path) -> str:
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def _is_run(run_dir: Path, names: set[str]) -> bool:

@@ -71,14 +71,16 @@ class Tracker:
             self._warn_once(f"did not finish within {CLOSE_TIMEOUT:.0f} s")
 
     def _work(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        rows = iter(self._rows.get, None)
         try:
             log, finish = CONNECT[self.name](run_dir, config, self._say)
-            while (row := self._rows.get()) is not None:
+            for row in rows:
                 log(*row)
             finish()
         except (Exception, SystemExit) as error:
             self._warn_once(f"failed and is off from here on ({redact(repr(error))})")
-            while self._rows.get() is not None:
+            # An iterator that has seen the end stays at its end; else this empties the queue.
+            for _ in rows:
                 pass
 
     def _warn_once(self, what: str) -> None:

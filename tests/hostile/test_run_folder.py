@@ -1,0 +1,231 @@
+"""Output folders that cannot be one, and two runs that want the same one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from polymath_fast import run_folder
+from polymath_fast.errors import UserError
+from polymath_fast.run_folder import LOCK_FILE, RunLock, prepare
+
+
+def earlier_run(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / LOCK_FILE).touch()
+    (path / "config.toml").write_text("seed = 0\n")
+    (path / "metrics.jsonl").write_text('{"step": 1}\n')
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "new",
+        "a/b/c",
+        "with space",
+        "\u00fcn\u00efc\u00f6de \u4f60\u597d",
+        "new\nline",
+        "-dash",
+        "$(x)",
+    ],
+)
+def test_new_folder_of_any_name(tmp_path, name):
+    run_dir = prepare(str(tmp_path / name), resume=None)
+    assert run_dir.is_dir() and str(run_dir) == str(tmp_path / name)
+    with RunLock(run_dir):
+        assert [path.name for path in run_dir.iterdir()] == [LOCK_FILE]
+    words = shlex.split(run_folder.resume_command(run_dir))
+    assert words[:3] == ["python", "-m", "polymath_fast.train"]
+    assert words[words.index("--output-dir") + 1] == str(run_dir)
+    assert words[words.index("--config") + 1] == str(run_dir / "config.toml")
+
+
+def test_command_for_a_name_that_looks_like_a_flag():
+    words = shlex.split(run_folder.resume_command(Path("-dash")))
+    assert not {"-dash", "-dash/config.toml"} & set(words)
+    assert words[words.index("--output-dir") + 1] == "./-dash"
+
+
+def test_default_name_is_the_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = prepare(None, resume=None)
+    assert run_dir.parent == Path("runs") and run_dir.is_dir()
+    time.strptime(run_dir.name, "%Y%m%d-%H%M%S")
+
+
+def test_empty_folder_and_resume_auto_in_a_new_one(tmp_path):
+    assert prepare(str(tmp_path), resume=None) == tmp_path
+    assert prepare(str(tmp_path / "new"), resume="auto").is_dir()
+
+
+def test_folder_of_a_run_that_ended_before_its_first_step(tmp_path):
+    (tmp_path / LOCK_FILE).touch()
+    (tmp_path / "config.toml").touch()
+    assert prepare(str(tmp_path), resume=None) == tmp_path
+
+
+def test_earlier_run_needs_resume(tmp_path):
+    run_dir = earlier_run(tmp_path / "my run")
+    (tmp_path / "my run-2").mkdir()
+    with pytest.raises(UserError, match="--resume auto") as caught:
+        prepare(str(run_dir), resume=None)
+    assert shlex.quote(f"{run_dir}-3") in str(caught.value)
+    assert prepare(str(run_dir), resume="auto") == run_dir
+
+
+def test_copied_run_without_its_lock_file_is_still_a_run(tmp_path):
+    run_dir = earlier_run(tmp_path / "copy")
+    (run_dir / LOCK_FILE).unlink()
+    assert prepare(str(run_dir), resume="auto") == run_dir
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_foreign_folder_is_refused_and_left_alone(tmp_path, resume):
+    for name in ("a.txt", "config.toml", "thesis.tex", "z.txt"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=r"a\.txt, config\.toml, thesis\.tex, \.\.\.") as caught:
+        prepare(str(tmp_path), resume=resume)
+    assert f"{tmp_path}-2" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("a.txt", "config.toml", "thesis.tex", "z.txt"),
+    ]
+
+
+def test_current_folder_with_foreign_files(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "..", "./"):
+        with pytest.raises(UserError, match="for example .*run-2"):
+            prepare(name, resume=None)
+
+
+def test_file_instead_of_folder(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(UserError, match=f"{path} is a file.*for example {path}-run"):
+        prepare(str(path), resume=None)
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare(str(path / "below"), resume=None)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["nul\0byte", "x" * 300, "loop/run"])
+def test_impossible_names(tmp_path, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="cannot be written .*for example runs/first"):
+        prepare(str(tmp_path / name), resume=None)
+
+
+def as_nobody(action) -> int:
+    """Exit status of `action` in a child without root's rights."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            if os.geteuid() == 0:
+                os.setegid(65534)
+                os.seteuid(65534)
+            code = action()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("below", ["", "new"])
+def test_read_only_folder(tmp_path, below):
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        os.chmod(folder, 0o755)
+    os.chmod(tmp_path, 0o555)
+
+    def refuse() -> int:
+        try:
+            with RunLock(prepare(str(tmp_path / below), resume=None)):
+                return 1
+        except UserError as error:
+            return 42 if "Permission denied" in str(error) else 2
+
+    assert as_nobody(refuse) == 42
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_second_run_in_the_same_folder(tmp_path):
+    in_use = rf"in use by another run \(pid {os.getpid()} on"
+    with RunLock(tmp_path), pytest.raises(UserError, match=in_use):
+        RunLock(tmp_path).acquire()
+    with RunLock(tmp_path):
+        pass
+
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from polymath_fast.run_folder import RunLock
+RunLock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_lock_dies_with_a_killed_run(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"pid {holder.pid} on .*{tmp_path}-2"):
+            RunLock(tmp_path).acquire()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_forked_worker_does_not_keep_the_folder_locked(tmp_path):
+    lock = RunLock(tmp_path).acquire()
+    ready, stop = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(ready[1], b"x")
+        os.read(stop[0], 1)
+        os._exit(0)
+    try:
+        os.read(ready[0], 1)
+        lock.release()
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.write(stop[1], b"x")
+        os.waitpid(child, 0)
+        for descriptor in (*ready, *stop):
+            os.close(descriptor)
+
+
+def test_lock_file_with_garbage_still_locks(tmp_path):
+    with RunLock(tmp_path):
+        (tmp_path / LOCK_FILE).write_bytes(b"\xff\x00 not json")
+        with pytest.raises(UserError, match="pid unknown"):
+            RunLock(tmp_path).acquire()
+
+
+def test_filesystem_without_locks_is_said_aloud(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", unsupported)
+    with pytest.warns(UserWarning, match="no locks"), RunLock(tmp_path):
+        pass
+
+
+def test_folder_that_vanished(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        RunLock(tmp_path / "gone").acquire()
