@@ -130,4 +130,6 @@ def learning_rate_at(step: int, config: Config) -> float:
     if config.lr_schedule == "constant":
         return config.learning_rate
     span = max(1, config.max_steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / span))
+    return (
+        config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / span))
+    )

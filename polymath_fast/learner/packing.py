@@ -1,7 +1,7 @@
 """Ragged completions of shared prompts as one row of tokens, without padding.
 
-A packed row holds, for every distinct prompt, [prompt | completion_1 | ... | completion_B]. The last
-token of a completion predicts nothing, so it is a target but never an input.
+A packed row holds, for every distinct prompt, [prompt | completion_1 | ... | completion_B]. The
+last token of a completion predicts nothing, so it is a target but never an input.
 
 Legend: T rows that enter the model, N completion tokens (targets), B completions.
 """
@@ -65,9 +65,10 @@ class PackedBatch:
 
 
 def split_rows(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of `rows` for each micro-batch: at most `max_tokens` model rows, prompts counted once.
+    """Indices of `rows` for each micro-batch: at most `max_tokens` rows of the model each.
 
-    Order is kept. A row that is longer than `max_tokens` by itself gets a micro-batch of its own.
+    A prompt counts once for all its completions in a micro-batch. Order is kept. A completion that
+    is longer than `max_tokens` by itself gets a micro-batch of its own.
     """
     chunk: list[int] = []
     used, prompts = 0, set()

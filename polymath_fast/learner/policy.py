@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,8 +68,8 @@ def _check_supported(config: object) -> None:
     if getattr(config, "use_sliding_window", False) or kinds - {"full_attention"}:
         raise UserError(
             f"{family!r} with layers {sorted(kinds)} uses sliding-window attention, which the "
-            "shared-prompt learner does not compute; set use_sliding_window to false in config.json "
-            "if the context is shorter than the window"
+            "shared-prompt learner does not compute; set use_sliding_window to false in "
+            "config.json if the context is shorter than the window"
         )
 
 
@@ -109,6 +110,10 @@ class Policy:
             packed=batch,
         ).last_hidden_state  # (1, T, H)
         return states[0].index_select(0, batch.hidden_rows)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, live weight) of every parameter; a tied head appears once."""
+        return self.model.named_parameters()
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder: weights (safetensors), config, tokenizer."""

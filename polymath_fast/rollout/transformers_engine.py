@@ -117,9 +117,9 @@ class TransformersEngine:
                 kept = alive.nonzero()[:, 0]
                 kv.keep(kept.to(device))
                 rows, drawn, alive = rows[kept], drawn[kept], alive[kept]
-            hidden = self._hidden(
-                drawn[:, None].to(device), kv.positions[:, None].to(device), kv
-            )[:, 0]
+            hidden = self._hidden(drawn[:, None].to(device), kv.positions[:, None].to(device), kv)[
+                :, 0
+            ]
             kv.advance()
         return [self._completion(tokens[i], logprobs[i], int(lengths[i])) for i in range(wave)]
 

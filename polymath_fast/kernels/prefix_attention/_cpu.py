@@ -1,8 +1,8 @@
 """CPU: flash-attention pieces of torch, merged by log-sum-exp, with an exact backward.
 
-The prompt's keys and values are read in place by all completions at once; nothing is repeated and no
-(T, T) mask exists. Each piece's backward gets the MERGED output and log-sum-exp, so it sees the true
-probabilities and its gradients just add up (the algebra of ring attention).
+The prompt's keys and values are read in place by all completions at once; nothing is repeated and
+no (T, T) mask exists. Each piece's backward gets the MERGED output and log-sum-exp, so it sees the
+true probabilities and its gradients just add up (the algebra of ring attention).
 """
 
 from __future__ import annotations

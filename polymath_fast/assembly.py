@@ -1,0 +1,211 @@
+"""The parts of a run, built from its settings in the order in which mistakes are cheapest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polymath_fast import checkpoint, models, rewards, rollout, run_folder, samples, sources
+from polymath_fast.config import Config
+from polymath_fast.errors import UserError
+from polymath_fast.monitor import Monitor
+from polymath_fast.rewards import RewardSet
+from polymath_fast.samples import Sample
+
+
+@dataclass
+class Inputs:
+    """What can be checked before any weight is loaded."""
+
+    model_dir: Path
+    tokenizer: Any
+    samples: list[Sample]
+    held_out: dict[str, list[Sample]]
+    rewards: RewardSet
+    engine_name: str
+    engine_reason: str
+    device: str
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest prompt; the completion comes on top."""
+        asked = [*self.samples, *(s for group in self.held_out.values() for s in group)]
+        return max(len(sample.prompt_ids) for sample in asked)
+
+
+@dataclass
+class Parts:
+    """Everything the training loop works with."""
+
+    inputs: Inputs
+    run_dir: Path
+    monitor: Monitor
+    learner: Any
+    engine: Any
+    identity: dict[str, Any]
+    steps_done: int
+
+
+def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs:
+    """Model folder, tokenizer, samples, rewards and engine choice; raises UserError."""
+    engine_name, engine_reason = rollout.choose_engine(config.engine)
+    if engine_name == "vllm":
+        from polymath_fast.rollout.vllm_engine import check_version
+
+        check_version()
+    model_dir = models.resolve_model(config.model, config.revision, notify)
+    tokenizer = samples.load_tokenizer(model_dir)
+    context = models.context_length(model_dir)
+    trained = samples.from_config(config, tokenizer, context_length=context, notify=notify)
+    held_out = {
+        name: samples.from_config(
+            config, tokenizer, context_length=context, dataset=dataset, notify=notify
+        )
+        for name, dataset in _evaluation_datasets(config).items()
+    }
+    inputs = Inputs(
+        model_dir=model_dir,
+        tokenizer=tokenizer,
+        samples=trained,
+        held_out=held_out,
+        rewards=rewards.build(config.reward, config.reward_weights, config.reward_timeout),
+        engine_name=engine_name,
+        engine_reason=engine_reason,
+        device=_device(config.device),
+    )
+    _check_microbatch(config, inputs)
+    return inputs
+
+
+@contextmanager
+def build(config: Config) -> Iterator[Parts]:
+    """Lock the run folder, resume if asked, load the learner, start the engine; closes them all."""
+    from polymath_fast.learner.policy import Policy
+    from polymath_fast.learner.step import Learner
+
+    with ExitStack() as stack:
+        run_dir = run_folder.prepare(config.output_dir, resume=config.resume)
+        stack.enter_context(run_folder.RunLock(run_dir))
+        checkpoint.sweep(run_dir)
+        inputs = read_inputs(config)
+        stack.callback(inputs.rewards.close)
+        identity = checkpoint.model_identity(config.model, models.read_config(inputs.model_dir))
+        resumed = _find_checkpoint(config, run_dir, identity)
+        steps_done = resumed.step if resumed else 0
+        config.write(run_dir / "config.toml")
+        monitor = stack.enter_context(
+            Monitor(
+                run_dir, config, config.max_steps, trackers=config.log_to, start_step=steps_done
+            )
+        )
+        monitor.plan(plan(config, inputs, run_dir, steps_done))
+        _set_threads(config)
+        policy = Policy(inputs.model_dir, device=inputs.device)
+        reference = Policy(inputs.model_dir, device=inputs.device) if config.beta else None
+        learner = Learner(policy, config, reference)
+        if resumed:
+            learner.optimizer.load(resumed.tensors(), resumed.state["updates"])
+        monitor.phase("start the engine")
+        engine = rollout.build_engine(
+            inputs.engine_name,
+            model_dir=inputs.model_dir,
+            policy=policy,
+            stop_token_ids=rollout.stop_token_ids(inputs.model_dir, inputs.tokenizer),
+            max_model_len=inputs.max_model_len + config.max_completion_length,
+            max_num_seqs=min(256, config.num_generations * config.groups_per_step),
+            device=inputs.device,
+            seed=config.seed,
+            kv_cache_gib=config.kv_cache_gib,
+            threads=config.threads,
+        )
+        stack.callback(engine.close)
+        if resumed:
+            engine.weights.push(policy.named_weights(), learner.optimizer.updates)
+        yield Parts(inputs, run_dir, monitor, learner, engine, identity, steps_done)
+
+
+def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) -> dict[str, Any]:
+    """What is about to happen, for people."""
+    sample = inputs.samples[0]
+    rollouts = config.num_generations * config.groups_per_step
+    facts = {
+        "model": f"{config.model} on {inputs.device}",
+        "sample": f"{sample.problem}  ->  {sample.answer}"
+        if len(inputs.samples) == 1
+        else f"{len(inputs.samples)} samples from {config.dataset}",
+        "held out": ", ".join(f"{len(v)} problems ({k})" for k, v in inputs.held_out.items()),
+        "engine": f"{inputs.engine_name} ({inputs.engine_reason})",
+        "a step": f"{config.groups_per_step} group(s) x {config.num_generations} completions = "
+        f"{rollouts} of at most {config.max_completion_length} tokens, "
+        f"{config.updates_per_batch} update(s)",
+        "loss": f"{config.loss_type}, lr {config.learning_rate:g}, T {config.temperature:g}, "
+        f"beta {config.beta:g}",
+        "steps": f"{config.max_steps}" + (f", {steps_done} done" if steps_done else ""),
+    }
+    if run_dir is not None:
+        facts["run folder"] = run_dir
+    return {name: value for name, value in facts.items() if value != ""}
+
+
+def _evaluation_datasets(config: Config) -> dict[str, str]:
+    """Name -> data set of everything that is scored before, during and after training."""
+    if config.eval_dataset is None:
+        dataset = sources.held_out(config.dataset)
+        return {"held_out": dataset} if dataset else {}
+    named = {}
+    for entry in config.eval_dataset:
+        dataset, _, name = entry.partition("=")
+        name = name or Path(dataset.removeprefix("shipped:")).stem
+        if name in named:
+            raise UserError(
+                f"--eval-dataset: two sets are called {name!r}; name one of them, "
+                f"e.g. {dataset}={name}_2"
+            )
+        named[name] = dataset
+    return named
+
+
+def _find_checkpoint(config: Config, run_dir: Path, identity: dict[str, Any]):
+    if config.resume is None:
+        return None
+    found = checkpoint.resume(
+        config.resume, run_dir, on_skip=lambda path, why: print(f"skipped {path}: {why}")
+    )
+    if found is None:
+        return None
+    found.require_model(identity)
+    if found.step >= config.max_steps:
+        raise UserError(
+            f"--max-steps {config.max_steps}: the checkpoint {found.path} has done {found.step} "
+            f"steps already; --max-steps {found.step + 10} goes on"
+        )
+    return found
+
+
+def _check_microbatch(config: Config, inputs: Inputs) -> None:
+    longest = max(len(sample.prompt_ids) for sample in inputs.samples)
+    needed = longest + config.max_completion_length
+    if config.tokens_per_microbatch < needed:
+        raise UserError(
+            f"--tokens-per-microbatch {config.tokens_per_microbatch} cannot hold one prompt and "
+            f"one completion ({longest} + {config.max_completion_length} tokens); {needed} works"
+        )
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
+    return "cuda" if available and asked != "cpu" else "cpu"
+
+
+def _set_threads(config: Config) -> None:
+    import torch
+
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))

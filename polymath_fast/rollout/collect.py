@@ -1,0 +1,118 @@
+"""One step's rollouts: which groups are asked, what was sampled, what it looks like in numbers."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+
+from polymath_fast.config import Config
+from polymath_fast.rewards import RewardResult, RewardSet
+from polymath_fast.rollout import Engine
+from polymath_fast.rollout.types import Completion, Group, RolloutBatch, SamplingOptions
+from polymath_fast.samples import Sample
+
+
+def derived_seed(seed: int, purpose: str, step: int) -> int:
+    """A 32-bit seed for one use in one step, so that a resumed run draws what it would have."""
+    return zlib.crc32(f"{seed}/{purpose}/{step}".encode())
+
+
+def samples_of_step(samples: Sequence[Sample], step: int, config: Config) -> list[Sample]:
+    """The sample of every group of step 1, 2, ...: all are asked once before any is asked again."""
+    first = (step - 1) * config.groups_per_step
+    chosen = []
+    for position in range(first, first + config.groups_per_step):
+        epoch, index = divmod(position, len(samples))
+        order = list(range(len(samples)))
+        random.Random(f"{config.seed}/{epoch}").shuffle(order)
+        chosen.append(samples[order[index]])
+    return chosen
+
+
+def sample_groups(engine: Engine, samples: Sequence[Sample], step: int, config: Config):
+    """Ask each sample for `num_generations` completions; a prompt asked several times is one
+    request, so that the engine computes it once."""
+    sampling = SamplingOptions(
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        seed=derived_seed(config.seed, "rollout", step),
+    )
+    times = Counter(sample.prompt_ids for sample in samples)
+    pools: dict[tuple[int, ...], list[Completion]] = {}
+    alike = defaultdict(list)
+    for prompt_ids, count in times.items():
+        alike[count].append(prompt_ids)
+    for count, prompts in alike.items():
+        drawn = engine.generate_many(prompts, count * config.num_generations, sampling)
+        pools.update(zip(prompts, drawn, strict=True))
+    groups = []
+    for sample in samples:
+        pool = pools[sample.prompt_ids]
+        taken, pools[sample.prompt_ids] = (
+            pool[: config.num_generations],
+            pool[config.num_generations :],
+        )
+        groups.append(Group(sample=sample, completions=taken))
+    return RolloutBatch(groups=groups)
+
+
+def score_groups(batch: RolloutBatch, rewards: RewardSet, tokenizer: object) -> RewardResult:
+    """Decode the completions and give every group its texts and rewards."""
+    completions = batch.completions
+    texts = tokenizer.batch_decode(
+        [list(c.token_ids) for c in completions], skip_special_tokens=True
+    )
+    owners = [group.sample for group in batch.groups for _ in group.completions]
+    names = set().union(*(sample.columns for sample in owners))
+    columns = {name: [sample.columns.get(name) for sample in owners] for name in sorted(names)}
+    result = rewards.score(
+        [sample.prompt for sample in owners],
+        texts,
+        [list(c.token_ids) for c in completions],
+        columns | {"answer": [sample.answer for sample in owners]},
+    )
+    start = 0
+    for group in batch.groups:
+        span = slice(start, start + len(group.completions))
+        group.texts, group.rewards = texts[span], result.total[span]
+        start = span.stop
+    return result
+
+
+def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """Rewards and completions of one scored batch in numbers."""
+    completions = batch.completions
+    rewards = [r for group in batch.groups for r in group.rewards if r is not None]
+    count = len(completions)
+    return {
+        "reward/mean": fmean(rewards),
+        "reward/std": pstdev(rewards),
+        "completion/mean_length": batch.num_tokens / count,
+        "completion/truncated_ratio": fmean(c.finish_reason == "length" for c in completions),
+        "completion/distinct_ratio": len({tuple(c.token_ids) for c in completions}) / count,
+    }
+
+
+def completion_rows(batch: RolloutBatch, result: RewardResult) -> list[dict]:
+    """The batch as rows of completions.jsonl."""
+    rows, flat = [], 0
+    for number, group in enumerate(batch.groups):
+        for index, completion in enumerate(group.completions):
+            rows.append(
+                {
+                    "group": number,
+                    "index": index,
+                    "prompt": group.sample.prompt,
+                    "completion": group.texts[index],
+                    "reward": group.rewards[index],
+                    "rewards": {name: values[flat] for name, values in result.per_reward.items()},
+                    "length": len(completion.token_ids),
+                    "finish_reason": completion.finish_reason,
+                    "weight_version": completion.weight_version,
+                }
+            )
+            flat += 1
+    return rows

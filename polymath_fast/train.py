@@ -1,0 +1,195 @@
+"""python -m polymath_fast.train: reinforcement learning with verifiable reward from one sample.
+
+The loop below is the whole algorithm: ask one prompt many times, score the answers, compare each
+with its group, take one gradient step, hand the weights to the sampler. `--help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from polymath_fast import assembly, checkpoint, config, rng
+from polymath_fast.assembly import Parts
+from polymath_fast.config import Config
+from polymath_fast.errors import EngineError, UserError
+from polymath_fast.interrupt import Interrupt
+from polymath_fast.monitor import peak_memory_gib
+
+NONFINITE_LIMIT = 3  # batches in a row without a finite gradient after which a run stops
+
+
+def train(settings: Config) -> int:
+    """Run the training that `settings` describe; returns the exit code."""
+    if settings.dry_run:
+        from polymath_fast.dry_run import dry_run
+
+        return dry_run(settings)
+    with assembly.build(settings) as parts, Interrupt() as interrupt:
+        return _loop(settings, parts, interrupt)
+
+
+def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
+    done, saved, lost = parts.steps_done, None, 0
+    if done == 0:
+        evaluate(settings, parts, 0)
+    try:
+        for step in range(done + 1, settings.max_steps + 1):
+            learned = train_step(settings, parts, step)
+            done = step
+            lost = lost + 1 if learned.get("update/nonfinite") else 0
+            if lost == NONFINITE_LIMIT:
+                raise UserError(
+                    f"the gradient was not finite in {lost} batches in a row (the last is in "
+                    f"{parts.run_dir / 'completions.jsonl'}); no such update reached the weights; "
+                    f"go on with a lower --learning-rate, e.g. {settings.learning_rate / 10:g}"
+                )
+            last = step == settings.max_steps or interrupt.requested
+            if not last and _due(step, settings.eval_every):
+                evaluate(settings, parts, step)
+            if last or _due(step, settings.save_every):
+                saved = save(settings, parts, step)
+            if last:
+                break
+    except EngineError:
+        if done > parts.steps_done:
+            parts.monitor.note(f"saved {save(settings, parts, done)}")
+        raise
+    return finish(settings, parts, done, saved, interrupt)
+
+
+def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
+    """Generate, score, learn, sync: one step of the algorithm. Returns its metrics."""
+    import torch
+
+    from polymath_fast.kernels import group_advantages
+    from polymath_fast.learner.step import training_rows
+    from polymath_fast.rollout import collect
+
+    clock = Clock(parts)
+    samples = collect.samples_of_step(parts.inputs.samples, step, settings)
+    with clock("generate"):
+        batch = collect.sample_groups(parts.engine, samples, step, settings)
+    with clock("score"):
+        scores = collect.score_groups(batch, parts.inputs.rewards, parts.inputs.tokenizer)
+    with clock("learn"):
+        rewards = [math.nan if r is None else r for group in batch.groups for r in group.rewards]
+        advantages = group_advantages(
+            torch.tensor(rewards), settings.num_generations, scale=settings.scale_rewards
+        )
+        rows = training_rows(
+            batch, advantages.tolist(), mask_truncated=settings.mask_truncated_completions
+        )
+        learned = parts.learner.update(rows, step - 1)
+    with clock("sync"):
+        if not learned["update/skipped"]:
+            parts.engine.weights.push(
+                parts.learner.policy.named_weights(), parts.learner.optimizer.updates
+            )
+    metrics = collect.rollout_metrics(batch) | scores.metrics | learned | clock.metrics()
+    metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
+    metrics["memory/peak_gib"] = peak_memory_gib()
+    for note in scores.notes:
+        parts.monitor.note(note)
+    parts.monitor.log_step(step, metrics)
+    parts.monitor.log_completions(step, collect.completion_rows(batch, scores))
+    return metrics
+
+
+def evaluate(settings: Config, parts: Parts, step: int) -> None:
+    """Score the held-out problems with the present weights and log the result."""
+    for name, held_out in parts.inputs.held_out.items():
+        from polymath_fast.grading import evaluate_samples
+        from polymath_fast.rollout.collect import derived_seed
+
+        parts.monitor.phase(f"evaluate {name}")
+        started = time.perf_counter()
+        result = evaluate_samples(
+            parts.engine,
+            parts.inputs.tokenizer,
+            held_out,
+            k=settings.eval_k,
+            temperature=settings.eval_temperature,
+            max_completion_length=settings.max_completion_length,
+            seed=derived_seed(settings.seed, f"eval/{name}", step),
+            score=parts.inputs.rewards.score,
+        )
+        metrics = {f"eval/{name}/{key}": value for key, value in result.metrics().items()}
+        metrics[f"time/eval/{name}"] = time.perf_counter() - started
+        parts.monitor.log_step(step, metrics)
+
+
+def save(settings: Config, parts: Parts, step: int) -> Path:
+    """Write checkpoints/step_N: a Hugging Face folder and all that an exact resume needs."""
+    parts.monitor.phase("save")
+    return checkpoint.save(
+        parts.run_dir,
+        step,
+        model_files=parts.learner.save,
+        trainer_tensors=parts.learner.optimizer.tensors(),
+        trainer_state={
+            "updates": parts.learner.optimizer.updates,
+            "model": parts.identity,
+            "rng": rng.capture(),
+        },
+        keep=settings.keep_checkpoints,
+    )
+
+
+def finish(
+    settings: Config, parts: Parts, step: int, saved: Path | None, interrupt: Interrupt
+) -> int:
+    """Last evaluation, report, last screen."""
+    from polymath_fast.report import write_report
+
+    if not interrupt.requested:
+        evaluate(settings, parts, step)
+    parts.monitor.phase("write the report")
+    report = write_report(parts.run_dir)
+    parts.monitor.summary(checkpoint=saved, report=report, interrupted=interrupt.requested)
+    return interrupt.exit_code
+
+
+class Clock:
+    """Seconds of the phases of one step, shown on the live line while they run."""
+
+    def __init__(self, parts: Parts):
+        self._monitor = parts.monitor
+        self._started = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time the block as `phase`."""
+        self._monitor.phase(phase)
+        started = time.perf_counter()
+        yield
+        self._phases[f"time/{phase}"] = time.perf_counter() - started
+
+    def metrics(self) -> dict[str, float]:
+        """time/<phase> for each phase and time/step for all since the clock was made."""
+        return {"time/step": time.perf_counter() - self._started, **self._phases}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def main(args: list[str] | None = None) -> int:
+    """Parse the command line and train; 2 for what the user can mend, 1 when the engine died."""
+    try:
+        return train(config.parse(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
