@@ -7,7 +7,6 @@ after a resume.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +69,10 @@ def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float, or None."""
+    """`value` as a finite float, or None; also None when it is too large to compute with."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) <= 1e150 else None
 
 
 def reward_change(rows: list[dict[str, Any]]) -> tuple[float, float, int] | None:
