@@ -228,8 +228,8 @@ def parse(args: Sequence[str] | None = None, prog: str = "python -m polymath_fas
     """Settings from the command line: defaults < --config left to right < flags.
 
     The preset cpu_demo takes the place of --config when there is none and the model is the embedded
-    one. A flag that does not exist or has the wrong type ends the process with code 2 and names the
-    nearest flag; settings that do not fit together raise UserError.
+    one. Raises UserError for an unknown flag or key, naming the nearest one, and for settings
+    that cannot work; a value of the wrong type ends the process with a message and code 2.
     """
     args = list(sys.argv[1:] if args is None else args)
     configs = toml_flags.values_of("--config", args)
@@ -237,6 +237,7 @@ def parse(args: Sequence[str] | None = None, prog: str = "python -m polymath_fas
     if not configs and models[-1:] in ([], [EMBEDDED_MODEL]):
         configs = ["cpu_demo"]
     kinds = get_type_hints(Config)
+    toml_flags.refuse_unknown(args, [*kinds, "config"])
     words: list[str] = []
     for name in configs:
         path = toml_flags.find(name)

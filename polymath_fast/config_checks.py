@@ -23,21 +23,25 @@ class Range:
     """The values a number may take; stands in the field's annotation, next to its type."""
 
     ge: float = -math.inf
-    gt: float = -math.inf
+    gt: float | None = None
     le: float = math.inf
-    lt: float = math.inf
+    lt: float | None = None
     works: float
     """a value to name in the message when the given one is refused"""
 
     def allows(self, value: float) -> bool:
         """False for anything outside, NaN included."""
-        return self.ge <= value <= self.le and self.gt <= value < self.lt and value != self.gt
+        above = self.gt is None or value > self.gt
+        below = self.lt is None or value < self.lt
+        return self.ge <= value <= self.le and above and below
 
     def __str__(self) -> str:
         words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
         limits = [(word, getattr(self, name)) for name, word in words.items()]
         return " and ".join(
-            f"{word} {limit:.12g}" for word, limit in limits if math.isfinite(limit)
+            f"{word} {limit:.12g}"
+            for word, limit in limits
+            if limit is not None and math.isfinite(limit)
         )
 
 
@@ -61,10 +65,9 @@ def check(config: Config) -> None:
 def _check_value(name: str, value: object, hint: object) -> None:
     if value is None:
         return
-    if isinstance(value, tuple):
-        for item in value:
-            _check_text(name, item)
-    _check_text(name, value)
+    items = value if isinstance(value, tuple) else (value,)
+    for item in items:
+        _check_text(name, item)
     for part in _parts(hint):
         if isinstance(part, Range):
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -72,9 +75,11 @@ def _check_value(name: str, value: object, hint: object) -> None:
                 raise UserError(
                     f"{flag(name)} is {value!r}; it must be {part}; {part.works:g} works"
                 )
-        if get_origin(part) is Literal and isinstance(value, str) and value not in get_args(part):
-            choices = ", ".join(map(str, get_args(part)))
-            raise UserError(f"{flag(name)} is {value!r}; it must be one of {choices}")
+        if get_origin(part) is Literal:
+            for item in items:
+                if item not in get_args(part):
+                    choices = ", ".join(map(str, get_args(part)))
+                    raise UserError(f"{flag(name)} is {item!r}; it must be one of {choices}")
 
 
 def _parts(hint: object) -> list[object]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import get_args, get_origin
 
 from polymath_fast.errors import UserError
 
@@ -28,6 +29,18 @@ def values_of(flag: str, args: Sequence[str]) -> list[str]:
         elif taking:
             found.append(arg)
     return found
+
+
+def refuse_unknown(args: Sequence[str], known: Iterable[str]) -> None:
+    """Raise UserError for a word in `args` that looks like a flag and is none, naming the nearest.
+
+    The parser would refuse it too, but names a flag for some spellings only.
+    """
+    names = [*known, "help"]
+    for arg in args:
+        name = arg[2:].partition("=")[0].replace("-", "_")
+        if arg.startswith("--") and name.removeprefix("no_") not in names:
+            raise UserError(f"unknown flag {arg.partition('=')[0]}. {_nearest(name, names)}")
 
 
 def find(name: str) -> Path:
@@ -72,12 +85,18 @@ def _words(path: Path, key: str, value: object, known: Mapping[str, object]) -> 
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag[2:]]
     if isinstance(value, list):
+        if not _takes_list(known[name]):
+            raise UserError(f"{path}: {key} is the list {value!r}; it must be a single value")
         words = [_word(path, key, item) for item in value]
         for word in words:
             if word.startswith("--"):
                 raise UserError(f"{path}: {key} holds {word!r}; a value cannot begin with '--'")
         return [flag, *words]
     return [f"{flag}={_word(path, key, value)}"]
+
+
+def _takes_list(kind: object) -> bool:
+    return any(get_origin(part) is tuple for part in (kind, *get_args(kind)))
 
 
 def _word(path: Path, key: str, value: object) -> str:
@@ -105,8 +124,8 @@ def _refuse_section(path: Path, section: str, table: dict, known: Mapping[str, o
     )
 
 
-def _nearest(name: str, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name.rpartition(".")[2], sorted(known), n=1, cutoff=0.5)
     if near:
         return f"Perhaps you meant --{near[0].replace('_', '-')}"
     return "python -m polymath_fast.train --help lists them all"

@@ -1,0 +1,243 @@
+"""Bad settings: each gives one clear message with the value, the rule and a value that works."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from polymath_fast.config import Config, parse
+from polymath_fast.errors import UserError
+
+HUGE = 10**30
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("--num-genrations", "--num-generations"),
+        ("--num_genrations", "--num-generations"),
+        ("--temprature", "--temperature"),
+        ("--modle", "--model"),
+        ("--confg", "--config"),
+        ("--rollout.num-generations", "--num-generations"),
+    ],
+)
+@pytest.mark.parametrize("form", ["{} 3", "{}=3"])
+def test_a_typo_in_a_flag_names_the_nearest(typo: str, meant: str, form: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(form.format(typo).split())
+    assert str(error.value) == f"unknown flag {typo}. Perhaps you meant {meant}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "num_genrations = 3",
+        "[rollout]\nnum_genrations = 3",
+        "[a.b.c]\nnum_genrations = 3",
+        "rollout = { num_genrations = 3 }",
+        "[[groups]]\nnum_genrations = 3",
+    ],
+)
+def test_a_typo_in_a_file_names_the_nearest_and_the_file(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(["--config", str(file)])
+    assert str(file) in str(error.value)
+    if "[[" not in text:
+        assert "num_genrations" in str(error.value)
+        assert "Perhaps you meant --num-generations" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("[rollout]\nnum_generations = 3", "not nested"),
+        ("seed = 1\nseed = 2", "not valid TOML"),
+        ("a = 1\nseed = ", "not valid TOML"),
+        ("seed = true", "seed is True"),
+        ("dry_run = 'yes'", "dry_run is 'yes'"),
+        ("dry_run = 1", "true or false"),
+        ("seed = 2024-01-01", "seed holds"),
+        ("reward = ['math', ['format']]", "reward holds"),
+        ("reward = ['--seed']", "cannot begin with '--'"),
+        ("seed = { a = 1 }", "seed holds"),
+        ("seed = [1]", "single value"),
+        ("config = 'cpu_demo'", "unknown key 'config'"),
+        ("help = true", "unknown key 'help'"),
+    ],
+)
+def test_a_bad_file_is_named(text: str, part: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(["--config", str(file)])
+    assert str(file) in str(error.value) and part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "num_generations = 'x'",
+        "num_generations = 4.5",
+        "loss_type = 'dapoo'",
+        "reward_weights = ['x']",
+    ],
+)
+def test_a_wrong_type_in_a_file_is_refused_by_the_flag_parser(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--config", str(file)])
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert f"in {file}" in shown
+    assert "--" + text.split(" ")[0].replace("_", "-") in shown
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_end_lines_like_windows(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(b"\xef\xbb\xbfseed = 3\r\nmax_steps = 4\r\n")
+    settings = parse(["--config", str(file)])
+    assert (settings.seed, settings.max_steps) == (3, 4)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes(b"output_dir = 'caf\xe9'")
+    with pytest.raises(UserError, match="UTF-8"):
+        parse(["--config", str(latin)])
+    with pytest.raises(UserError, match="perhaps you meant cpu_demo"):
+        parse(["--config", "cpu_dmo"])
+    with pytest.raises(UserError, match="neither a file nor a preset"):
+        parse(["--config", str(tmp_path)])
+    with pytest.raises(UserError, match="neither a file nor a preset"):
+        parse(["--config", "../presets/cpu_demo"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ("--num-generations 0", ["--num-generations is 0", "at least 2", "8 works"]),
+        ("--num-generations 1", ["--num-generations is 1", "at least 2"]),
+        ("--num-generations 1 --scale-rewards batch", ["at least 2"]),
+        ("--num-generations -1", ["--num-generations is -1"]),
+        (f"--num-generations {HUGE}", ["at most"]),
+        ("--temperature 0", ["--temperature is 0.0", "at least 0.01", "1 works"]),
+        ("--temperature -0.5", ["--temperature is -0.5"]),
+        ("--temperature nan", ["--temperature is nan", "at least 0.01"]),
+        ("--temperature inf", ["at most 10"]),
+        ("--temperature 1e9", ["at most 10"]),
+        ("--learning-rate -1e-6", ["--learning-rate is -1e-06", "at least 0", "1e-06 works"]),
+        ("--learning-rate nan", ["--learning-rate is nan"]),
+        ("--learning-rate inf", ["--learning-rate is inf"]),
+        ("--max-steps 0", ["--max-steps is 0", "at least 1"]),
+        ("--groups-per-step -3", ["--groups-per-step is -3"]),
+        ("--max-completion-length 0", ["--max-completion-length is 0"]),
+        ("--updates-per-batch 0", ["--updates-per-batch is 0"]),
+        ("--keep-checkpoints 0", ["--keep-checkpoints is 0"]),
+        ("--max-samples 0", ["--max-samples is 0"]),
+        ("--save-every -1", ["--save-every is -1", "at least 0"]),
+        ("--eval-every -1", ["--eval-every is -1"]),
+        (f"--seed {HUGE}", ["--seed is 1000", "at most 4294967295"]),
+        ("--seed -1", ["--seed is -1"]),
+        (f"--max-steps {HUGE}", ["at most 2147483647"]),
+        ("--epsilon 0", ["--epsilon is 0.0", "greater than 0", "0.2 works"]),
+        ("--epsilon 1", ["less than 1"]),
+        ("--epsilon nan", ["--epsilon is nan"]),
+        ("--epsilon-high -0.1", ["--epsilon-high is -0.1"]),
+        ("--delta 1.1", ["--delta is 1.1", "greater than 1.2", "3.2 works"]),
+        ("--beta -0.1", ["--beta is -0.1"]),
+        ("--max-grad-norm 0", ["--max-grad-norm is 0.0"]),
+        ("--adam-beta1 1", ["--adam-beta1 is 1.0", "less than 1"]),
+        ("--reward-timeout 0", ["--reward-timeout is 0.0"]),
+        ("--eval-temperature nan", ["--eval-temperature is nan"]),
+        ("--eval-temperature 0.001", ["0 (greedy)"]),
+        ("--eval-k 8", ["--eval-k is 8", "greedy", "--eval-temperature 0.6"]),
+        ("--tokens-per-microbatch 95", ["95", "--max-completion-length (96)", "16384 works"]),
+        ("--warmup-steps 20", ["--warmup-steps is 20 of 20", "0 works"]),
+        ("--reward math format --reward-weights 1", ["1 values for 2", "--reward-weights 1.0 1.0"]),
+        ("--reward-weights nan", ["finite"]),
+        ("--reward-weights 0", ["not all zero"]),
+        ("--reward", ["--reward is empty", "--reward math"]),
+        ("--question 6*7?", ["--question needs the right answer"]),
+        ("--answer 42", ["there is no question", "--question"]),
+        ("--question 6*7? --answer 42 --dataset a.jsonl", ["both given"]),
+        ("--threads 0", ["--threads is 0"]),
+        ("--kv-cache-gib 0", ["--kv-cache-gib is 0.0"]),
+        ("--output-dir=", ["--output-dir is ''"]),
+        ("--model=", ["--model is ''"]),
+    ],
+)
+def test_a_setting_that_cannot_work(flags: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse(flags.split(" "))
+    message = str(error.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_an_empty_question(question: str) -> None:
+    with pytest.raises(UserError, match="--question is empty"):
+        Config(question=question, answer="1")
+    with pytest.raises(UserError, match="right answer"):
+        Config(question="1?", answer=question)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_generations": "8"},
+        {"num_generations": True},
+        {"temperature": [1.0]},
+        {"template": "chta"},
+        {"loss_type": "ppo"},
+        {"log_to": ("wandbb",)},
+    ],
+)
+def test_wrong_types_are_also_refused_from_python(values: dict) -> None:
+    with pytest.raises(UserError):
+        Config(**values)
+
+
+def test_values_at_the_edge_of_a_range_are_allowed() -> None:
+    assert Config(max_grad_norm=math.inf, learning_rate=0.0).max_grad_norm == math.inf
+    assert Config(save_every=0, eval_every=0, log_completions_every=0).save_every == 0
+    assert parse(["--learning-rate", "0"]).learning_rate == 0
+
+
+def test_a_token_is_never_written_to_disk_nor_shown() -> None:
+    token = "hf_" + "a" * 34
+    for values in ({"model": f"https://user:{token}@host/x"}, {"revision": token}):
+        with pytest.raises(UserError, match="HF_TOKEN") as error:
+            Config(**values)
+        assert token not in str(error.value)
+
+
+def test_text_that_is_no_text() -> None:
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        Config(question="\udcff?", answer="1")
+    with pytest.raises(UserError, match="--output-dir"):
+        Config(output_dir="a\0b")
+
+
+def test_values_that_begin_with_a_hyphen_are_values() -> None:
+    assert parse(["--question", "-1 - 1 = ?", "--answer", "-2"]).answer == "-2"
+
+
+def test_a_wrong_type_ends_the_process_with_code_2_and_writes_nothing(tmp_path: Path) -> None:
+    code = "from polymath_fast.config import parse; parse(['--seed', 'x'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--seed" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
