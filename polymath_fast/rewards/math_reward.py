@@ -48,7 +48,7 @@ class MathReward:
 
     def score_answers(self, answers: Sequence[str | None], golds: Sequence[str]) -> Scores:
         """Scores extracted answers; None (no answer found) scores 0."""
-        pairs = list(zip(answers, golds, strict=True))
+        pairs = list(zip(answers, map(unwrap, golds), strict=True))
         distinct = {pair: None for pair in pairs if pair[0] is not None}
         verdicts = {pair: self._cheap_verdict(*pair) for pair in distinct}
         broken = self._verify(verdicts)
@@ -72,7 +72,7 @@ class MathReward:
                 "the reward 'math' compares with the sample's answer, and a sample has none: "
                 "give --answer, a dataset with an 'answer' column, or a --reward of your own"
             )
-        return [unwrap(str(gold)) for gold in golds]
+        return [str(gold) for gold in golds]
 
     def _cheap_verdict(self, answer: str, gold: str) -> Verdict | None:
         """The verdict where it is remembered or text and numbers decide, else None."""

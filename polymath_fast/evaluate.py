@@ -1,0 +1,236 @@
+"""python -m polymath_fast.evaluate: mean@k and pass@k of a model on files of problems.
+
+Completions are kept as they were sampled; --result-path grades an earlier evaluation again, without
+a model. `--help` lists the flags.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from polymath_fast import eval_files, eval_results, models, prompts, rollout, sources
+from polymath_fast.config import DEFAULT_SAMPLE
+from polymath_fast.errors import EngineError, UserError
+from polymath_fast.eval_files import EvalProblem, Grading
+from polymath_fast.eval_settings import EvalSettings, parse
+from polymath_fast.grading import EvalResult, evaluate_samples
+from polymath_fast.samples import Sample, load_tokenizer
+
+_COMPLETIONS_AT_ONCE = 2048
+
+
+def evaluate(settings: EvalSettings) -> dict[str, EvalResult]:
+    """Does what `settings` say, writes the output folder and returns the results by source.
+
+    Raises UserError and EngineError.
+    """
+    settings.check()
+    grading = Grading(open_ended=settings.open_ended_sources, multiple_choice=settings.mcp_sources)
+    if settings.result_path is not None:
+        return _regrade(settings, grading)
+    problems = _problems(settings, grading)
+    model_dir = models.resolve_model(settings.model, settings.revision)
+    tokenizer = load_tokenizer(model_dir)
+    context = models.context_length(model_dir)
+    asked = _ask(problems, settings, tokenizer, context)
+    folder = eval_results.new_folder(settings.output_dir)
+    results: dict[str, EvalResult] = {}
+    with ExitStack() as stack:
+        grader = stack.enter_context(eval_results.grader(settings.reward_timeout))
+        engine = _start_engine(settings, model_dir, tokenizer, asked)
+        stack.callback(engine.close)
+        for source, samples in asked.items():
+            parts = []
+            for part in _parts(engine, tokenizer, source, samples, settings, grader.score):
+                eval_results.write_rows(folder / eval_results.COMPLETIONS, part.rows)
+                parts.append(part)
+                done = sum(len(part.per_problem) for part in parts)
+                print(f"{source}: {done} of {len(samples)} problems", flush=True)
+            results[source] = _joined(parts)
+    eval_results.write_result(folder, asdict(settings), results)
+    print(f"{table(results)}\n{folder / eval_results.RESULT}")
+    return results
+
+
+def _regrade(settings: EvalSettings, grading: Grading) -> dict[str, EvalResult]:
+    path = Path(settings.result_path or "")
+    with eval_results.grader(settings.reward_timeout) as grader:
+        results = eval_results.regrade(path, grading, grader)
+    folder = eval_results.new_folder(settings.output_dir)
+    for result in results.values():
+        eval_results.write_rows(folder / eval_results.COMPLETIONS, result.rows)
+    eval_results.write_result(folder, asdict(settings), results, regraded_from=path)
+    print(f"{table(results)}\n{folder / eval_results.RESULT}")
+    return results
+
+
+def _problems(settings: EvalSettings, grading: Grading) -> list[EvalProblem]:
+    entries = settings.dataset
+    if not entries:
+        entries = (sources.held_out(DEFAULT_SAMPLE) or DEFAULT_SAMPLE,)
+        print(f"no --dataset is given: evaluating {entries[0]}")
+    problems: list[EvalProblem] = []
+    for entry in entries:
+        found = eval_files.read(entry, settings.dataset_split, grading)
+        new = found[: settings.max_problems]
+        shared = {problem.source for problem in new} & {problem.source for problem in problems}
+        if shared:
+            name = sorted(shared)[0]
+            raise UserError(
+                f"--dataset {entry}: there is a source {name!r} already; name one of them, e.g. "
+                f"{eval_files.split_name(entry)[0]}={name}_2"
+            )
+        problems += new
+    grading.require_known({problem.source for problem in problems})
+    return problems
+
+
+def _ask(
+    problems: Sequence[EvalProblem], settings: EvalSettings, tokenizer: Any, context: int | None
+) -> dict[str, list[Sample]]:
+    """The problems as prompts, by source. Raises UserError for one that leaves no room to answer;
+    text that looks like a control token is refused as in training."""
+    render = None
+    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    asked: dict[str, list[Sample]] = {}
+    for item in problems:
+        problem = item.problem
+        written = next((token for token in sorted(control) if token in problem.written()), None)
+        if written is not None:
+            raise UserError(
+                f"{problem.where}: the problem contains {written!r}, which this model reads as a "
+                "control token and not as text; take it out"
+            )
+        if problem.messages is not None:
+            text, finished = prompts.render_chat(problem.messages, tokenizer), True
+        else:
+            render = render or prompts.renderer(settings.template, settings.instruction, tokenizer)
+            text, finished = render(problem.text), settings.template not in prompts.UNFINISHED
+        ids = tokenizer.encode(text, add_special_tokens=not finished)
+        if context is not None and len(ids) + settings.max_completion_length > context:
+            raise UserError(
+                f"{problem.where}: the prompt has {len(ids)} tokens; with --max-completion-length "
+                f"{settings.max_completion_length} that is more than the model's {context} "
+                "positions; lower --max-completion-length or delete the row"
+            )
+        columns = {"letter": item.letter, "letters": item.letters}
+        sample = Sample(problem.text, problem.answer, text, tuple(ids), columns)
+        asked.setdefault(item.source, []).append(sample)
+    return asked
+
+
+def _start_engine(
+    settings: EvalSettings, model_dir: Path, tokenizer: Any, asked: dict[str, list[Sample]]
+) -> rollout.Engine:
+    import torch
+
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    has_cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_cuda:
+        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
+    name, reason = rollout.choose_engine(settings.engine)
+    print(f"engine: {name} ({reason})", flush=True)
+    everything = [sample for samples in asked.values() for sample in samples]
+    longest = max(len(sample.prompt_ids) for sample in everything)
+    return rollout.build_engine(
+        name,
+        model_dir=model_dir,
+        policy=None,
+        stop_token_ids=rollout.stop_token_ids(model_dir, tokenizer),
+        max_model_len=longest + settings.max_completion_length,
+        max_num_seqs=min(256, settings.k * len(everything)),
+        device="cuda" if has_cuda and settings.device != "cpu" else "cpu",
+        seed=settings.seed,
+        kv_cache_gib=settings.kv_cache_gib,
+        threads=settings.threads,
+    )
+
+
+def _parts(
+    engine: rollout.Engine,
+    tokenizer: Any,
+    source: str,
+    samples: Sequence[Sample],
+    settings: EvalSettings,
+    score: Any,
+) -> Iterator[EvalResult]:
+    """Some problems at a time, so that completions are on disk before the last one is sampled."""
+    size = max(1, _COMPLETIONS_AT_ONCE // settings.k)
+    for start in range(0, len(samples), size):
+        chosen = samples[start : start + size]
+        part = evaluate_samples(
+            engine,
+            tokenizer,
+            chosen,
+            k=settings.k,
+            temperature=settings.temperature,
+            max_completion_length=settings.max_completion_length,
+            seed=settings.seed + start,
+            score=score,
+        )
+        rows = [
+            {
+                "source": source,
+                **row,
+                "index": start + row["index"],
+                **chosen[row["index"]].columns,
+            }
+            for row in part.rows
+        ]
+        yield EvalResult(rows=rows, timeouts=part.timeouts)
+
+
+def _joined(parts: Sequence[EvalResult]) -> EvalResult:
+    return EvalResult(
+        rows=[row for part in parts for row in part.rows],
+        timeouts=sum(part.timeouts for part in parts),
+    )
+
+
+def table(results: dict[str, EvalResult]) -> str:
+    """The figures of every source as lines of text."""
+    lines = [("source", "problems", "k", "mean@k", "pass@k", "cut off", "tokens")]
+    for source, result in results.items():
+        solved = str(result.pass_at(result.k)) if result.k > 1 else "-"
+        lines.append(
+            (
+                source,
+                str(len(result.per_problem)),
+                str(result.k),
+                str(result.mean),
+                solved,
+                f"{result.truncated_ratio:.1%}",
+                f"{result.mean_length:.0f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Parse the command line and evaluate; 2 for what the user can mend, 1 when the engine died."""
+    try:
+        evaluate(parse(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the completions so far are in the output folder", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
