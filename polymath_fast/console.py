@@ -76,12 +76,14 @@ class SafeStream:
             return
         try:
             action()
+        except BlockingIOError:
+            return  # a slow reader of a non-blocking pipe: this piece is lost, later ones are not
         except (OSError, ValueError):
             self.alive = False
             self._discard()
 
     def _discard(self) -> None:
-        # What is still buffered would raise again when the interpreter flushes at exit.
+        # Libraries print to the same file descriptor, and theirs would raise next.
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())

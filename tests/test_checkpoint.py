@@ -62,6 +62,12 @@ def assert_holds(found: checkpoint.Checkpoint, step: int) -> None:
     assert load_file(found.path / "model.safetensors")["w"].tolist() == [float(step)] * 64
 
 
+def assert_all_whole(run_dir: Path) -> None:
+    """No folder has the name of a checkpoint without being one."""
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        manifest.verify(folder)
+
+
 def step_names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
@@ -401,6 +407,7 @@ def test_killed_before_every_single_file_operation(tmp_path, second):
         found = find(run_dir)
         assert_holds(found, found.step)
         assert found.step in (5, second)
+        assert_all_whole(run_dir)
         assert not [name for name in step_names(run_dir) if name.startswith("tmp_")]
         if status == 0:
             break
@@ -431,6 +438,7 @@ def test_killed_at_random_times(tmp_path):
         found = find(tmp_path)
         assert_holds(found, found.step)
         assert found.step >= first - 1
+        assert_all_whole(tmp_path)
         reached.add(found.step)
     assert len(reached) > 5
     checkpoint.sweep(tmp_path)

@@ -288,6 +288,7 @@ with Monitor(Path(sys.argv[1]), Settings(), 300) as monitor:
         monitor.log_step(step, {"reward/mean": 0.5})
         monitor.log_completions(step, [{"completion": "x" * 400, "reward": 1.0, "length": 9}])
     monitor.summary(checkpoint=None, report=None)
+print("a library's own print", flush=True)
 sys.exit(7)
 """
 
