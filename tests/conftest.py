@@ -1,0 +1,45 @@
+"""Fixtures shared by all tests. Nothing here needs a network or a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests are skipped without a device; vLLM tests never are under CI."""
+    from importlib.util import find_spec
+
+    import torch
+
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    no_vllm = pytest.mark.skip(reason="vLLM is not installed (under CI this is a failure)")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if (
+            item.get_closest_marker("vllm")
+            and find_spec("vllm") is None
+            and not os.environ.get("CI")
+        ):
+            item.add_marker(no_vllm)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """A random two-layer Llama with grouped-query attention and a byte tokenizer."""
+    from polymath_fast.models import resolve_model
+
+    return resolve_model("random:tiny", notify=lambda text: None)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The embedded 135M model as a Hugging Face folder."""
+    from polymath_fast.models import resolve_model
+
+    return resolve_model("embedded:smollm2", notify=lambda text: None)

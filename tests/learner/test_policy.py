@@ -1,0 +1,109 @@
+"""The packed shared-prompt pass against the plain padded one of transformers, in float32."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from polymath_fast.errors import UserError
+from polymath_fast.learner.packing import TrainingRow, pack
+from polymath_fast.learner.policy import Policy
+from polymath_fast.models import resolve_model
+
+PROMPTS = [(5, 9, 17, 33, 70), (8, 21)]
+COMPLETIONS = [[40, 41, 42, 43, 44, 45], [50], [60, 61, 62]]
+
+
+def rows(prompts=PROMPTS):
+    return [
+        TrainingRow(
+            prompt_ids=prompt,
+            token_ids=tokens,
+            sampling_logprobs=[0.0] * len(tokens),
+            advantage=1.0 + i,
+        )
+        for prompt in prompts
+        for i, tokens in enumerate(COMPLETIONS)
+    ]
+
+
+def padded_loss(model, all_rows):
+    """sum of advantage * log-prob with one padded row per completion: the truth."""
+    longest = max(len(r.prompt_ids) + len(r.token_ids) for r in all_rows)
+    ids = torch.zeros(len(all_rows), longest, dtype=torch.int64)
+    attend = torch.zeros_like(ids)
+    for i, r in enumerate(all_rows):
+        text = [*r.prompt_ids, *r.token_ids]
+        ids[i, : len(text)] = torch.tensor(text)
+        attend[i, : len(text)] = 1
+    logprobs = model(ids, attention_mask=attend).logits[:, :-1].float().log_softmax(-1)
+    chosen = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
+    tokens, total = [], 0.0
+    for i, r in enumerate(all_rows):
+        start = len(r.prompt_ids) - 1
+        own = chosen[i, start : start + len(r.token_ids)]
+        tokens.append(own.detach())
+        total = total + r.advantage * own.sum()
+    return total, torch.cat(tokens)
+
+
+def packed_loss(policy, all_rows):
+    batch = pack(all_rows)
+    logits = policy.head(policy.hidden(batch)).float()
+    chosen = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
+    lengths = batch.cu_seqlens.diff().long()
+    return (chosen * batch.advantages.repeat_interleave(lengths)).sum(), chosen.detach()
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny-qwen2", "tiny-qwen3"])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one prompt", "two prompts"])
+def test_logprobs_and_gradients_equal_the_padded_pass(family, prompts):
+    folder = resolve_model(f"random:{family}", notify=lambda text: None)
+    plain = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    policy = Policy(folder, dtype=torch.float32)
+    expected, expected_tokens = padded_loss(plain, rows(prompts))
+    found, found_tokens = packed_loss(policy, rows(prompts))
+    torch.testing.assert_close(found_tokens, expected_tokens, rtol=1e-5, atol=2e-5)
+    expected.backward()
+    found.backward()
+    truth = dict(plain.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        error = (parameter.grad - truth[name].grad).norm() / truth[name].grad.norm()
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_saved_folder_loads_in_plain_transformers(tmp_path, tiny_model):
+    policy = Policy(tiny_model, dtype=torch.bfloat16)
+    policy.save(tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert plain.config._attn_implementation != "polymath_fast"
+    saved = dict(plain.named_parameters())
+    for name, parameter in policy.named_weights():
+        assert torch.equal(saved[name].bfloat16(), parameter)
+    assert not list((tmp_path / "model").glob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "llama, qwen2, qwen3"),
+        (
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+            "sliding-window attention",
+        ),
+    ],
+)
+def test_unsupported_attention_is_refused(tmp_path, change, message):
+    folder = resolve_model("random:tiny-qwen2", notify=lambda text: None)
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config.pop("layer_types", None)
+    (tmp_path / "m/config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        Policy(tmp_path / "m")
