@@ -104,7 +104,7 @@ def build(shape: dict[str, Any], target: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _config(shape)
+    config = config_of(shape)
     tokenizer = _write_tokenizer(config.vocab_size, target)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
@@ -151,7 +151,8 @@ def _read_shape(what: str) -> dict[str, Any]:
     return {k: v for k, v in shape.items() if k not in ("quantization_config", "auto_map")}
 
 
-def _config(shape: dict[str, Any]) -> PretrainedConfig:
+def config_of(shape: dict[str, Any]) -> PretrainedConfig:
+    """The settings object of a shape, checked. Raises UserError."""
     from transformers import AutoConfig
 
     try:
