@@ -446,6 +446,17 @@ def test_tensorboard_writes_events(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.*")), output.getvalue()
 
 
+def test_every_metric_key_is_documented():
+    root = Path(__file__).parent.parent
+    groups = "reward|completion|policy|sampling|time|throughput|memory|update|monitor"
+    keys = set()
+    for path in (root / "polymath_fast").rglob("*.py"):
+        keys |= set(re.findall(rf'"((?:{groups})/\w+)"', path.read_text(encoding="utf-8")))
+    documented = (root / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert {"reward/mean", "monitor/non_finite", "sampling/logprob_diff_max"} <= keys
+    assert [key for key in sorted(keys) if f"`{key}`" not in documented] == []
+
+
 def test_peak_memory_sees_what_was_touched():
     code = (
         "from polymath_fast.monitor import peak_memory_gib as peak\n"
