@@ -1,0 +1,200 @@
+"""`python -m polymath_fast.train` as a user runs it, on a random two-layer model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REWARD = '''
+def vowels(prompts, completions, completion_ids, **columns):
+    """Share of the letter e in the text: any model can learn it."""
+    return [text.count("e") / max(1, len(ids)) for text, ids in zip(completions, completion_ids)]
+'''
+KEYS = (
+    *("reward/mean", "reward/std", "completion/mean_length", "completion/truncated_ratio"),
+    *("completion/distinct_ratio", "policy/entropy", "policy/kl", "policy/clip_ratio"),
+    *("policy/grad_norm", "sampling/logprob_diff_mean", "sampling/logprob_diff_max", "time/step"),
+    *("time/generate", "time/score", "time/learn", "time/sync"),
+    *("throughput/completion_tokens_per_s", "memory/peak_gib"),
+)
+
+
+@pytest.fixture
+def flags(tmp_path):
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    return [
+        *("--model", "random:tiny", "--question", "Say something.", "--answer", "e"),
+        *("--engine", "transformers", "--reward", f"{tmp_path / 'my_reward.py'}:vowels"),
+        *("--num-generations", "16", "--groups-per-step", "2", "--max-completion-length", "24"),
+        *("--learning-rate", "0.01", "--max-steps", "10", "--save-every", "5"),
+    ]
+
+
+def command(flags, output_dir):
+    words = [sys.executable, "-m", "polymath_fast.train", *flags, "--output-dir", str(output_dir)]
+    return [str(word) for word in words]
+
+
+def run(flags, output_dir, expect=0):
+    done = subprocess.run(command(flags, output_dir), capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def metrics(output_dir):
+    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_learns_and_leaves_a_complete_run_folder(flags, tmp_path):
+    out = run(flags, tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert all(set(KEYS) <= row.keys() for row in rows)
+    assert rows[-1]["reward/mean"] > rows[0]["reward/mean"] + 0.3
+    assert all(row["sampling/logprob_diff_mean"] < 0.03 for row in rows)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.toml", "metrics.jsonl", "completions.jsonl", "report.html"} <= names
+    completions = (tmp_path / "run/completions.jsonl").read_text().splitlines()
+    assert len(completions) == 10 * 32
+    versions = [json.loads(line)["weight_version"] for line in completions]
+    assert versions == [i // 32 for i in range(320)]  # one update per batch of 32
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {
+        "step_000005", "step_000010",
+    }  # fmt: skip
+    assert "step_000010" in out.stdout
+
+
+def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path):
+    run(flags, tmp_path / "straight")
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command(flags, tmp_path / "killed"), stdout=log, stderr=log)
+    deadline = time.monotonic() + 200
+    path = tmp_path / "killed/metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= 7):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run([*flags, "--resume", "auto"], tmp_path / "killed")
+
+    def figures(row):
+        timed = ("time/", "throughput/", "memory/")
+        return {key: value for key, value in row.items() if not key.startswith(timed)}
+
+    straight, killed = metrics(tmp_path / "straight"), metrics(tmp_path / "killed")
+    assert [figures(row) for row in killed] == [figures(row) for row in straight]
+    for name in ("model.safetensors", "trainer/state.safetensors"):
+        one = payload(tmp_path / "straight/checkpoints/step_000010" / name)
+        two = payload(tmp_path / "killed/checkpoints/step_000010" / name)
+        assert one == two
+    assert (tmp_path / "straight/completions.jsonl").read_bytes() == (
+        tmp_path / "killed/completions.jsonl"
+    ).read_bytes()
+
+
+def payload(path):
+    """Raw bytes of the tensors; numpy has no bfloat16, so the file's payload is compared."""
+    content = path.read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    return content[8 + header :]
+
+
+def test_without_learning_nothing_drifts(flags, tmp_path):
+    run([*flags, "--learning-rate", "0", "--beta", "0.1"], tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    for row in rows:
+        assert row["sampling/logprob_diff_mean"] < 0.03
+        assert row["policy/ratio_max"] == row["policy/ratio_mean"] == 1.0
+        assert row["policy/kl"] == 0.0
+    drift = rows[-1]["sampling/logprob_diff_mean"] - rows[0]["sampling/logprob_diff_mean"]
+    assert abs(drift) < 0.01
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(flags, tmp_path):
+    flags = [*flags, "--max-steps", "10000", "--save-every", "0"]
+    process = subprocess.Popen(
+        command(flags, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    path = tmp_path / "run/metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "--resume auto" in output
+    steps = metrics(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / f"run/checkpoints/step_{steps:06d}/model.safetensors").is_file()
+
+
+def test_updates_per_batch_and_every_regulariser_at_once(flags, tmp_path):
+    more = [
+        *("--updates-per-batch", "2", "--beta", "0.01", "--entropy-coef", "0.001"),
+        *("--max-steps", "3", "--epsilon-high", "0.28", "--loss-type", "grpo"),
+        *("--mask-truncated-completions", "--tokens-per-microbatch", "128"),
+    ]
+    run([*flags, *more], tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["policy/ratio_max"] > 1.0
+    assert rows[1]["policy/kl"] > 0
+    assert all(math.isfinite(row["policy/grad_norm"]) for row in rows)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
+    out = run([*flags, "--dry-run"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for word in ("random:tiny", "transformers", "gold", "wrong", "GiB"):
+        assert word in out.stdout
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--tokens-per-microbatch", "30"], "--tokens-per-microbatch"),
+        (["--max-completion-length", "4000"], "--max-completion-length"),
+        (["--device", "cuda"], "--device cuda"),
+        (["--eval-dataset", "missing.jsonl"], "missing.jsonl"),
+        (["--resume", "nowhere"], "--resume nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path, extra, message):
+    if "cuda" in extra and os.environ.get("CUDA_VISIBLE_DEVICES", "x") != "":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a CUDA device")
+    done = run([*flags, *extra], tmp_path / "run", expect=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_resume_refuses_another_model(flags, tmp_path):
+    run([*flags, "--max-steps", "1"], tmp_path / "run")
+    other = [*flags, "--model", "random:tiny-qwen3", "--resume", "auto"]
+    done = run(other, tmp_path / "run", expect=2)
+    assert "random:tiny-qwen3" in done.stderr and "random:tiny" in done.stderr
+
+
+def test_two_runs_in_one_folder(flags, tmp_path):
+    process = subprocess.Popen(
+        command([*flags, "--max-steps", "100000"], tmp_path / "run"), stdout=subprocess.DEVNULL
+    )
+    try:
+        path = tmp_path / "run/metrics.jsonl"
+        while not path.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        done = run([*flags, "--resume", "auto"], tmp_path / "run", expect=2)
+        assert f"pid {process.pid}" in done.stderr
+    finally:
+        process.kill()
+        process.wait()

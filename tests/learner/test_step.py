@@ -1,0 +1,157 @@
+"""What one update does to the weights does not depend on how it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from polymath_fast.config import Config
+from polymath_fast.learner.packing import TrainingRow
+from polymath_fast.learner.policy import Policy
+from polymath_fast.learner.step import Learner, training_rows
+from polymath_fast.rollout.transformers_engine import TransformersEngine
+from polymath_fast.rollout.types import Completion, Group, RolloutBatch, SamplingOptions
+from polymath_fast.samples import Sample
+
+PROMPT = (5, 9, 17, 33, 70)
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "sapo", "reinforce")
+
+
+def config(**changes):
+    settings = {"learning_rate": 1e-3, "temperature": 0.8, "max_completion_length": 12}
+    return Config(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_model):
+    """Real samples of the tiny model, so that the ratio to the sampler is 1."""
+    engine = TransformersEngine(Policy(tiny_model, dtype=torch.float32), stop_token_ids=range(40))
+    sampling = SamplingOptions(max_completion_length=12, temperature=0.8, seed=1)
+    completions = engine.generate(PROMPT, 9, sampling)
+    return [
+        TrainingRow(
+            prompt_ids=PROMPT,
+            token_ids=c.token_ids,
+            sampling_logprobs=c.sampling_logprobs,
+            advantage=(-1.0, 0.0, 1.5)[i % 3],
+        )
+        for i, c in enumerate(completions)
+    ]
+
+
+def learner(folder, settings, reference=False):
+    other = Policy(folder, dtype=torch.float32) if reference else None
+    return Learner(Policy(folder, dtype=torch.float32), settings, other)
+
+
+def gradient(folder, settings, rows):
+    """The gradient that the update would clip and apply."""
+    made = learner(folder, settings)
+    seen = {}
+    made.optimizer.step = lambda rate: (seen.update(g=made.optimizer.grad.clone()), (1.0, True))[1]
+    made.update(rows, 0)
+    return seen["g"]
+
+
+def relative(x, y):
+    return float((x - y).norm() / y.norm())
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_any_microbatching_gives_the_same_gradient(tiny_model, rows, loss_type):
+    whole = gradient(tiny_model, config(loss_type=loss_type), rows)
+    for tokens in (17, 30):
+        settings = config(loss_type=loss_type, tokens_per_microbatch=tokens)
+        assert relative(gradient(tiny_model, settings, rows), whole) < 1e-5
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_rows_without_influence_may_stay_out(tiny_model, rows, loss_type):
+    """Zero advantages never enter the model; a vanishing entropy bonus forces them in."""
+    without = gradient(tiny_model, config(loss_type=loss_type), rows)
+    within = gradient(tiny_model, config(loss_type=loss_type, entropy_coef=1e-9), rows)
+    assert relative(without, within) < 1e-5
+
+
+def test_on_policy_ratio_is_one_and_sampler_agrees(tiny_model, rows):
+    metrics = learner(tiny_model, config(learning_rate=0.0)).update(rows, 0)
+    assert metrics["policy/ratio_max"] == metrics["policy/ratio_mean"] == 1.0
+    assert metrics["policy/kl"] == 0.0
+    assert metrics["policy/clip_ratio"] == 0.0
+    assert metrics["sampling/logprob_diff_max"] < 1e-4
+    assert 0 < metrics["policy/entropy"] < 6
+
+
+def test_reference_model_is_where_training_began(tiny_model, rows):
+    made = learner(tiny_model, config(beta=0.1, learning_rate=0.05), reference=True)
+    first = made.update(rows, 0)
+    second = made.update(rows, 1)
+    assert abs(first["policy/kl"]) < 1e-6
+    assert second["policy/kl"] > 1e-3
+
+
+def test_several_updates_have_a_real_ratio(tiny_model, rows):
+    made = learner(tiny_model, config(updates_per_batch=3, learning_rate=0.02))
+    metrics = made.update(rows, 0)
+    assert made.optimizer.updates == 3
+    assert metrics["policy/ratio_max"] > 1.01
+    assert metrics["policy/kl"] > 0
+    assert metrics["sampling/logprob_diff_max"] < 1e-4  # measured before the first update
+
+
+def test_several_updates_see_every_row_once(tiny_model, rows):
+    made = learner(tiny_model, config(updates_per_batch=4, learning_rate=0.0))
+    seen = []
+    original = made._accumulate
+    made._accumulate = lambda part, *rest: (seen.append(part), original(part, *rest))[1]
+    made.update(rows, 0)
+    flat = [tuple(row.token_ids) for part in seen for row in part]
+    needed = [tuple(row.token_ids) for row in rows if row.advantage]
+    assert sorted(flat) == sorted(needed)
+    assert len(seen) == 4
+
+
+def test_an_update_raises_the_probability_of_what_was_rewarded(tiny_model, rows):
+    good = [replace(row, advantage=1.0) for row in rows]
+    made = learner(tiny_model, config(learning_rate=0.01))
+
+    def total():
+        filled = made._with_logprobs(good, made.policy, "old_logprobs")
+        return sum(sum(row.old_logprobs) for row in filled)
+
+    before = total()
+    made.update(good, 0)
+    assert total() > before + 1
+
+
+def test_nothing_to_learn_is_said_and_changes_nothing(tiny_model, rows):
+    made = learner(tiny_model, config())
+    before = made.optimizer.live.clone()
+    assert made.update([replace(row, advantage=0.0) for row in rows], 0) == {"update/skipped": 1.0}
+    assert made.update([], 0) == {"update/skipped": 1.0}
+    assert torch.equal(before, made.optimizer.live)
+
+
+def test_rows_of_a_batch():
+    sample = Sample("q", "a", "q", PROMPT)
+
+    def completion(tokens, reason="stop"):
+        return Completion(
+            token_ids=tokens,
+            sampling_logprobs=[-1.0] * len(tokens),
+            finish_reason=reason,
+            weight_version=0,
+        )
+
+    group = Group(
+        sample=sample,
+        completions=[completion([1, 2]), completion([3]), completion([4, 5], "length")],
+        rewards=[1.0, None, 0.0],
+    )
+    rows = training_rows(RolloutBatch(groups=[group]), [0.5, 0.0, -0.5], mask_truncated=True)
+    assert [(list(r.token_ids), r.advantage, r.trained) for r in rows] == [
+        ([1, 2], 0.5, True),
+        ([4, 5], -0.5, False),
+    ]
