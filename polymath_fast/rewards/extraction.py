@@ -15,7 +15,7 @@ _TIDY |= {0x2212: "-", 0x2013: "-", 0x3000: " ", 0x00A0: " ", 0x2009: " ", 0x202
 _TIDY |= dict.fromkeys([0, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F)])
 _TIDY |= dict.fromkeys(range(0x2066, 0x206A))
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)[ \t\n]*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\(?:boxed|fbox)[ \t\n]*\{|\\(?!\\f?box).|[{}]", re.DOTALL)
 _ANSWER_IS = re.compile(r"answer(?: is)?[ \t]*:|answer is", re.IGNORECASE)
 _NUMBER_BODY = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
@@ -45,7 +45,9 @@ def box_spans(text: str) -> list[tuple[int, int]]:
     r"""(start, end) of the content of every closed `\boxed{...}`, in order of opening; one pass."""
     open_braces: list[tuple[bool, int]] = []
     spans: list[tuple[int, int]] = []
-    for token in _BRACES.finditer(text):
+    starts = [start for name in (r"\boxed", r"\fbox") if (start := text.find(name)) >= 0]
+    # braces before the first box cannot close it
+    for token in _BRACES.finditer(text, min(starts, default=len(text))):
         symbol = token.group()
         if symbol.endswith("{") and symbol != r"\{":
             open_braces.append((len(symbol) > 1, token.end()))

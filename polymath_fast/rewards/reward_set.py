@@ -26,7 +26,7 @@ class RewardResult:
     """weighted sum per completion over the rewards that apply to it; None = excluded: a reward
     failed on it, or none applies"""
     per_reward: dict[str, list[float | None]]
-    """unweighted, by the name the reward was asked for"""
+    """unweighted, by reward: its name, without folders for a user's file"""
     metrics: dict[str, float]
     """reward/timeout_ratio: share of completions whose answer was too expensive to verify (score
     0); reward/excluded_ratio: share without a total; reward/NAME: mean of each of several"""
@@ -206,6 +206,10 @@ def build(
     try:
         for name in names:
             rewards.append(_build_one(name, timeout, max_completion_length))
+        labels = [reward.name for reward in rewards]
+        if len(set(labels)) < len(labels):
+            twin = next(label for label in labels if labels.count(label) > 1)
+            raise UserError(f"two rewards are called {twin}: rename a file or a function")
         return RewardSet(rewards, weights)
     except BaseException:
         for reward in rewards:

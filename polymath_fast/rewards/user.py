@@ -38,9 +38,11 @@ class UserReward:
         Raises:
             UserError: nothing of that name can be loaded.
         """
-        self.name = name
+        self.asked = name
         self.timeout = timeout
         module, _, function = name.rpartition(":")
+        # in metrics and tables a path would be noise, and its slashes would nest
+        self.name = f"{Path(module).name}:{function}"
         if not module or not function.isidentifier():
             raise UserError(
                 f"--reward {name}: give math, format, length, or a function of your own as "
@@ -76,10 +78,12 @@ class UserReward:
     def _load(self) -> dict[str, Any]:
         greeting = self.pool.greet()
         if greeting.status != "ok":
-            raise UserError(f"--reward {self.name}: its process ended at import: {greeting.detail}")
+            raise UserError(
+                f"--reward {self.asked}: its process ended at import: {greeting.detail}"
+            )
         if "error" in greeting.value:
             self.pool.close()
-            raise UserError(f"--reward {self.name}: {greeting.value['error']}")
+            raise UserError(f"--reward {self.asked}: {greeting.value['error']}")
         return greeting.value
 
     def _request(self, batch: RewardInput) -> dict[str, Any]:
@@ -97,7 +101,7 @@ class UserReward:
         missing = [name for name in self._accepted["required"] if name not in available]
         if missing:
             raise UserError(
-                f"--reward {self.name} asks for {missing[0]!r}, which no column has; there are: "
+                f"--reward {self.asked} asks for {missing[0]!r}, which no column has; there are: "
                 f"{', '.join(available)}"
             )
         if not self._accepted["any"]:
@@ -113,7 +117,7 @@ class UserReward:
         if outcome.status == "died":
             return f"ended its process ({outcome.detail})"
         if "invalid" in outcome.value:
-            raise UserError(f"--reward {self.name} {outcome.value['invalid']}")
+            raise UserError(f"--reward {self.asked} {outcome.value['invalid']}")
         if "failed" in outcome.value:
             return f"raised {outcome.value['failed']}"
         return None
@@ -127,7 +131,7 @@ class UserReward:
                 scores.failures[index] = single.failures[0]
             if len(scores.failures) > MAX_FAILED_SHARE * len(batch):
                 raise UserError(
-                    f"--reward {self.name} failed on {len(scores.failures)} of {index + 1} "
+                    f"--reward {self.asked} failed on {len(scores.failures)} of {index + 1} "
                     f"completions; it {scores.failures[index]}. At most a fifth may fail: return "
                     "None or 0.0 for a completion that cannot be scored"
                 )

@@ -233,6 +233,17 @@ def test_functions_of_modules(tmp_path, monkeypatch):
         rewards.build(["my_other_rewards:brief"])
 
 
+def test_names_are_short_and_distinct(tmp_path, reward_of):
+    source = "def reward(completions): return [1.0] * len(completions)"
+    built = reward_of(source)
+    assert list(score(built).per_reward) == ["mine_0.py:reward"]
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / "mine_0.py"
+    twin.write_text(source)
+    with pytest.raises(UserError, match="two rewards are called mine_0.py:reward"):
+        rewards.build([f"{tmp_path}/mine_0.py:reward", f"{twin}:reward"])
+
+
 def test_columns_that_cannot_be_passed_are_named(reward_of):
     built = reward_of("def reward(completions, **columns): return [1.0] * len(completions)")
     with pytest.raises(UserError, match="column 'blob' holds a bytes"):

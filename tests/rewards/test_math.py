@@ -41,6 +41,8 @@ def score(reward: MathReward, completions: list[str], gold: str) -> list[float |
         (r"\boxed{5} and then cut off \boxed{6", "5"),
         (r"put it in \boxed{}. The answer is 42.", "42"),
         (r"\fbox{3}", "3"),
+        (r"as JSON: \\boxed{4}, \\boxed{5}", "5"),
+        (r"} {{ \left\{ \boxed{6}", "6"),
         (r"$\boxed {8}$", "8"),
         (r"\boxed{x = \boxed{5}}", "5"),
         ("The final answer is: **42**.", "42"),
