@@ -17,21 +17,18 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymath_fast import manifest
+from polymath_fast import manifest, step_folders
 from polymath_fast.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "checkpoints"
-_STEP = re.compile(r"step_(\d+)")
-_ASIDE = re.compile(r"tmp_(\d+)_old")
 _IO_ERROR = re.compile(r"I/?O error|os error (\d+)", re.IGNORECASE)
 # The part of a model's config.json that fixes the shapes and names of its weights.
 _SHAPE_KEYS = (
@@ -107,11 +104,11 @@ def save(
         raise UserError(f"--keep-checkpoints {keep}: at least 1 checkpoint must be kept; use 2")
     _require_finite(trainer_tensors.items(), step)
     root = Path(run_dir) / FOLDER
-    temporary = root / f"tmp_{step:06d}_{uuid.uuid4().hex[:8]}"
+    temporary = step_folders.temporary(root, step)
     try:
         temporary.mkdir(parents=True)
         _write(temporary, model_files, trainer_tensors, trainer_state, step)
-        final = _publish(temporary, root / f"step_{step:06d}")
+        final = step_folders.publish(temporary, step)
     except Exception as error:
         reason = _disk_failure(error)
         if reason is None:
@@ -122,24 +119,13 @@ def save(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _rotate(root, step, keep)
+    step_folders.rotate(root, step, keep)
     return final
 
 
 def sweep(run_dir: Path) -> list[Path]:
-    """Remove what killed saves left behind; call it only while holding the folder's RunLock.
-
-    A checkpoint that a kill caught between being moved aside and being replaced gets its name back.
-    """
-    leftovers = sorted((Path(run_dir) / FOLDER).glob("tmp_*"))
-    for path in leftovers:
-        aside = _ASIDE.fullmatch(path.name)
-        final = path.with_name(f"step_{aside[1]}") if aside else path
-        if final.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.rename(final)
-    return leftovers
+    """Remove what killed saves left behind; call it only while holding the folder's RunLock."""
+    return step_folders.sweep(Path(run_dir) / FOLDER)
 
 
 def resume(
@@ -165,12 +151,12 @@ def find(path: Path | str, *, on_skip: Callable[[Path, str], None]) -> Checkpoin
     reason)` is called for every torn one. Raises UserError when all of them are torn.
     """
     path = Path(path)
-    named = _STEP.fullmatch(path.name)
+    named = step_folders.STEP.fullmatch(path.name)
     if named and path.is_dir():
         root, last = path.parent, int(named[1])
     else:
         root, last = (path / FOLDER, None)
-    candidates = [item for item in _steps(root) if last is None or item[0] <= last]
+    candidates = [item for item in step_folders.steps(root) if last is None or item[0] <= last]
     for step, folder in reversed(candidates):
         try:
             return _load(folder, step)
@@ -217,57 +203,6 @@ def _write(
     manifest.write(folder, step=step)
 
 
-def _publish(temporary: Path, final: Path) -> Path:
-    """Give the finished folder its name. An older checkpoint of that name (a torn one, or one of an
-    abandoned future) is moved aside first, because a rename cannot replace a full folder."""
-    aside = final.with_name(final.name.replace("step_", "tmp_") + "_old")
-    if final.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        final.rename(aside)
-    try:
-        temporary.rename(final)
-        manifest.fsync(final.parent)
-    except OSError:
-        if aside.exists() and not final.exists():
-            aside.rename(final)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-    return final
-
-
-def _rotate(root: Path, step: int, keep: int) -> None:
-    """Keep the newest `keep` complete checkpoints up to `step`; torn ones do not count."""
-    kept = 0
-    for number, folder in reversed(_steps(root)):
-        if number <= step and kept < keep and _complete(folder):
-            kept += 1
-        else:
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint; a kill in the middle must not leave half of one under its name."""
-    doomed = folder.with_name(f"tmp_{folder.name}_{uuid.uuid4().hex[:8]}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _complete(folder: Path) -> bool:
-    try:
-        manifest.verify(folder, hashes=False)
-    except manifest.TornFolder:
-        return False
-    return True
-
-
-def _steps(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint below `root`, oldest first."""
-    if not root.is_dir():
-        return []
-    named = ((_STEP.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
-    return sorted((int(match[1]), path) for match, path in named if match)
-
-
 def _require_finite(tensors: Any, step: int) -> None:
     for name, tensor in tensors:
         if not _is_finite(tensor):
@@ -279,10 +214,14 @@ def _require_finite(tensors: Any, step: int) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether every value is finite, in pieces: a mask of a whole optimizer state is gigabytes."""
     if not tensor.is_floating_point():
         return True
-    return all(bool(piece.isfinite().all()) for piece in tensor.detach().view(-1).split(1 << 24))
+    tensor = tensor.detach()
+    # NaN and Inf survive a sum, which needs no mask of the tensor's size; only a sum of large
+    # finite values can overflow, and then each value is looked at, in pieces.
+    if bool(tensor.sum().isfinite()):
+        return True
+    return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(1 << 24))
 
 
 def _disk_failure(error: Exception) -> str | None:

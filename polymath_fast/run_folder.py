@@ -120,6 +120,11 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
             f"--output-dir {run_dir} holds an earlier run; add --resume auto to continue it, or "
             f"choose a new folder, for example --output-dir {shlex.quote(str(_free_name(run_dir)))}"
         )
+    if names - _NOTHING_YET and resume not in (None, "auto") and not _inside(resume, run_dir):
+        raise UserError(
+            f"--output-dir {run_dir} holds another run than --resume {resume}, and would be "
+            f"overwritten; choose a new folder, for example {_free_name(run_dir)}"
+        )
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise _unusable(run_dir, PermissionError(errno.EACCES, "Permission denied"))
     return run_dir
@@ -148,6 +153,10 @@ def _as_argument(path: Path) -> str:
 def _is_run(run_dir: Path, names: set[str]) -> bool:
     copied = {"config.toml", "metrics.jsonl"} <= names
     return LOCK_FILE in names or copied
+
+
+def _inside(path: str, run_dir: Path) -> bool:
+    return Path(path).resolve().is_relative_to(run_dir.resolve())
 
 
 def _in_use(run_dir: Path, owner: bytes) -> str:

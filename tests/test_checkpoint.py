@@ -304,6 +304,13 @@ def test_non_finite_weights_are_not_saved(tmp_path, value, dtype):
     assert_holds(find(tmp_path), 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_finite_values_are_saved(tmp_path, dtype):
+    large = torch.full((3, 7), torch.finfo(dtype).max, dtype=dtype)
+    save(tmp_path, 1, trainer_tensors={"master": large, "empty": torch.zeros(0)})
+    assert torch.equal(find(tmp_path).tensors()["master"], large)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
 @pytest.mark.parametrize("where", ["model", "fsync", "rename"])
 def test_failing_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, code, where):

@@ -82,6 +82,16 @@ def test_earlier_run_needs_resume(tmp_path):
     assert prepare(str(run_dir), resume="auto") == run_dir
 
 
+def test_resume_from_elsewhere_overwrites_no_other_run(tmp_path):
+    run_dir, other = earlier_run(tmp_path / "run"), earlier_run(tmp_path / "other")
+    (tmp_path / "link").symlink_to(run_dir)
+    with pytest.raises(UserError, match="holds another run than --resume"):
+        prepare(str(run_dir), resume=str(other / "checkpoints" / "step_000005"))
+    for resume in (run_dir / "checkpoints" / "step_000005", tmp_path / "link", run_dir):
+        assert prepare(str(run_dir), resume=str(resume)) == run_dir
+    assert prepare(str(tmp_path / "new"), resume=str(other)).is_dir()
+
+
 def test_copied_run_without_its_lock_file_is_still_a_run(tmp_path):
     run_dir = earlier_run(tmp_path / "copy")
     (run_dir / LOCK_FILE).unlink()

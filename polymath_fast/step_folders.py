@@ -1,0 +1,96 @@
+"""The step_N folders of a run: how one gets its name, and how old ones go.
+
+Names are given by rename, so a folder called step_N is whole at every moment; whatever is being
+written, replaced or deleted is called tmp_*.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from polymath_fast import manifest
+
+STEP = re.compile(r"step_(\d+)")
+_ASIDE = re.compile(r"tmp_(\d+)_old")
+
+
+def temporary(root: Path, step: int) -> Path:
+    """A name of its own for a checkpoint that is being written; not created."""
+    return root / f"tmp_{step:06d}_{uuid.uuid4().hex[:8]}"
+
+
+def publish(finished: Path, step: int) -> Path:
+    """Give the finished folder its name; returns its new path.
+
+    An older checkpoint of that name (a torn one, or one of an abandoned future) is moved aside
+    first, because a rename cannot replace a full folder.
+    """
+    final = finished.with_name(f"step_{step:06d}")
+    aside = finished.with_name(f"tmp_{step:06d}_old")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    try:
+        finished.rename(final)
+        manifest.fsync(final.parent)
+    except OSError:
+        if aside.exists() and not final.exists():
+            aside.rename(final)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def rotate(root: Path, step: int, keep: int) -> None:
+    """Keep the newest `keep` complete checkpoints up to `step`; torn ones do not count."""
+    kept = 0
+    for number, folder in reversed(steps(root)):
+        if number <= step and kept < keep and _complete(folder):
+            kept += 1
+        else:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill in the middle must not leave half of one under its name."""
+    doomed = folder.with_name(f"tmp_{folder.name}_{uuid.uuid4().hex[:8]}")
+    # One that cannot be deleted takes room and does no other harm: the new one is saved already.
+    with contextlib.suppress(OSError):
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        manifest.verify(folder, hashes=False)
+    except manifest.TornFolder:
+        return False
+    return True
+
+
+def steps(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint below `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    named = ((STEP.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def sweep(root: Path) -> list[Path]:
+    """Remove what killed saves left behind; call it only while holding the folder's RunLock.
+
+    A checkpoint that a kill caught between being moved aside and being replaced gets its name back.
+    """
+    leftovers = sorted(root.glob("tmp_*"))
+    for path in leftovers:
+        aside = _ASIDE.fullmatch(path.name)
+        final = path.with_name(f"step_{aside[1]}") if aside else path
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(final)
+    return leftovers
