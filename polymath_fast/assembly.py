@@ -31,10 +31,15 @@ class Inputs:
     device: str
 
     @property
-    def max_model_len(self) -> int:
-        """Tokens of the longest prompt; the completion comes on top."""
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, of training or evaluation."""
         asked = [*self.samples, *(s for group in self.held_out.values() for s in group)]
         return max(len(sample.prompt_ids) for sample in asked)
+
+    @property
+    def judges_answers(self) -> bool:
+        """Whether a reward compares answers with the right one (the built-in `math` does)."""
+        return any(reward.name == "math" for reward in self.rewards.rewards)
 
 
 @dataclass
@@ -115,7 +120,7 @@ def build(config: Config) -> Iterator[Parts]:
             model_dir=inputs.model_dir,
             policy=policy,
             stop_token_ids=rollout.stop_token_ids(inputs.model_dir, inputs.tokenizer),
-            max_model_len=inputs.max_model_len + config.max_completion_length,
+            max_model_len=inputs.longest_prompt + config.max_completion_length,
             max_num_seqs=min(256, config.num_generations * config.groups_per_step),
             device=inputs.device,
             seed=config.seed,

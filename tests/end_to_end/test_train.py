@@ -122,7 +122,10 @@ def test_without_learning_nothing_drifts(flags, tmp_path):
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(flags, tmp_path):
     flags = [*flags, "--max-steps", "10000", "--save-every", "0"]
     process = subprocess.Popen(
-        command(flags, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(flags, tmp_path / "run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     path = tmp_path / "run/metrics.jsonl"
     while not (path.exists() and path.read_text().count("\n") >= 2):

@@ -1,0 +1,83 @@
+"""How much memory a run will need, from the shape of its model and its settings alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polymath_fast.config import Config
+
+GIB = 2**30
+_HEAD_CHUNK = 2**25  # logits that the LM head holds at once, in float32
+_LIBRARIES = {"vllm": 1.6 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU
+
+
+def parameters(shape: dict[str, Any]) -> int:
+    """Number of weights of a Llama, Qwen2 or Qwen3 model with these config.json keys."""
+    hidden, vocabulary = shape["hidden_size"], shape["vocab_size"]
+    q, kv, head = _widths(shape)
+    qwen2, qwen3 = (shape["model_type"] == name for name in ("qwen2", "qwen3"))
+    attention = 2 * hidden * q + 2 * hidden * kv
+    biases = (q + 2 * kv) * qwen2 + 2 * head * qwen3
+    mlp = 3 * hidden * shape["intermediate_size"]
+    layer = attention + biases + mlp + 2 * hidden
+    embeddings = vocabulary * hidden * (1 if shape.get("tie_word_embeddings") else 2)
+    return embeddings + shape["num_hidden_layers"] * layer + hidden
+
+
+def activation_bytes(shape: dict[str, Any]) -> int:
+    """What autograd keeps of one token's forward pass below the LM head, in bytes (bfloat16).
+
+    Counted from transformers' layers: both norms keep a float32 and a bfloat16 copy, the gate keeps
+    four vectors of the MLP's width, attention its inputs and output.
+    """
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    q, kv, head = _widths(shape)
+    heads = shape["num_attention_heads"]
+    layer = 16 * hidden + 8 * inner + 4 * q + 4 * kv + 4 * heads + 8
+    if shape["model_type"] == "qwen3":
+        layer += 6 * (q + kv) + 4 * (q + kv) // head
+    return shape["num_hidden_layers"] * layer + 6 * hidden + 4 * head
+
+
+def kv_cache_bytes(shape: dict[str, Any]) -> int:
+    """Keys and values of one token, in bytes (bfloat16)."""
+    return shape["num_hidden_layers"] * 4 * _widths(shape)[1]
+
+
+def estimate(
+    shape: dict[str, Any], config: Config, *, engine: str, prompt_tokens: int, device: str
+) -> dict[str, float]:
+    """GiB for each part of a run, largest moments of all phases added up.
+
+    `shape` holds the keys of the model's config.json, `engine` is "vllm" or "transformers",
+    `prompt_tokens` is the length of the longest prompt. An estimate: allocators round up.
+    """
+    weights = parameters(shape)
+    rollouts = config.num_generations * config.groups_per_step
+    rows = prompt_tokens + rollouts * config.max_completion_length
+    tokens = min(config.tokens_per_microbatch, rows)
+    vocabulary = shape["vocab_size"]
+    sequences = min(256, rollouts)
+    cached = kv_cache_bytes(shape) * (prompt_tokens + sequences * config.max_completion_length)
+    if engine == "vllm":
+        cached = (config.kv_cache_gib or 1) * GIB
+    parts = {
+        "weights (bf16)": 2 * weights,
+        "master weights and gradient (fp32)": 8 * weights,
+        "AdamW moments (fp32)": 8 * weights,
+        "reference model (bf16)": 2 * weights if config.beta else 0,
+        "sampler's weights (bf16)": 2 * weights if engine == "vllm" else 0,
+        "KV cache": cached,
+        f"activations of {tokens} tokens": activation_bytes(shape) * tokens,
+        "LM head": 12 * min(_HEAD_CHUNK, tokens * vocabulary)
+        + 8 * vocabulary * shape["hidden_size"],
+        "libraries": _LIBRARIES[engine] if device == "cpu" else 0,
+    }
+    return {name: size / GIB for name, size in parts.items() if size}
+
+
+def _widths(shape: dict[str, Any]) -> tuple[int, int, int]:
+    """Width of all queries, of all keys, and of one head."""
+    heads = shape["num_attention_heads"]
+    head = shape.get("head_dim") or shape["hidden_size"] // heads
+    return heads * head, (shape.get("num_key_value_heads") or heads) * head, head
