@@ -55,7 +55,8 @@ def unwrap(text: str) -> str:
     for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
             text = text[len(left) : -len(right)].strip()
-    return text
+    # "$69$, $84$": each item delimited on its own
+    return text if "\\$" in text else text.replace("$", "")
 
 
 def normalise(answer: str) -> str:

@@ -54,10 +54,10 @@ def test_expensive_answers_cost_a_bounded_time_and_score_zero(reward_set, name):
 
 def test_a_batch_of_bombs_is_bounded_and_honest_answers_come_first():
     bombs = [rf"\boxed{{9^{{9^{{9^{{{k}}}}}}}}}" for k in range(11, 60)]
-    with rewards.build(["math"], timeout=0.2) as built:
+    with rewards.build(["math"], timeout=0.3) as built:
         begun = time.monotonic()
         assert score(built, *bombs, r"\boxed{1+4}") == [0.0] * len(bombs) + [1.0]
-        assert time.monotonic() - begun < 12 * 0.2 + 3
+        assert time.monotonic() - begun < 12 * 0.3 + 5
         size = len(bombs)
         again = built.score(["p"] * size, bombs, [[1]] * size, {"answer": ["5"] * size})
     assert again.metrics["reward/timeout_ratio"] == 1.0

