@@ -106,28 +106,31 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
             )
         run_dir.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in run_dir.iterdir()}
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise _unusable(run_dir, error) from error
-    if names and not _is_run(run_dir, names):
-        raise UserError(
-            f"--output-dir {run_dir} holds files that are no run's ({_some(names)}); it must be a "
-            f"folder that is new or empty, for example {_free_name(run_dir)}"
-        )
-    if resume is None and names - _NOTHING_YET:
-        raise UserError(
-            f"--output-dir {run_dir} holds an earlier run; add --resume auto to continue it, or "
-            f"choose a new folder, for example --output-dir {shlex.quote(str(_free_name(run_dir)))}"
-        )
-    if names - _NOTHING_YET and resume not in (None, "auto") and not _inside(resume, run_dir):
-        raise UserError(
-            f"--output-dir {run_dir} holds another run than --resume {resume}, and would be "
-            f"overwritten; choose a new folder, for example {_free_name(run_dir)}"
-        )
+    if reason := _taken(run_dir, names, resume):
+        name = shlex.quote(str(_free_name(run_dir)))
+        raise UserError(f"{reason} choose a folder that is new or empty, e.g. --output-dir {name}")
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise _unusable(run_dir, PermissionError(errno.EACCES, "Permission denied"))
     return run_dir
+
+
+def _taken(run_dir: Path, names: set[str], resume: str | None) -> str | None:
+    """Why the run may not go on among the files `names`, or None."""
+    folder = f"--output-dir {run_dir}"
+    copied = {"config.toml", "metrics.jsonl"} <= names
+    if names and LOCK_FILE not in names and not copied:
+        return f"{folder} holds files that are no run's ({_some(names)});"
+    if not names - _NOTHING_YET or resume == "auto":
+        return None
+    if resume is None:
+        return f"{folder} holds an earlier run; add --resume auto to continue it, or"
+    if not Path(resume).resolve().is_relative_to(run_dir.resolve()):
+        return f"{folder} holds another run than --resume {resume}, which would replace it;"
+    return None
 
 
 def resume_command(run_dir: Path) -> str:
@@ -148,15 +151,6 @@ def evaluate_command(checkpoint: Path) -> str:
 
 def _as_argument(path: Path) -> str:
     return f"./{path}" if str(path).startswith("-") else str(path)
-
-
-def _is_run(run_dir: Path, names: set[str]) -> bool:
-    copied = {"config.toml", "metrics.jsonl"} <= names
-    return LOCK_FILE in names or copied
-
-
-def _inside(path: str, run_dir: Path) -> bool:
-    return Path(path).resolve().is_relative_to(run_dir.resolve())
 
 
 def _in_use(run_dir: Path, owner: bytes) -> str:

@@ -32,7 +32,7 @@ class Status:
         self._row: Mapping[str, Any] = {}
         self._phase = ""
         self._rewards: deque[float] = deque(maxlen=_BARS_WIDTH)
-        self._ends = deque([time.monotonic()], maxlen=_ETA_STEPS + 1)
+        self._ends: deque[float] = deque(maxlen=_ETA_STEPS + 1)
         self._utf8 = console.encoding.lower().startswith("utf")
         self._spinner = Spinner("dots" if self._utf8 else "line", style="cyan")
 
@@ -40,6 +40,9 @@ class Status:
         """A step ended with these metrics."""
         self._row, self._step, self._phase = row, row["step"], ""
         self._rewards.append(row["reward/mean"])
+        if not self._ends:
+            # What came before the first step (engine start, evaluation) will not come again.
+            self._ends.append(time.monotonic() - (row.get("time/step") or 0.0))
         self._ends.append(time.monotonic())
         if self._redraws():
             self._redraw()
@@ -84,7 +87,7 @@ class Status:
             if self._row.get(key) is not None:
                 found.append((rank, label, form.format(self._row[key])))
         steps = len(self._ends) - 1
-        if steps and self._step < self._total:
+        if steps > 0 and self._step < self._total:
             mean = (self._ends[-1] - self._ends[0]) / steps
             found.append((2, "ETA", duration(mean * (self._total - self._step))))
         if self._phase:

@@ -34,6 +34,7 @@ METRICS = {
     "completion/mean_length": 62.0,
     "throughput/completion_tokens_per_s": 480.0,
     "memory/peak_gib": 1.875,
+    "time/step": 12.0,
 }
 HOSTILE = (
     "ok\x1b[2J\x1b]0;title\x07 \r gone [bold]not markup[/] [/] \u202eabc \ud800 \x9b31m\n\\boxed{5}"
@@ -139,8 +140,8 @@ def test_plain_lines_when_the_output_is_no_terminal(tmp_path):
     subject.close()
     first, second = output.getvalue().splitlines()
     fields = "reward 0.250  length 62  tok/s 480  memory 1.88 GiB  ETA "
-    assert first.startswith("step 1/10  " + fields)
-    assert second.startswith("step 2/10  " + fields)
+    assert first == "step 1/10  " + fields + "1:48"
+    assert second == "step 2/10  " + fields + "0:48"
     assert "\x1b" not in output.getvalue()
 
 

@@ -114,7 +114,7 @@ def test_current_folder_with_foreign_files(tmp_path, monkeypatch):
     (tmp_path / "a.txt").touch()
     monkeypatch.chdir(tmp_path)
     for name in (".", "..", "./"):
-        with pytest.raises(UserError, match="for example .*run-2"):
+        with pytest.raises(UserError, match="--output-dir .*run-2"):
             prepare(name, resume=None)
 
 
