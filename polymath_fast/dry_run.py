@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from polymath_fast import assembly, console, memory, models
 from polymath_fast.assembly import Inputs
 from polymath_fast.config import Config
@@ -42,24 +44,42 @@ def _reward_facts(inputs: Inputs) -> dict[str, str]:
 
 def _memory_facts(config: Config, inputs: Inputs) -> dict[str, str]:
     shape = models.read_config(inputs.model_dir)
-    parameters = memory.count_parameters(inputs.model_dir)
-    needs = memory.estimate(config, shape, parameters, inputs.longest_prompt, inputs.engine_name)
-    total, free = sum(needs.values()), memory.available(inputs.device)
-    parts = ", ".join(f"{name} {size / memory.GIB:.2f}" for name, size in needs.items())
+    needs = memory.estimate(
+        shape,
+        config,
+        engine=inputs.engine_name,
+        prompt_tokens=inputs.longest_prompt,
+        device=inputs.device,
+    )
+    total, free = sum(needs.values()), _free_gib(inputs.device)
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in needs.items())
     if total > free:
         raise UserError(
-            f"the run needs about {total / memory.GIB:.1f} GiB on {inputs.device} ({parts}), but "
-            f"{free / memory.GIB:.1f} GiB are free; {_advice(config, needs, total - free, inputs)}"
+            f"the run needs about {total:.1f} GiB on {inputs.device} ({parts}), but {free:.1f} GiB "
+            f"are free; {_advice(config, needs, total - free, inputs)}"
         )
-    sizes = f"about {total / memory.GIB:.1f} GiB of {free / memory.GIB:.1f} GiB free"
-    return {"parameters": f"{parameters:,}", "memory": f"{sizes}: {parts}"}
+    return {
+        "parameters": f"{memory.parameters(shape):,}",
+        "memory": f"about {total:.1f} GiB of {free:.1f} GiB free: {parts}",
+    }
 
 
 def _advice(config: Config, needs: dict[str, float], missing: float, inputs: Inputs) -> str:
     """The one knob that would help, with a value."""
     smallest = inputs.longest_prompt + config.max_completion_length
-    share = 1 - missing / needs["activations"]
-    tokens = int(config.tokens_per_microbatch * share * 0.9)
+    activations = next(size for name, size in needs.items() if name.startswith("activations"))
+    tokens = int(config.tokens_per_microbatch * (1 - missing / activations) * 0.9)
     if tokens >= smallest:
         return f"--tokens-per-microbatch {tokens} works"
     return "take a smaller model"
+
+
+def _free_gib(device: str) -> float:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0] / memory.GIB
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return float(line.split()[1]) / 2**20
+    raise UserError("/proc/meminfo does not tell how much memory is free; leave out --dry-run")

@@ -114,7 +114,7 @@ def test_without_learning_nothing_drifts(flags, tmp_path):
     for row in rows:
         assert row["sampling/logprob_diff_mean"] < 0.03
         assert row["policy/ratio_max"] == row["policy/ratio_mean"] == 1.0
-        assert row["policy/kl"] == 0.0
+        assert abs(row["policy/kl"]) < 1e-9
     drift = rows[-1]["sampling/logprob_diff_mean"] - rows[0]["sampling/logprob_diff_mean"]
     assert abs(drift) < 0.01
 
