@@ -23,9 +23,7 @@ _LARGEST = 2**31 - 1
 
 Count = Annotated[int, Range(ge=1, le=_LARGEST, works=1)]
 Interval = Annotated[int, Range(ge=0, le=_LARGEST, works=10)]
-LossType = Literal[
-    "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "geo_mean", "reinforce"
-]
+LossType = Literal["grpo", "gspo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo", "reinforce"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +94,8 @@ class LossSettings:
     epsilon: Annotated[float, Range(gt=0, lt=1, works=0.2)] = 0.2
     """ratio is clipped below at 1 - epsilon"""
     epsilon_high: Annotated[float, Range(gt=0, le=1e6, works=0.28)] | None = None
-    """ratio is clipped above at 1 + epsilon-high; equals epsilon when left out"""
+    """ratio is clipped above at 1 + epsilon-high; equals epsilon when left out; with cispo the
+    largest ratio itself"""
     delta: Annotated[float, Range(gt=1, le=1e6, works=4)] | None = None
     """upper bound of the ratio of completions with negative advantage"""
     beta: Annotated[float, Range(ge=0, le=1000, works=0)] = 0.0

@@ -15,6 +15,9 @@ from polymath_fast.errors import UserError
 if TYPE_CHECKING:
     from polymath_fast.config import Config
 
+_CLIPPED = ("dapo", "grpo", "gspo", "bnpo", "dr_grpo", "luspo")
+_LOSS_OPTIONS = {"epsilon": _CLIPPED, "epsilon_high": (*_CLIPPED, "cispo"), "delta": _CLIPPED}
+"""option -> the loss types that read it"""
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/\s]*@")
 
 
@@ -149,6 +152,19 @@ def _check_rewards(config: Config) -> None:
 
 
 def _check_loss(config: Config) -> None:
+    for name, readers in _LOSS_OPTIONS.items():
+        value = getattr(config, name)
+        if value != type(config).__dataclass_fields__[name].default and (
+            config.loss_type not in readers
+        ):
+            raise UserError(
+                f"{flag(name)} is {value}, which --loss-type {config.loss_type} does not read; "
+                f"leave it out, or take --loss-type {readers[0]}"
+            )
+    if config.loss_type == "cispo" and config.epsilon_high is None:
+        raise UserError(
+            "--loss-type cispo needs --epsilon-high, the largest ratio itself; 5.0 works"
+        )
     upper = 1 + (config.epsilon if config.epsilon_high is None else config.epsilon_high)
     if config.delta is not None and config.delta <= upper:
         raise UserError(

