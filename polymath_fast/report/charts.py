@@ -73,7 +73,7 @@ def stacked(series: Sequence[Series]) -> str:
     means = [_bucketed(one, buckets) for one in series]
     tops = [sum(one.points[index][1] for one in means) for index in range(len(buckets))]
     low, high = _step_range(means)
-    half = (high - low) / max(len(buckets), 1) / 2
+    half = (high - low) / max(len(buckets) - 1, 1) / 2
     scale = Scale((low - half, high + half), (0.0, _nice_above(max(tops))))
     width = max((WIDTH - LEFT - RIGHT) / len(buckets) * 0.82, 1.0)
     drawn = []
@@ -146,7 +146,8 @@ def _value_range(
         bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         return 10.0**bottom, 10.0 ** max(top, bottom + 1)
     if high == low:
-        high = low + (abs(low) or 1.0) * 0.5
+        high = low + (abs(low) or 1.0) * 0.3
+        low = min(low, 0.0)
     if 0 < low < 0.6 * high:
         low = 0.0
     margin = (high - low) * 0.06

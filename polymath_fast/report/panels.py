@@ -137,7 +137,8 @@ def _curves(rows: Rows, title: str, hint: str, keys: tuple[tuple[str, str], ...]
     ]
     if all(value == 0 for one in series for _, value in one.points):
         return ""
-    return _panel(title, hint, series)
+    fixed = (0.0, 1.0) if all(key.endswith("_ratio") for key, _ in keys) else None
+    return _panel(title, hint, series, lambda found: charts.lines(found, fixed=fixed))
 
 
 def _phases(rows: Rows) -> str:
