@@ -25,7 +25,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("reference",),
     "linear_logprobs": ("reference",),
     "grpo_loss": ("reference",),
-    "linear_grpo_loss": ("reference",),
+    "linear_grpo_loss": ("cpu", "reference"),
     "prefix_attention": ("cpu", "reference"),
 }
 """operator -> what exists for it, fastest first"""

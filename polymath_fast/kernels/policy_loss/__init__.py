@@ -116,7 +116,7 @@ class _WithSlopes(torch.autograd.Function):
     """A scalar whose derivatives by `logprobs` and `entropy` are known."""
 
     @staticmethod
-    def forward(ctx: Any, loss, logprobs, slope, entropy, entropy_slope):  # noqa: ANN001
+    def forward(ctx: Any, loss, logprobs, slope, entropy, entropy_slope):
         ctx.save_for_backward(slope, entropy_slope)
         return loss.clone()
 

@@ -1,0 +1,179 @@
+"""The three matrix products around a language-model head, on whatever this processor does best.
+
+`Products.logits` gives fp32 logits of a few rows; `Products.gradients` turns their gradient into
+that of `hidden` and `weight`, with fp32 sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from polymath_fast.kernels.cpu import bf16, tiles
+from polymath_fast.kernels.cpu.threads import parallel, split
+from polymath_fast.kernels.cpu.workspace import buffer
+
+_CHAIN = 256
+"""hidden entries that one fp32 sum of torch's products runs over"""
+
+
+class Products(Protocol):
+    """Shapes: R rows of one block, M rows that carry a gradient, H hidden, V vocabulary."""
+
+    slope_dtype: torch.dtype
+    """of the gradient with respect to the logits"""
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """out (R, V) fp32 = hidden (R, H) @ weight.T"""
+
+    def gradients(
+        self,
+        slopes: torch.Tensor,
+        count: int,
+        hidden: torch.Tensor,
+        d_hidden: torch.Tensor | None,
+        d_weight: torch.Tensor | None,
+        add: bool,
+    ) -> None:
+        """d_hidden (M, H) = slopes[:count] @ weight; d_weight (V, H) = or += slopes.T @ hidden."""
+
+
+def products_for(weight: torch.Tensor) -> Products:
+    """The implementation for `weight` (V, H) on this machine."""
+    if weight.dtype == torch.bfloat16 and tiles.available() and not _has_matrix_unit():
+        return TileProducts(weight)
+    return TorchProducts(weight)
+
+
+def _has_matrix_unit() -> bool:
+    """Intel AMX multiplies several times faster than AVX512; torch reaches it, our tiles do not."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+class TileProducts:
+    """Our own bf16 products: AVX512-BF16 tiles with fp32 sums."""
+
+    slope_dtype = torch.bfloat16
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        vocab, size = weight.shape
+        padded = torch.nn.functional.pad(weight, (0, 1)) if size % 2 else weight.contiguous()
+        self._panels = _words("weight_panels", (_panels(vocab), (size + 1) // 2, tiles.COLUMNS))
+        parallel(bf16.pack_weight, split(len(self._panels)), _pairs(padded), self._panels)
+        self._pairs: np.ndarray | None = None
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        count, size = hidden.shape
+        left = buffer("left_rows", (padded_rows(count), size + size % 2), torch.bfloat16)
+        left[:count, :size] = hidden
+        left[:, size:] = 0
+        tasks = split(len(self._panels))
+        parallel(bf16.logits, tasks, _pairs(left), count, self._panels, out.numpy())
+
+    def gradients(
+        self,
+        slopes: torch.Tensor,
+        count: int,
+        hidden: torch.Tensor,
+        d_hidden: torch.Tensor | None,
+        d_weight: torch.Tensor | None,
+        add: bool,
+    ) -> None:
+        vocab, size = self._weight.shape
+        if d_hidden is not None:
+            if self._pairs is None:
+                shape = (_panels(size), (vocab + 1) // 2, tiles.COLUMNS)
+                self._pairs = _words("weight_pairs", shape)
+                weight = bits(self._weight.contiguous())
+                parallel(bf16.pack_pairs, split(shape[1]), weight, self._pairs)
+            tasks = split(count, tiles.ROWS, per_thread=2)
+            words = _pairs(slopes)[:, : self._pairs.shape[1]]
+            parallel(bf16.hidden_gradient, tasks, words, self._pairs, d_hidden.numpy())
+        if d_weight is not None:
+            shape = (_panels(size), (count + 1) // 2, tiles.COLUMNS)
+            packed = _words("hidden_pairs", shape)
+            rows = bits(hidden.contiguous())
+            parallel(bf16.pack_pairs, split(shape[1]), rows, packed)
+            left = bits(slopes)[:count]
+            tasks = split(vocab, bf16.GROUP)
+            parallel(bf16.weight_gradient, tasks, left, packed, d_weight.numpy(), add)
+
+
+class TorchProducts:
+    """torch's products in fp32; bf16 weights on a matrix unit keep bf16 factors and fp32 sums."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        self._wide = buffer("wide_weight", tuple(weight.shape), torch.float32)
+        self._wide.copy_(weight)
+        self._narrow = weight.dtype == torch.bfloat16 and _has_matrix_unit()
+        self.slope_dtype = torch.bfloat16 if self._narrow else torch.float32
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        hidden = hidden.float()
+        with _fp32_products("bf16" if self._narrow else "ieee"):
+            # short sums, added up: the rounding of a long fp32 sum shows in log-probs
+            for first in range(0, hidden.shape[1], _CHAIN):
+                some = slice(first, first + _CHAIN)
+                product = (hidden[:, some], self._wide[:, some].t())
+                torch.addmm(out, *product, out=out) if first else torch.mm(*product, out=out)
+
+    def gradients(
+        self,
+        slopes: torch.Tensor,
+        count: int,
+        hidden: torch.Tensor,
+        d_hidden: torch.Tensor | None,
+        d_weight: torch.Tensor | None,
+        add: bool,
+    ) -> None:
+        slopes = slopes[:count, : self._weight.shape[0]]
+        with _fp32_products("ieee"):
+            if d_hidden is not None:
+                right = self._weight if self._narrow else self._wide
+                d_hidden.copy_(torch.mm(slopes, right))
+            if d_weight is not None:
+                right = hidden if self._narrow else hidden.float()
+                # torch rounds a bf16 product to bf16; chunks are added up in fp32 all the same
+                partial = torch.mm(slopes.t(), right)
+                d_weight.add_(partial) if add else d_weight.copy_(partial)
+
+
+@contextmanager
+def _fp32_products(precision: str) -> Iterator[None]:
+    """How oneDNN multiplies fp32 matrices: "ieee", or "bf16" factors with fp32 sums."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _panels(columns: int) -> int:
+    return -(-columns // tiles.COLUMNS)
+
+
+def padded_rows(count: int) -> int:
+    """`count` rounded up to whole tiles."""
+    return -(-count // tiles.ROWS) * tiles.ROWS
+
+
+def _words(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    return buffer(name, shape, torch.int32).numpy().view(np.uint32)
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    """bf16 as the uint16 that it is stored as; other dtypes as they are."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _pairs(tensor: torch.Tensor) -> np.ndarray:
+    """bf16 (rows, 2 n) -> uint32 (rows, n)."""
+    return bits(tensor).view(np.uint32)

@@ -1,0 +1,85 @@
+"""Scalar operations that numba lacks or widens to 64 bits; loops over them become vector code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_f32, _i32 = ir.FloatType(), ir.IntType(32)
+_EXP2 = (
+    1.5252733804059841e-5,
+    1.5403530393381609e-4,
+    1.3333558146428443e-3,
+    9.6181291076284772e-3,
+    5.5504108664821580e-2,
+    2.4022650695910072e-1,
+    6.9314718055994531e-1,
+    1.0,
+)
+"""Taylor coefficients of 2^f, highest first; for |f| <= 1/2 the first one left out is 1e-9"""
+
+
+def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    function = builder.module.globals.get(name) or ir.Function(
+        builder.module, ir.FunctionType(_f32, [_f32] * len(args)), name
+    )
+    return builder.call(function, args)
+
+
+@intrinsic
+def exp(typing_context, value):
+    """exp(x) for x <= 88, relative error 2e-7 near 0; exactly 0 below -87; NaN stays NaN."""
+    return types.float32(types.float32), _emit_exp
+
+
+def _emit_exp(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+    (x,) = args
+    y = builder.fmul(x, _f32(1.4426950408889634))
+    whole = _call(builder, "llvm.rint.f32", y)
+    # exact: y and `whole` are within a factor of two, or `whole` is 0
+    fraction = builder.fsub(y, whole)
+    power = _f32(_EXP2[0])
+    for coefficient in _EXP2[1:]:
+        power = _call(builder, "llvm.fma.f32", power, fraction, _f32(coefficient))
+    exponent = builder.add(builder.fptosi(whole, _i32), _i32(127))
+    scale = builder.bitcast(builder.shl(exponent, _i32(23)), _f32)
+    tiny = builder.fcmp_ordered("<", x, _f32(-87.0))
+    return builder.select(tiny, _f32(0.0), builder.fmul(power, scale))
+
+
+@intrinsic
+def maximum(typing_context, left, right):
+    """The larger of two; NaN if either is."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return _call(builder, "llvm.maximum.f32", *args)
+
+    return types.float32(types.float32, types.float32), emit
+
+
+@intrinsic
+def bfloat16(typing_context, value):
+    """The bits of the nearest bf16, ties to even; NaN stays NaN."""
+    return types.uint16(types.float32), _emit_bfloat16
+
+
+def _emit_bfloat16(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+    bits = builder.bitcast(args[0], _i32)
+    odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, _i32(0x7FFF)), odd), _i32(16))
+    is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+    return builder.trunc(builder.select(is_nan, _i32(0x7FC0), rounded), ir.IntType(16))
+
+
+@intrinsic
+def widened(typing_context, bits):
+    """The fp32 value of bf16 bits."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        wide = builder.shl(builder.zext(args[0], _i32), _i32(16))
+        return builder.bitcast(wide, _f32)
+
+    return types.float32(types.uint16), emit

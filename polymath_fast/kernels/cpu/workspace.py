@@ -1,0 +1,31 @@
+"""Scratch memory that is allocated once and used again.
+
+Fresh pages cost a CPU more than the arithmetic on them: the kernel zeroes each one at first touch.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+_buffers = threading.local()
+
+
+def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor of this thread; the next request for `name` hands out its memory."""
+    count = 1
+    for size in shape:
+        count *= size
+    store = _buffers.__dict__
+    held = store.get(name)
+    if held is None or held.dtype != dtype or held.numel() < count:
+        store.pop(name, None)
+        del held
+        held = store[name] = torch.empty(count, dtype=dtype)
+    return held[:count].view(shape)
+
+
+def clear() -> None:
+    """Give this thread's scratch memory back."""
+    _buffers.__dict__.clear()

@@ -1,0 +1,86 @@
+"""Policy loss from the LM head on a CPU: the gradient is computed in the forward pass.
+
+Three matrix products for losses whose coefficients are local to a token; a fourth, to compute the
+logits again, where a coefficient depends on its whole completion.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from polymath_fast.kernels.cpu.head import Head, HeadGradient
+from polymath_fast.kernels.policy_loss import (
+    PolicyBatch,
+    PolicyLossOutput,
+    PolicyLossSpec,
+    PolicyTerms,
+    policy_terms,
+    summarize,
+)
+
+
+def linear_grpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    batch: PolicyBatch,
+    spec: PolicyLossSpec,
+) -> PolicyLossOutput:
+    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64."""
+    needs = tuple(
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, weight, bias)
+    )
+    head = Head(hidden.detach(), weight.detach(), _detached(bias), targets, spec.temperature)
+    gradient = HeadGradient(head, needs) if any(needs) else None
+    local = spec.scope == "token"
+    for start, stop, logits in head.blocks():
+        if gradient is not None and local:
+            here = batch.rows(start, stop)
+            terms = _terms(head, here, spec, start, stop)
+            gradient.add(start, logits, terms.coefficient, terms.entropy_coefficient)
+    terms = _terms(head, batch, spec, 0, len(targets))
+    if gradient is not None and not local:
+        _second_pass(head, gradient, terms)
+    gradients = gradient.finish() if gradient is not None else (None, None, None)
+    loss = _WithGradients.apply(terms.loss.sum(), hidden, weight, bias, *gradients)
+    metrics = summarize(batch, terms, head.logprobs, head.entropy)
+    return PolicyLossOutput(loss, head.logprobs, head.entropy, metrics)
+
+
+def _terms(
+    head: Head, batch: PolicyBatch, spec: PolicyLossSpec, start: int, stop: int
+) -> PolicyTerms:
+    return policy_terms(batch, head.logprobs[start:stop], head.entropy[start:stop], spec)
+
+
+def _second_pass(head: Head, gradient: HeadGradient, terms: PolicyTerms) -> None:
+    for start, stop, logits in head.blocks():
+        by_entropy = terms.entropy_coefficient
+        by_entropy = None if by_entropy is None else by_entropy[start:stop]
+        gradient.add(start, logits, terms.coefficient[start:stop], by_entropy)
+
+
+def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+class _WithGradients(torch.autograd.Function):
+    """A scalar whose gradients by hidden, weight and bias are already there."""
+
+    @staticmethod
+    def forward(ctx: Any, loss, hidden, weight, bias, *gradients):
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor):
+        scaled = (
+            None if gradient is None else gradient if upstream == 1 else gradient * upstream
+            for gradient in ctx.saved_tensors
+        )
+        return None, *scaled, None, None, None
