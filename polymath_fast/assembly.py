@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import checkpoint, models, rewards, rollout, run_folder, samples, sources
+from polymath_fast import (
+    checkpoint,
+    environment,
+    models,
+    rewards,
+    rollout,
+    run_folder,
+    samples,
+    sources,
+)
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.monitor import Monitor
@@ -57,6 +66,8 @@ class Parts:
 
 def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs:
     """Model folder, tokenizer, samples, rewards and engine choice; raises UserError."""
+    environment.hide_mismatched_companions()
+    device = _device(config.device)
     engine_name, engine_reason = rollout.choose_engine(config.engine)
     if engine_name == "vllm":
         from polymath_fast.rollout.vllm_engine import check_version
@@ -72,18 +83,22 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         )
         for name, dataset in _evaluation_datasets(config).items()
     }
-    inputs = Inputs(
+    _check_microbatch(config, trained)
+    return Inputs(
         model_dir=model_dir,
         tokenizer=tokenizer,
         samples=trained,
         held_out=held_out,
-        rewards=rewards.build(config.reward, config.reward_weights, config.reward_timeout),
+        rewards=rewards.build(
+            config.reward,
+            config.reward_weights,
+            config.reward_timeout,
+            max_completion_length=config.max_completion_length,
+        ),
         engine_name=engine_name,
         engine_reason=engine_reason,
-        device=_device(config.device),
+        device=device,
     )
-    _check_microbatch(config, inputs)
-    return inputs
 
 
 @contextmanager
@@ -93,11 +108,11 @@ def build(config: Config) -> Iterator[Parts]:
     from polymath_fast.learner.step import Learner
 
     with ExitStack() as stack:
+        inputs = read_inputs(config)
+        stack.callback(inputs.rewards.close)
         run_dir = run_folder.prepare(config.output_dir, resume=config.resume)
         stack.enter_context(run_folder.RunLock(run_dir))
         checkpoint.sweep(run_dir)
-        inputs = read_inputs(config)
-        stack.callback(inputs.rewards.close)
         identity = checkpoint.model_identity(config.model, models.read_config(inputs.model_dir))
         resumed = _find_checkpoint(config, run_dir, identity)
         steps_done = resumed.step if resumed else 0
@@ -191,8 +206,8 @@ def _find_checkpoint(config: Config, run_dir: Path, identity: dict[str, Any]):
     return found
 
 
-def _check_microbatch(config: Config, inputs: Inputs) -> None:
-    longest = max(len(sample.prompt_ids) for sample in inputs.samples)
+def _check_microbatch(config: Config, trained: list[Sample]) -> None:
+    longest = max(len(sample.prompt_ids) for sample in trained)
     needed = longest + config.max_completion_length
     if config.tokens_per_microbatch < needed:
         raise UserError(

@@ -112,8 +112,11 @@ class Policy:
         return states[0].index_select(0, batch.hidden_rows)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, live weight) of every parameter; a tied head appears once."""
-        return self.model.named_parameters()
+        """(Hugging Face name, live weight) of every parameter, a tied head under both its names.
+
+        Engines may hold a repacked copy of a tied head, which they refresh only when it is named.
+        """
+        return self.model.named_parameters(remove_duplicate=False)
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder: weights (safetensors), config, tokenizer."""

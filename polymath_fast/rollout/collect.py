@@ -106,6 +106,7 @@ def completion_rows(batch: RolloutBatch, result: RewardResult) -> list[dict]:
                     "group": number,
                     "index": index,
                     "prompt": group.sample.prompt,
+                    "answer": group.sample.answer,
                     "completion": group.texts[index],
                     "reward": group.rewards[index],
                     "rewards": {name: values[flat] for name, values in result.per_reward.items()},

