@@ -23,6 +23,7 @@ _PUBLIC = {
     "linear_grpo_loss": "linear_grpo_loss",
     "prefix_attention": "prefix_attention",
     "policy_loss": "policy_loss",
+    "importance_weights": "policy_loss",
     "PolicyLossSpec": "policy_loss",
     "PolicyLossOutput": "policy_loss",
     "use": "dispatch",

@@ -62,7 +62,7 @@ class Head:
         return self.found[1].float()
 
     def blocks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(start, stop, logits) of every block; logits (rows, V and padding) fp32 live until the next one."""
+        """(start, stop, logits) of every block; logits (rows, V + padding) fp32 until the next."""
         for start in range(0, self.hidden.shape[0], self.block):
             stop = min(start + self.block, self.hidden.shape[0])
             yield start, stop, self._logits(start, stop)

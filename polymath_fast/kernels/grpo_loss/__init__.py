@@ -18,6 +18,7 @@ def grpo_loss(
     *,
     old_logprobs: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
+    sampling_logprobs: torch.Tensor | None = None,
     importance_weights: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     spec: PolicyLossSpec | None = None,
@@ -32,6 +33,8 @@ def grpo_loss(
         cu_seqlens: (B + 1,) int32, completion b is rows cu_seqlens[b] to cu_seqlens[b + 1].
         old_logprobs: (N,) of the policy that sampled or was last improved; None = on-policy.
         ref_logprobs: (N,) of the reference policy; needed when `spec.beta` is not 0.
+        sampling_logprobs: (N,) as the rollout engine reported them; for the spec's corrections and
+            two metrics.
         importance_weights: (B,) or (N,) multiply the policy term; detached.
         mask: (N,) bool, True on trained tokens; None = all.
         spec: options of the loss; None = `PolicyLossSpec()`. Its docstring says how to split a step
@@ -39,8 +42,9 @@ def grpo_loss(
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        `PolicyLossOutput`. N = 0 gives loss 0. A trained row without a finite log-prob makes the
-        loss NaN, is counted in metrics["nonfinite_rows"], and changes no other row's gradient.
+        `PolicyLossOutput`. N = 0 gives loss 0. A trained row without a finite log-prob (NaN or
+        +inf in its logits, or a target that is excluded) makes the loss NaN, is counted in
+        metrics["nonfinite_rows"] and contributes no gradient; other rows keep theirs.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, targets out of range, a missing input.
@@ -56,6 +60,7 @@ def grpo_loss(
         cu_seqlens,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
         importance_weights=importance_weights,
         mask=mask,
     )

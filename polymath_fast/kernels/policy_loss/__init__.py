@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from polymath_fast.kernels.policy_loss.batch import PolicyBatch, prepare
+from polymath_fast.kernels.policy_loss.corrections import importance_weights
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
 from polymath_fast.kernels.policy_loss.terms import PolicyTerms, policy_terms, summarize
 
@@ -23,6 +24,7 @@ __all__ = [
     "PolicyLossSpec",
     "PolicyTerms",
     "differentiable_loss",
+    "importance_weights",
     "policy_loss",
     "policy_terms",
     "prepare",
@@ -52,6 +54,7 @@ def policy_loss(
     entropy: torch.Tensor | None = None,
     old_logprobs: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
+    sampling_logprobs: torch.Tensor | None = None,
     importance_weights: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     spec: PolicyLossSpec | None = None,
@@ -65,6 +68,8 @@ def policy_loss(
         entropy: (N,) float, differentiable; needed for an entropy bonus, else for metrics only.
         old_logprobs: (N,) of the policy that is improved; None = on-policy, ratio 1 with gradient.
         ref_logprobs: (N,) of the reference policy; needed when `spec.beta` is not 0.
+        sampling_logprobs: (N,) as the rollout engine reported them; for the spec's corrections and
+            two metrics.
         importance_weights: (B,) or (N,) multiply the policy term (truncated importance sampling).
         mask: (N,) bool, True on trained tokens; None = all.
         spec: options; None = `PolicyLossSpec()`.
@@ -77,8 +82,8 @@ def policy_loss(
         raise ValueError(f"logprobs must be float (N,), got {tuple(logprobs.shape)}")
     if entropy is not None and entropy.shape != logprobs.shape:
         raise ValueError(f"entropy is {tuple(entropy.shape)}, logprobs {tuple(logprobs.shape)}")
-    if spec.entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef={spec.entropy_coef} needs entropy (N,)")
+    if entropy is None and (spec.entropy_coef or spec.top_entropy_quantile < 1):
+        raise ValueError("entropy_coef and top_entropy_quantile need entropy (N,)")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     batch = prepare(
         spec,
@@ -89,6 +94,7 @@ def policy_loss(
         cu_seqlens,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
         importance_weights=importance_weights,
         mask=mask,
     )

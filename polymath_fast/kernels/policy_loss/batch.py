@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_sum
 from polymath_fast.kernels.policy_loss.spec import (
     SEQUENCE_MEAN,
     SEQUENCE_SUM,
@@ -26,6 +27,7 @@ class PolicyBatch:
     entropy_weights: torch.Tensor | None  # (N,) share of a token's entropy in the bonus
     old_logprobs: torch.Tensor | None  # (N,); None: on-policy, the ratio is 1
     ref_logprobs: torch.Tensor | None  # (N,)
+    sampling_logprobs: torch.Tensor | None  # (N,) as the rollout engine reported them
     importance_weights: torch.Tensor | None  # (N,) multiply the policy term
 
     def rows(self, start: int, stop: int) -> PolicyBatch:
@@ -40,19 +42,6 @@ class PolicyBatch:
         return replace(self, cu_seqlens=torch.nn.functional.pad(ends, (1, 0)), **cut)
 
 
-def sequence_ids(cu_seqlens: torch.Tensor, count: int) -> torch.Tensor:
-    """(count,) index of the completion that each token belongs to."""
-    positions = torch.arange(count, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:], positions, right=True)
-
-
-def sequence_sum(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """(N,) -> (B,) sum over each completion, in a fixed order; 0 for an empty one."""
-    if values.numel() == 0 or cu_seqlens.numel() == 1:
-        return values.new_zeros(cu_seqlens.numel() - 1)
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens, initial=0)
-
-
 def prepare(
     spec: PolicyLossSpec,
     count: int,
@@ -63,19 +52,20 @@ def prepare(
     *,
     old_logprobs: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
+    sampling_logprobs: torch.Tensor | None = None,
     importance_weights: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> PolicyBatch:
     """Check shapes and devices, spread per-completion values over tokens, weigh the tokens.
 
     Raises:
-        ValueError: a tensor of another shape, dtype or device than the contract says; beta without
-            `ref_logprobs`. What cannot be seen without waiting for a GPU is checked on CPU only.
+        ValueError: a tensor of another shape, dtype or device than the contract says; a term of
+            the spec whose input is missing. What cannot be seen without waiting for a GPU is
+            checked on CPU tensors only.
     """
     cu_seqlens = _check_cu_seqlens(cu_seqlens, count, device)
     completions = cu_seqlens.numel() - 1
-    if spec.beta and ref_logprobs is None:
-        raise ValueError(f"beta={spec.beta} needs ref_logprobs (N,); or set beta=0")
+    _check_inputs(spec, old_logprobs, ref_logprobs, sampling_logprobs, importance_weights)
     if mask is None:
         mask = torch.ones(count, dtype=torch.bool, device=device)
     elif mask.dtype != torch.bool or mask.shape != (count,) or mask.device != device:
@@ -90,7 +80,7 @@ def prepare(
             return None
         shapes = ((completions,), (count,)) if spread else ((count,),)
         if value.shape not in shapes or not value.is_floating_point() or value.device != device:
-            expected = " or ".join(str(tuple(shape)) for shape in shapes)
+            expected = " or ".join(str(shape) for shape in shapes)
             raise ValueError(
                 f"{name} must be float {expected} on {device}, got {value.dtype} "
                 f"{tuple(value.shape)} on {value.device}"
@@ -98,7 +88,8 @@ def prepare(
         value = value.detach().to(dtype)
         return value[ids] if spread and value.shape == (completions,) else value
 
-    weights, entropy_weights = _weights(spec, mask, cu_seqlens, ids, dtype)
+    by_token = spec.formula != "vespo"
+    weights, entropy_weights = _all_weights(spec, mask, cu_seqlens, ids, dtype)
     return PolicyBatch(
         cu_seqlens=cu_seqlens,
         advantages=per_token("advantages", advantages, True),
@@ -107,11 +98,38 @@ def prepare(
         entropy_weights=entropy_weights,
         old_logprobs=per_token("old_logprobs", old_logprobs, False),
         ref_logprobs=per_token("ref_logprobs", ref_logprobs, False),
-        importance_weights=per_token("importance_weights", importance_weights, True),
+        sampling_logprobs=per_token("sampling_logprobs", sampling_logprobs, False),
+        importance_weights=per_token("importance_weights", importance_weights, by_token),
     )
 
 
-def _weights(
+def _check_inputs(
+    spec: PolicyLossSpec,
+    old_logprobs: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    sampling_logprobs: torch.Tensor | None,
+    importance_weights: torch.Tensor | None,
+) -> None:
+    if spec.beta and ref_logprobs is None:
+        raise ValueError(f"beta={spec.beta} needs ref_logprobs (N,); or set beta=0")
+    if spec.importance_sampling_mode is not None:
+        if sampling_logprobs is None:
+            raise ValueError(
+                f"importance_sampling_mode={spec.importance_sampling_mode!r} needs "
+                "sampling_logprobs (N,)"
+            )
+        if importance_weights is not None:
+            raise ValueError(
+                "importance_weights and importance_sampling_mode would correct twice; give one"
+            )
+    if spec.off_policy_mask_threshold is not None and old_logprobs is sampling_logprobs is None:
+        raise ValueError(
+            f"off_policy_mask_threshold={spec.off_policy_mask_threshold} needs sampling_logprobs "
+            "(N,) or old_logprobs (N,)"
+        )
+
+
+def _all_weights(
     spec: PolicyLossSpec,
     mask: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -120,24 +138,27 @@ def _weights(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(N,) weight of each token's loss and, with an entropy bonus, of its entropy."""
     trained = mask.to(dtype)
-    tokens = trained.sum().clamp(min=1)
-    completions = max(cu_seqlens.numel() - 1, 1)
-    how = spec.token_aggregation
-    if how == TOKEN_MEAN:
-        weights = trained / (spec.normalizer or tokens)
-    elif how == SEQUENCE_MEAN:
-        lengths = sequence_sum(trained, cu_seqlens).clamp(min=1)
-        weights = trained / (lengths[ids] * (spec.normalizer or completions))
-    elif how == SEQUENCE_SUM_NORM:
-        weights = trained / ((spec.normalizer or completions) * spec.max_completion_length)
-    elif how == SEQUENCE_SUM:
-        weights = trained / (spec.normalizer or completions)
-    else:
-        weights = trained / (spec.normalizer or 1)
+
+    def weights(how: str, divisor: float | None) -> torch.Tensor:
+        completions = max(cu_seqlens.numel() - 1, 1)
+        if how == TOKEN_MEAN:
+            return trained / (divisor or trained.sum().clamp(min=1))
+        if how == SEQUENCE_MEAN:
+            lengths = sequence_sum(trained, cu_seqlens).clamp(min=1)
+            return trained / (lengths[ids] * (divisor or completions))
+        if how == SEQUENCE_SUM_NORM:
+            return trained / ((divisor or completions) * spec.max_completion_length)
+        if how == SEQUENCE_SUM:
+            return trained / (divisor or completions)
+        return trained / (divisor or 1)
+
+    by_loss = weights(spec.token_aggregation, spec.normalizer)
     if not spec.entropy_coef:
-        return weights, None
-    shared = spec.normalizer if how == TOKEN_MEAN else None
-    return weights, trained / (spec.entropy_normalizer or shared or tokens)
+        return by_loss, None
+    divisor = spec.entropy_normalizer
+    if divisor is None and spec.entropy_aggregation == spec.token_aggregation:
+        divisor = spec.normalizer
+    return by_loss, weights(spec.entropy_aggregation, divisor)
 
 
 def _check_cu_seqlens(cu_seqlens: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
@@ -154,10 +175,10 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, count: int, device: torch.device
         )
     cu_seqlens = cu_seqlens.long()
     if device.type == "cpu":
-        steps = cu_seqlens.diff()
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != count or bool((steps < 0).any()):
+        falls = bool((cu_seqlens.diff() < 0).any())
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != count or falls:
             raise ValueError(
                 f"cu_seqlens must rise from 0 to the {count} tokens given, got "
-                f"{cu_seqlens[:8].tolist()}{'...' if cu_seqlens.numel() > 8 else ''}"
+                f"{cu_seqlens[:8].tolist()}{' ...' if cu_seqlens.numel() > 8 else ''}"
             )
     return cu_seqlens

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from polymath_fast.kernels.policy_loss.batch import PolicyBatch, sequence_ids, sequence_sum
-from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
-from polymath_fast.kernels.policy_loss.table import TOKEN_LOSSES, TokenLoss, kl_penalty
+from polymath_fast.kernels.policy_loss import corrections
+from polymath_fast.kernels.policy_loss.batch import PolicyBatch
+from polymath_fast.kernels.policy_loss.kl import kl_penalty
+from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_mean
+from polymath_fast.kernels.policy_loss.spec import TOKEN_MEAN, PolicyLossSpec
+from polymath_fast.kernels.policy_loss.table import TOKEN_LOSSES, TokenInputs, TokenLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +19,12 @@ class PolicyTerms:
     """Of each token, weighted, so that the loss of the call is the sum of `loss`."""
 
     loss: torch.Tensor  # (N,)
-    coefficient: torch.Tensor  # (N,) d loss of the call / d logprob
+    coefficient: torch.Tensor  # (N,) d loss of the call / d logprob; 0 where it is not finite
     entropy_coefficient: torch.Tensor | None  # (N,) d loss of the call / d entropy
     ratio: torch.Tensor  # (N,) importance ratio
     kl: torch.Tensor | None  # (N,) KL estimate, not weighted
+    importance: torch.Tensor | None  # (N,) weight of the policy term
+    unsound: torch.Tensor  # (N,) bool, trained tokens without a finite log-prob or coefficient
     token_loss: TokenLoss
 
 
@@ -33,11 +38,20 @@ def policy_terms(
 
     Args:
         logprobs: (N,) log-probs of the targets under the policy, detached.
-        entropy: (N,) entropies; needed for an entropy bonus only.
+        entropy: (N,) entropies; needed for an entropy bonus and for `top_entropy_quantile`.
     """
-    log_ratio, ratio = _ratio(batch, logprobs, spec)
-    token = TOKEN_LOSSES[spec.formula](ratio, batch.advantages, logprobs, spec)
-    factor = 1.0 if batch.importance_weights is None else batch.importance_weights
+    old = logprobs if batch.old_logprobs is None else batch.old_logprobs
+    log_ratio, moves = _log_ratio(batch, logprobs, old, spec)
+    importance = _importance(batch, old, spec)
+    inputs = TokenInputs(
+        logprobs, old, log_ratio, batch.advantages, _gamma(batch, logprobs, old, importance, spec)
+    )
+    token = TOKEN_LOSSES[spec.formula](inputs, spec)
+    high_entropy = None
+    if spec.top_entropy_quantile < 1:
+        share = spec.top_entropy_quantile
+        high_entropy = corrections.high_entropy_mask(entropy, batch.mask, share)
+    factor = _factor(batch, logprobs, old, importance, high_entropy, spec)
     loss = token.loss * factor
     zero = torch.zeros_like(loss)
     through_ratio = zero if token.ratio_slope is None else token.ratio_slope * factor
@@ -45,62 +59,142 @@ def policy_terms(
     kl = None
     if spec.beta:
         reference = torch.where(batch.mask, batch.ref_logprobs, logprobs)
-        kl, slope = kl_penalty(logprobs, reference, spec.kl_estimator)
+        kl, slope = kl_penalty(logprobs, reference, spec)
         if spec.use_bias_correction_kl:
-            slope = slope * ratio
-            kl = kl * ratio
+            kl, slope = kl * log_ratio.exp(), slope * log_ratio.exp()
             through_ratio = through_ratio + spec.beta * kl
         loss = loss + spec.beta * kl
         direct = direct + spec.beta * slope
-    if spec.log_ratio_clamp is not None:
-        through_ratio = torch.where(log_ratio.abs() <= spec.log_ratio_clamp, through_ratio, 0)
-    coefficient = _weigh(batch, direct, through_ratio, spec)
+    coefficient = _weigh(batch, direct, through_ratio, moves, spec)
     loss = torch.where(batch.mask, loss * batch.weights, 0)
-    entropy_coefficient = None
+    sound = logprobs.isfinite() & coefficient.isfinite()
+    by_entropy = None
     if spec.entropy_coef:
-        entropy_coefficient = -spec.entropy_coef * batch.entropy_weights
-        loss = loss + torch.where(batch.mask, entropy_coefficient * entropy, 0)
+        by_entropy = -spec.entropy_coef * _entropy_weights(batch, high_entropy, spec)
+        loss = loss + torch.where(by_entropy != 0, by_entropy * entropy, 0)
+        by_entropy = torch.where(sound, by_entropy, 0)
     return PolicyTerms(
         loss=loss,
-        coefficient=coefficient,
-        entropy_coefficient=entropy_coefficient,
-        ratio=ratio,
+        coefficient=torch.where(sound, coefficient, 0),
+        entropy_coefficient=by_entropy,
+        ratio=log_ratio.exp(),
         kl=kl,
+        importance=importance,
+        unsound=batch.mask & ~sound,
         token_loss=token,
     )
 
 
-def _ratio(
-    batch: PolicyBatch, logprobs: torch.Tensor, spec: PolicyLossSpec
+def _log_ratio(
+    batch: PolicyBatch, logprobs: torch.Tensor, old: torch.Tensor, spec: PolicyLossSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,) log importance ratio, of the token or of its completion, and the clamped ratio."""
-    if batch.old_logprobs is None:
-        log_ratio = torch.zeros_like(logprobs)
-    else:
-        log_ratio = torch.where(batch.mask, logprobs - batch.old_logprobs, 0)
-        if spec.level != "token":
-            log_ratio = _sequence_mean(batch, log_ratio)
-    if spec.log_ratio_clamp is None:
-        return log_ratio, log_ratio.exp()
-    return log_ratio, log_ratio.clamp(-spec.log_ratio_clamp, spec.log_ratio_clamp).exp()
+    """(N,) log importance ratio of the token or its completion, clamped; (N,) bool, whether the
+    token's log-prob moves it."""
+    log_ratio = torch.where(batch.mask, logprobs - old, 0)
+    moves = batch.mask
+    if spec.formula == "geo_mean":
+        sign = batch.advantages.sign()
+        clipped = log_ratio.clamp(-spec.epsilon, spec.upper_epsilon)
+        moves = moves & (sign * log_ratio <= sign * clipped)
+        log_ratio = torch.where(moves, log_ratio, clipped)
+    if spec.level != "token":
+        log_ratio = sequence_mean(log_ratio, batch.mask, batch.cu_seqlens)
+    if spec.log_ratio_clamp is not None:
+        moves = moves & (log_ratio.abs() <= spec.log_ratio_clamp)
+        log_ratio = log_ratio.clamp(-spec.log_ratio_clamp, spec.log_ratio_clamp)
+    return log_ratio, moves
+
+
+def _importance(batch: PolicyBatch, old: torch.Tensor, spec: PolicyLossSpec) -> torch.Tensor | None:
+    """(N,) weights that correct for the sampler, given or computed."""
+    if spec.importance_sampling_mode is None:
+        return batch.importance_weights
+    weights = corrections.importance_weights(
+        old,
+        batch.sampling_logprobs,
+        batch.cu_seqlens,
+        mask=batch.mask,
+        mode=spec.importance_sampling_mode,
+        clip_max=spec.importance_sampling_clip_max,
+        clip_min=spec.importance_sampling_clip_min,
+    )
+    if spec.importance_sampling_mode.startswith("sequence"):
+        return weights[sequence_ids(batch.cu_seqlens, old.numel())]
+    return weights
+
+
+def _gamma(
+    batch: PolicyBatch,
+    logprobs: torch.Tensor,
+    old: torch.Tensor,
+    importance: torch.Tensor | None,
+    spec: PolicyLossSpec,
+) -> torch.Tensor | None:
+    if spec.formula != "vespo":
+        return None
+    return corrections.gamma_weights(
+        logprobs - old, importance, batch.advantages, batch.mask, batch.cu_seqlens, spec
+    )
+
+
+def _factor(
+    batch: PolicyBatch,
+    logprobs: torch.Tensor,
+    old: torch.Tensor,
+    importance: torch.Tensor | None,
+    high_entropy: torch.Tensor | None,
+    spec: PolicyLossSpec,
+) -> torch.Tensor:
+    """(N,) what multiplies the policy term: corrections and masks, not the KL penalty's weight."""
+    factor = torch.ones_like(logprobs)
+    if spec.formula == "geo_mean" and importance is not None:
+        logs = (importance + 1e-10).log()
+        factor = sequence_mean(logs, batch.mask, batch.cu_seqlens).exp()
+    elif spec.formula != "vespo" and importance is not None:
+        factor = importance
+    if spec.off_policy_mask_threshold is not None:
+        sampler = old if batch.sampling_logprobs is None else batch.sampling_logprobs
+        kept = corrections.off_policy_mask(
+            logprobs,
+            sampler,
+            batch.advantages,
+            batch.mask,
+            batch.cu_seqlens,
+            spec.off_policy_mask_threshold,
+        )
+        factor = factor * kept
+    return factor if high_entropy is None else factor * high_entropy
 
 
 def _weigh(
-    batch: PolicyBatch, direct: torch.Tensor, through_ratio: torch.Tensor, spec: PolicyLossSpec
+    batch: PolicyBatch,
+    direct: torch.Tensor,
+    through_ratio: torch.Tensor,
+    moves: torch.Tensor,
+    spec: PolicyLossSpec,
 ) -> torch.Tensor:
     """(N,) d loss of the call / d logprob; a sequence ratio spreads evenly over its completion."""
-    if spec.level != "sequence":
-        return torch.where(batch.mask, batch.weights * (direct + through_ratio), 0)
     through_ratio = torch.where(batch.mask, batch.weights * through_ratio, 0)
-    shared = _sequence_mean(batch, through_ratio)
-    return torch.where(batch.mask, batch.weights * direct + shared, 0)
+    if spec.level == "sequence":
+        through_ratio = sequence_mean(through_ratio, batch.mask, batch.cu_seqlens)
+    through_ratio = torch.where(moves, through_ratio, 0)
+    return torch.where(batch.mask, batch.weights * direct, 0) + through_ratio
 
 
-def _sequence_mean(batch: PolicyBatch, values: torch.Tensor) -> torch.Tensor:
-    """(N,) mean of `values` over the trained tokens of each token's completion."""
-    lengths = sequence_sum(batch.mask.to(values.dtype), batch.cu_seqlens).clamp(min=1)
-    means = sequence_sum(torch.where(batch.mask, values, 0), batch.cu_seqlens) / lengths
-    return means[sequence_ids(batch.cu_seqlens, values.numel())]
+def _entropy_weights(
+    batch: PolicyBatch, high_entropy: torch.Tensor | None, spec: PolicyLossSpec
+) -> torch.Tensor:
+    """(N,) share of each token in the entropy bonus."""
+    if high_entropy is None:
+        return batch.entropy_weights
+    weights = torch.where(high_entropy, batch.entropy_weights, 0)
+    counted = spec.entropy_normalizer or (
+        spec.normalizer if spec.token_aggregation == TOKEN_MEAN else None
+    )
+    if spec.entropy_aggregation == TOKEN_MEAN and counted is None:
+        # the mean runs over the tokens that are left
+        weights = weights * (batch.mask.sum() / high_entropy.sum().clamp(min=1))
+    return weights
 
 
 def summarize(
@@ -115,22 +209,29 @@ def summarize(
     """
     mask = batch.mask
     tokens = mask.sum()
-    divisor = tokens.clamp(min=1)
 
     def mean(values: torch.Tensor) -> torch.Tensor:
-        return torch.where(mask, values.to(logprobs.dtype), 0).sum() / divisor
+        return torch.where(mask, values.to(logprobs.dtype), 0).sum() / tokens.clamp(min=1)
 
-    ratio = torch.where(mask, terms.ratio, 1)
+    def largest(values: torch.Tensor) -> torch.Tensor:
+        return values.max() if values.numel() else values.new_zeros(())
+
     metrics = {
         "tokens": tokens,
-        "nonfinite_rows": (mask & ~logprobs.isfinite()).sum(),
-        "ratio/mean": mean(ratio),
-        "ratio/max": ratio.max() if ratio.numel() else ratio.new_ones(()),
+        "nonfinite_rows": terms.unsound.sum(),
+        "ratio/mean": mean(terms.ratio),
+        "ratio/max": largest(torch.where(mask, terms.ratio, 0)),
     }
     if entropy is not None:
         metrics["entropy"] = mean(entropy)
     if terms.kl is not None:
         metrics["kl"] = mean(terms.kl)
+    if terms.importance is not None:
+        metrics["importance_weight/mean"] = mean(terms.importance)
+    if batch.sampling_logprobs is not None:
+        gap = (logprobs - batch.sampling_logprobs).abs().nan_to_num(nan=0.0)
+        metrics["sampling/logprob_diff_mean"] = mean(gap)
+        metrics["sampling/logprob_diff_max"] = largest(torch.where(mask, gap, 0))
     low, high = terms.token_loss.clipped_low, terms.token_loss.clipped_high
     if low is not None:
         metrics["clip_ratio/low"] = mean(low)

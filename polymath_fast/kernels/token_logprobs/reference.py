@@ -12,9 +12,14 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`logits` (N, V), `targets` (N,) int64 -> logprobs (N,), entropy (N,), by autograd."""
     scaled = logits.to(working_dtype(logits.dtype)) / temperature
+    # A row with NaN or +inf, or with nothing but -inf, is no distribution. Zeros in its place keep
+    # its NaN out of the weight gradient, which is a sum over rows.
+    peak = scaled.detach().amax(-1, keepdim=True)
+    scaled = torch.where(peak.isfinite(), scaled, 0)
     log_p = scaled.log_softmax(-1)
     logprobs = log_p.gather(-1, targets[:, None])[:, 0].clamp(max=0)
     # An excluded token has p = 0 and log p = -inf: it adds nothing, and its gradient is 0 too.
     surprise = torch.where(log_p.isneginf(), 0, log_p)
     entropy = -(log_p.exp() * surprise).sum(-1)
-    return logprobs, entropy
+    sound = peak[:, 0].isfinite()
+    return torch.where(sound, logprobs, torch.nan), torch.where(sound, entropy, torch.nan)

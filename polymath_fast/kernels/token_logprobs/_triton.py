@@ -1,0 +1,46 @@
+"""Log-probs and entropies of logits on a GPU: one sweep forward, one read and one write backward.
+
+N V b bytes forward and 2 N V b backward, b being the size of a logit; 9 N V and 6 N V operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from polymath_fast.kernels.triton import rows
+
+
+def token_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, *, in_place: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logits` (N, V), `targets` (N,) int64 -> logprobs (N,), entropy (N,).
+
+    in_place: the backward pass writes the gradient over the logits, which nobody may need by then.
+    """
+    return _TokenLogprobs.apply(logits, targets, temperature, in_place)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits, targets, temperature, in_place):  # noqa: ANN001
+        ctx.set_materialize_grads(False)
+        found = rows.statistics(logits, targets, temperature)
+        ctx.save_for_backward(logits, targets, found)
+        ctx.temperature, ctx.in_place = temperature, in_place
+        return found[0].clone(), found[1].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor | None, g_entropy: torch.Tensor | None):
+        logits, targets, found = ctx.saved_tensors
+        if g is None and g_entropy is None:
+            return None, None, None, None
+        out = logits if ctx.in_place else torch.empty_like(logits)
+        g = torch.zeros_like(found[0]) if g is None else g
+        rows.slopes(logits, targets, found, g, g_entropy, ctx.temperature, out)
+        if ctx.in_place:
+            # a second backward pass, or another reader of the logits, fails instead of misreading
+            torch.autograd.graph.increment_version(logits)
+        return out, None, None, None
