@@ -22,9 +22,9 @@ FILES = {"reference": "reference", "cpu": "_cpu", "triton": "_triton", "cuda": "
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "group_advantages": ("reference",),
-    "token_logprobs": ("reference",),
-    "linear_logprobs": ("reference",),
-    "grpo_loss": ("reference",),
+    "token_logprobs": ("cpu", "reference"),
+    "linear_logprobs": ("cpu", "reference"),
+    "grpo_loss": ("cpu", "reference"),
     "linear_grpo_loss": ("cpu", "reference"),
     "prefix_attention": ("cpu", "reference"),
 }

@@ -46,7 +46,7 @@ class Head:
         self.scale = np.float32(1 / temperature)
         self.targets = np.ascontiguousarray(targets.numpy())
         self.vocab = weight.shape[0]
-        self._bias = None if bias is None else bias.float().numpy()
+        self._bias = (torch.empty(0) if bias is None else bias.float().contiguous()).numpy()
         count = hidden.shape[0]
         self.found = torch.empty(4, count, dtype=torch.float64)
         self.block = _rows_that_fit(LOGITS_BYTES, 4 * self.vocab, count)
@@ -71,18 +71,15 @@ class Head:
         width = odd_lines(self.vocab, 4)
         out = buffer("logits", (self.block, width), torch.float32)[: stop - start]
         self.products.logits(self.hidden[start:stop], out[:, : self.vocab])
-        ranges = split(stop - start)
-        if self._bias is not None:
-            parallel(rows.add_bias, ranges, out.numpy(), self._bias)
-        found = self.found[:, start:stop].numpy()
         parallel(
-            rows.statistics,
-            ranges,
+            rows.head_statistics,
+            split(stop - start),
             out.numpy(),
             self.vocab,
+            self._bias,
             self.targets[start:stop],
             self.scale,
-            found,
+            self.found[:, start:stop].numpy(),
         )
         return out
 
@@ -125,7 +122,7 @@ class HeadGradient:
         if self._count + len(index) > self._capacity:
             self._flush()
         parallel(
-            rows.slopes,
+            rows.head_slopes,
             split(len(index)),
             logits.numpy(),
             self.head.vocab,
@@ -174,6 +171,35 @@ class HeadGradient:
                 0, dtype=torch.float32
             )
         self._live, self._count, self._flushed = [], 0, True
+
+
+def head_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    by_logprob: torch.Tensor,
+    by_entropy: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of hidden, weight and bias for known derivatives (N,) by log-prob and entropy.
+
+    Logits are computed anew, of the rows that have a gradient only.
+    """
+    by_entropy = torch.zeros_like(by_logprob) if by_entropy is None else by_entropy
+    live = ((by_logprob != 0) | (by_entropy != 0)).nonzero()[:, 0]
+    by_logprob, by_entropy = by_logprob[live], by_entropy[live]
+    head = Head(hidden[live], weight, bias, targets[live], temperature)
+    gradient = HeadGradient(head, needs)
+    for start, stop, logits in head.blocks():
+        gradient.add(start, logits, by_logprob[start:stop], by_entropy[start:stop])
+    some, d_weight, d_bias = gradient.finish()
+    d_hidden = None
+    if some is not None:
+        d_hidden = torch.zeros_like(hidden)
+        d_hidden[live] = some
+    return d_hidden, d_weight, d_bias
 
 
 def _rows_that_fit(budget: int, row_bytes: int, count: int) -> int:

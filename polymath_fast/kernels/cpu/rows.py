@@ -1,8 +1,9 @@
-"""Passes over rows of fp32 logits: softmax statistics, and the gradient of a policy loss.
+"""Passes over rows of logits: softmax statistics, and the gradient of a policy loss.
 
-A row is read in blocks that stay in the first-level cache; sums run in fp32 inside a block and in
-fp64 across blocks. `scale` is 1 / temperature. `logits` is C-contiguous and may be wider than
-`vocab`: with strides known only at run time a loop does not become vector code.
+A row is fp32 and contiguous: with strides known only at run time a loop does not become vector
+code. It is read in blocks that stay in the first-level cache; sums run in fp32 inside a block and
+in fp64 across blocks. `scale` is 1 / temperature; "found" of a row is log-prob of its target,
+entropy, log-sum-exp of the scaled row and 1 - probability of the target.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from polymath_fast.kernels.cpu.scalar import bfloat16, exp, maximum, widened
+from polymath_fast.kernels.cpu import scalar
+from polymath_fast.kernels.cpu.scalar import exp, maximum
 
 BLOCK = 1024
 _FLOOR = np.float32(-100.0)
@@ -22,78 +24,90 @@ _FAST = {"reassoc", "nsz", "contract", "arcp"}  # NaN and infinity keep their me
 
 
 @njit(nogil=True, cache=True)
-def widen(start, stop, source, out):
-    """out (R, V) fp32 = source (R, V) bf16 bits, rows [start, stop)."""
-    for i in range(start, stop):
-        for v in range(source.shape[1]):
-            out[i, v] = widened(source[i, v])
-
-
-@njit(nogil=True, cache=True)
-def add_bias(start, stop, logits, bias):
-    """logits (R, V) += bias (V,), rows [start, stop)."""
-    for i in range(start, stop):
-        row = logits[i, : bias.size]
-        for v in range(bias.size):
-            row[v] += bias[v]
-
-
-@njit(nogil=True, cache=True)
-def statistics(start, stop, logits, vocab, targets, scale, out):
-    """What the loss and its gradient need of rows [start, stop).
-
-    logits (R, V) fp32, targets (R,), out (4, R) fp64: log-prob of the target, entropy, log-sum-exp
-    of the scaled row, and 1 - probability of the target. Sums leave the target out, so the last
-    one keeps its digits where the model is confident.
-    """
+def head_statistics(start, stop, logits, vocab, bias, targets, scale, found):
+    """Statistics of rows [start, stop) of `logits` (R, V + padding), to which `bias` (V,) or (0,)
+    is added in place; found (4, R) fp64."""
     for i in range(start, stop):
         row = logits[i, :vocab]
-        target = targets[i]
-        kept = row[target]
-        row[target] = -np.inf
-        top, total, moment = _sums(row, scale, kept * scale)
-        row[target] = kept
-        distance = np.float64(kept * scale) - top
-        mine = math.exp(distance)
-        everything = total + mine
-        log_total = math.log(everything)
-        if total < mine:
-            out[0, i] = -math.log1p(total / mine)
-        else:
-            out[0, i] = min(distance - log_total, 0.0)
-        if mine > 0:
-            moment += mine * distance
-        out[1, i] = max(log_total - moment / everything, 0.0)
-        out[2, i] = top + log_total
-        out[3, i] = total / everything
+        for v in range(bias.size):
+            row[v] += bias[v]
+        _statistics(row, targets[i], scale, found[:, i])
 
 
 @njit(nogil=True, cache=True)
-def slopes(
+def head_slopes(
     start, stop, logits, vocab, index, targets, scale, found, by_logprob, by_entropy, first, out
 ):
-    """Gradient of the loss with respect to rows index[start:stop] of `logits` (R, V).
+    """Gradient of the loss with respect to rows index[start:stop] of `logits` (R, V + padding).
 
-    found: `statistics` of the rows. by_logprob, by_entropy (R,) fp32: derivatives of the loss.
-    Row index[j] goes to out[first + j], bf16 bits or fp32; columns past V become zero.
+    by_logprob, by_entropy (R,) fp32: derivatives of the loss. Row index[j] goes to out[first + j],
+    bf16 bits or fp32; columns past V become zero.
     """
     for j in range(start, stop):
         i = index[j]
         target_row = out[first + j]
-        shift = np.float32(found[2, i])
-        weight = -by_logprob[i] * scale
-        bonus = by_entropy[i] * scale
-        entropy = np.float32(found[1, i])
-        if bonus == 0:
-            _policy_slopes(logits[i, :vocab], scale, shift, weight, target_row)
-        else:
-            _bonus_slopes(logits[i, :vocab], scale, shift, weight, bonus, entropy, target_row)
-        logprob = np.float32(found[0, i])
-        mine = np.float32(found[3, i]) * by_logprob[i] * scale
-        mine -= bonus * exp(logprob) * (max(logprob, _FLOOR) + entropy)
-        _store(target_row, targets[i], mine)
+        _slopes(
+            logits[i, :vocab],
+            targets[i],
+            scale,
+            found[:, i],
+            by_logprob[i],
+            by_entropy[i],
+            target_row[:vocab],
+            False,
+        )
         for v in range(vocab, target_row.size):
-            _store(target_row, v, np.float32(0))
+            _store(target_row, v, np.float32(0), False)
+
+
+@njit(nogil=True, cache=True)
+def logits_statistics(start, stop, source, step, vocab, half, targets, scale, found):
+    """Statistics of rows [start, stop); row i is source[i * step :][:vocab], fp32, or bf16 or
+    (`half`) fp16 bits."""
+    row = np.empty(vocab, np.float32)
+    for i in range(start, stop):
+        _load(source[i * step : i * step + vocab], half, row)
+        _statistics(row, targets[i], scale, found[:, i])
+
+
+@njit(nogil=True, cache=True)
+def logits_slopes(
+    start, stop, source, step, vocab, half, targets, scale, found, by_logprob, by_entropy, out
+):
+    """Gradient of the loss with respect to rows [start, stop) into rows of `out`, laid out like
+    `source`, which it may be."""
+    row = np.empty(vocab, np.float32)
+    for i in range(start, stop):
+        target_row = out[i * step : i * step + vocab]
+        if by_logprob[i] == 0 and by_entropy[i] == 0:
+            target_row[:] = 0
+        else:
+            _load(source[i * step : i * step + vocab], half, row)
+            _slopes(
+                row, targets[i], scale, found[:, i], by_logprob[i], by_entropy[i], target_row, half
+            )
+
+
+@njit(nogil=True, cache=True)
+def _statistics(row, target, scale, found):
+    """Sums leave the target out, so that 1 - p keeps its digits where the model is confident."""
+    kept = row[target]
+    row[target] = -np.inf
+    top, total, moment = _sums(row, scale, kept * scale)
+    row[target] = kept
+    distance = np.float64(kept * scale) - top
+    mine = math.exp(distance)
+    everything = total + mine
+    log_total = math.log(everything)
+    if total < mine:
+        found[0] = -math.log1p(total / mine)
+    else:
+        found[0] = min(distance - log_total, 0.0)
+    if mine > 0:
+        moment += mine * distance
+    found[1] = max(log_total - moment / everything, 0.0)
+    found[2] = top + log_total
+    found[3] = total / everything
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -126,31 +140,64 @@ def _sums(row, scale, top):
 
 
 @njit(nogil=True, cache=True)
-def _policy_slopes(row, scale, shift, weight, out):
-    for v in range(row.size):
-        _store(out, v, exp(row[v] * scale - shift) * weight)
+def _slopes(row, target, scale, found, by_logprob, by_entropy, out, half):
+    """out = d loss / d row, from d loss / d logprob and d loss / d entropy.
+
+    d logprob / d row = scale (onehot - p); d entropy / d row = -scale p (log p + entropy)
+    """
+    shift = np.float32(found[2])
+    entropy = np.float32(found[1])
+    weight = -by_logprob * scale
+    bonus = by_entropy * scale
+    if bonus == 0:
+        for v in range(row.size):
+            _store(out, v, exp(row[v] * scale - shift) * weight, half)
+    else:
+        for v in range(row.size):
+            x = maximum(row[v] * scale - shift, _FLOOR)
+            _store(out, v, exp(x) * (weight - bonus * (x + entropy)), half)
+    logprob = np.float32(found[0])
+    mine = np.float32(found[3]) * by_logprob * scale
+    mine -= bonus * exp(logprob) * (max(logprob, _FLOOR) + entropy)
+    _store(out, target, mine, half)
 
 
-@njit(nogil=True, cache=True)
-def _bonus_slopes(row, scale, shift, weight, bonus, entropy, out):
-    for v in range(row.size):
-        x = maximum(row[v] * scale - shift, _FLOOR)
-        _store(out, v, exp(x) * (weight - bonus * (x + entropy)))
-
-
-def _store(out, index, value):
+def _store(out, index, value, half):
     raise NotImplementedError("compiled code only")
 
 
-@overload(_store, inline="always")
-def _compiled_store(out, index, value):
+@overload(_store)
+def _compiled_store(out, index, value, half):
     if out.dtype == types.uint16:
 
-        def store(out, index, value):
-            out[index] = bfloat16(value)
+        def store(out, index, value, half):
+            out[index] = scalar.float16(value) if half else scalar.bfloat16(value)
     else:
 
-        def store(out, index, value):
+        def store(out, index, value, half):
             out[index] = value
 
     return store
+
+
+def _load(source, half, row):
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_load)
+def _compiled_load(source, half, row):
+    if source.dtype == types.uint16:
+
+        def load(source, half, row):
+            if half:
+                for v in range(row.size):
+                    row[v] = scalar.from_float16(source[v])
+            else:
+                for v in range(row.size):
+                    row[v] = scalar.from_bfloat16(source[v])
+    else:
+
+        def load(source, half, row):
+            row[:] = source
+
+    return load

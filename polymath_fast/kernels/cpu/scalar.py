@@ -75,11 +75,31 @@ def _emit_bfloat16(context: Any, builder: ir.IRBuilder, signature: Any, args: An
 
 
 @intrinsic
-def widened(typing_context, bits):
+def from_bfloat16(typing_context, bits):
     """The fp32 value of bf16 bits."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         wide = builder.shl(builder.zext(args[0], _i32), _i32(16))
         return builder.bitcast(wide, _f32)
+
+    return types.float32(types.uint16), emit
+
+
+@intrinsic
+def float16(typing_context, value):
+    """The bits of the nearest fp16, ties to even."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), emit
+
+
+@intrinsic
+def from_float16(typing_context, bits):
+    """The fp32 value of fp16 bits."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _f32)
 
     return types.float32(types.uint16), emit

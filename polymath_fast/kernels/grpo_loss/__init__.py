@@ -22,6 +22,7 @@ def grpo_loss(
     importance_weights: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     spec: PolicyLossSpec | None = None,
+    inplace: bool = False,
     impl: str = "auto",
 ) -> PolicyLossOutput:
     """Clipped policy loss, KL penalty and entropy bonus of the tokens that `logits` predict.
@@ -39,6 +40,8 @@ def grpo_loss(
         mask: (N,) bool, True on trained tokens; None = all.
         spec: options of the loss; None = `PolicyLossSpec()`. Its docstring says how to split a step
             over several calls.
+        inplace: leave to write the gradient over `logits` in the backward pass, which saves their
+            size in memory. They are garbage afterwards; autograd refuses to use them again.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -65,4 +68,4 @@ def grpo_loss(
         mask=mask,
     )
     implementation = dispatch.resolve("grpo_loss", logits, impl)
-    return implementation.grpo_loss(logits, targets.long(), batch, spec)
+    return implementation.grpo_loss(logits, targets.long(), batch, spec, inplace)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from polymath_fast.kernels.cpu.head import Head, HeadGradient
+from polymath_fast.kernels.cpu.head import Head, HeadGradient, head_gradients
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
     PolicyLossOutput,
@@ -34,18 +34,20 @@ def linear_grpo_loss(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, weight, bias)
     )
-    head = Head(hidden.detach(), weight.detach(), _detached(bias), targets, spec.temperature)
-    gradient = HeadGradient(head, needs) if any(needs) else None
-    local = spec.scope == "token"
+    inputs = (hidden.detach(), weight.detach(), None if bias is None else bias.detach(), targets)
+    head = Head(*inputs, spec.temperature)
+    gradient = HeadGradient(head, needs) if any(needs) and spec.scope == "token" else None
     for start, stop, logits in head.blocks():
-        if gradient is not None and local:
-            here = batch.rows(start, stop)
-            terms = _terms(head, here, spec, start, stop)
+        if gradient is not None:
+            terms = _terms(head, batch.rows(start, stop), spec, start, stop)
             gradient.add(start, logits, terms.coefficient, terms.entropy_coefficient)
     terms = _terms(head, batch, spec, 0, len(targets))
-    if gradient is not None and not local:
-        _second_pass(head, gradient, terms)
-    gradients = gradient.finish() if gradient is not None else (None, None, None)
+    gradients: tuple[torch.Tensor | None, ...] = (None, None, None)
+    if gradient is not None:
+        gradients = gradient.finish()
+    elif any(needs):
+        slopes = (terms.coefficient, terms.entropy_coefficient)
+        gradients = head_gradients(*inputs, spec.temperature, *slopes, needs)
     loss = _WithGradients.apply(terms.loss.sum(), hidden, weight, bias, *gradients)
     metrics = summarize(batch, terms, head.logprobs, head.entropy)
     return PolicyLossOutput(loss, head.logprobs, head.entropy, metrics)
@@ -55,17 +57,6 @@ def _terms(
     head: Head, batch: PolicyBatch, spec: PolicyLossSpec, start: int, stop: int
 ) -> PolicyTerms:
     return policy_terms(batch, head.logprobs[start:stop], head.entropy[start:stop], spec)
-
-
-def _second_pass(head: Head, gradient: HeadGradient, terms: PolicyTerms) -> None:
-    for start, stop, logits in head.blocks():
-        by_entropy = terms.entropy_coefficient
-        by_entropy = None if by_entropy is None else by_entropy[start:stop]
-        gradient.add(start, logits, terms.coefficient[start:stop], by_entropy)
-
-
-def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach()
 
 
 class _WithGradients(torch.autograd.Function):

@@ -1,0 +1,45 @@
+"""Log-probs and entropies of an LM head on a CPU.
+
+What the gradient will be multiplied with is not known in the forward pass, so the backward pass
+computes the logits of the rows that have a gradient again: four matrix products, not three.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from polymath_fast.kernels.cpu.head import Head, head_gradients
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64 -> logprobs (N,), entropy (N,)."""
+    return _LinearLogprobs.apply(hidden, weight, targets, bias, temperature)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, targets, bias, temperature):
+        ctx.save_for_backward(hidden, weight, targets, bias)
+        ctx.temperature = temperature
+        head = Head(hidden, weight, bias, targets, temperature)
+        for _ in head.blocks():
+            pass
+        return head.logprobs, head.entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, by_logprob: torch.Tensor, by_entropy: torch.Tensor):
+        hidden, weight, targets, bias = ctx.saved_tensors
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        d_hidden, d_weight, d_bias = head_gradients(
+            hidden, weight, bias, targets, ctx.temperature, by_logprob, by_entropy, needs
+        )
+        return d_hidden, d_weight, None, d_bias, None
