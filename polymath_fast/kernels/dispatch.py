@@ -22,10 +22,10 @@ FILES = {"reference": "reference", "cpu": "_cpu", "triton": "_triton", "cuda": "
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "group_advantages": ("reference",),
-    "token_logprobs": ("cpu", "reference"),
-    "linear_logprobs": ("cpu", "reference"),
-    "grpo_loss": ("cpu", "reference"),
-    "linear_grpo_loss": ("cpu", "reference"),
+    "token_logprobs": ("triton", "cpu", "reference"),
+    "linear_logprobs": ("triton", "cpu", "reference"),
+    "grpo_loss": ("triton", "cpu", "reference"),
+    "linear_grpo_loss": ("triton", "cpu", "reference"),
     "prefix_attention": ("cpu", "reference"),
 }
 """operator -> what exists for it, fastest first"""

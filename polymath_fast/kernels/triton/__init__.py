@@ -1,0 +1,1 @@
+"""What the Triton implementations share: row passes, the LM head, and the list of all kernels."""

@@ -1,0 +1,76 @@
+"""Compile kernels ahead of time, on a machine without a GPU, and read what they use of one."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+DIVISIBLE = [["tt.divisibility", 16]]
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel and one way in which a launcher calls it."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    """argument -> Triton type; "i32:16" and "*bf16:16" are divisible by 16"""
+    constants: dict[str, Any]
+    """constexpr arguments, and arguments that a launcher passes as None or 1"""
+    warps: int = 4
+    stages: int = 3
+    capabilities: tuple[int, ...] = (80, 90, 100)
+    matrix: bool = False
+    """whether it must use the matrix units of Hopper (wgmma)"""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def compile_variant(variant: Variant, capability: int) -> Any:
+    """The compiled kernel for compute capability `capability` / 10."""
+    names = variant.kernel.arg_names
+    signature, attributes = {}, {}
+    for index, name in enumerate(names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+            continue
+        kind, _, divisible = variant.types[name].partition(":")
+        signature[name] = kind
+        if divisible:
+            attributes[(index,)] = DIVISIBLE
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, **variant.options}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled: Any) -> dict[str, int | bool]:
+    """Registers and stack bytes a thread, spilled bytes, shared memory bytes, and wgmma or not."""
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        report = subprocess.run(
+            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = _USAGE.search(report)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{report}")
+    registers, stack, _, local = (int(number) for number in usage.groups())
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": local,
+        "shared": compiled.metadata.shared,
+        "wgmma": "wgmma" in ptx,
+    }

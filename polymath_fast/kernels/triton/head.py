@@ -1,0 +1,254 @@
+"""The LM head on a GPU, a chunk of rows at a time: log-probs, entropies and unnormalised p.
+
+bf16 inputs take the kernel whose epilogue stores exponentials (`head_kernels`), 2 bytes a logit of
+the chunk. fp16 and fp32 inputs, whose range or precision bf16 exponentials would not keep, take a
+cuBLAS product to fp32 logits and two row passes, 6 and 4 bytes a logit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from polymath_fast.kernels.triton import rows
+from polymath_fast.kernels.triton.head_kernels import (
+    exp_gemm_kernel,
+    finish_kernel,
+    target_logits_kernel,
+)
+from polymath_fast.kernels.triton.products import product
+
+MEMORY_SHARE = 64
+"""a chunk may take this fraction of the device's memory"""
+SMALLEST_BUDGET = 2**27
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Shape of the product's tiles, and how it is run."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int = 16
+
+
+TILES = {
+    "hopper": Tiles(128, 256, 64, 8, 3),
+    "ampere": Tiles(128, 128, 32, 8, 4),
+    "small": Tiles(128, 128, 32, 8, 3),
+    "interpreter": Tiles(32, 64, 32, 4, 1),
+}
+"""for compute capability 9.0 and 10.0, for 8.0, for those with 100 KB of shared memory, and for
+checks without a GPU"""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of the head."""
+
+    index: torch.Tensor  # (C,) int64, which rows
+    hidden: torch.Tensor  # (C, H)
+    targets: torch.Tensor  # (C,) int64
+    found: torch.Tensor  # (4, C) fp32: log-prob, entropy, 1 - p of the target, 1 / sum of `exps`
+    exps: torch.Tensor | None  # (C, V) p times a factor a row, 0 for the target; if asked for
+
+
+class Head:
+    """An LM head, ready to take chunks of rows.
+
+    Args:
+        hidden: (N, H); weight: (V, H); bias: (V,) or None; targets: (N,) int64.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+    ) -> None:
+        self.hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        self.targets = targets.contiguous()
+        self.temperature = temperature
+        self.vocab, self.depth = weight.shape
+        self.by_exps = hidden.dtype == torch.bfloat16
+        self.tiles = tiles_for(hidden.device)
+        # 128-byte rows, so that the products may read them in whole lines
+        self._width = -(-self.vocab // 64) * 64
+        self.rows = self._rows_that_fit()
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def chunk(self, index: torch.Tensor, whole: slice | None, keep: bool) -> Chunk:
+        """The rows `index` (C,); `whole` is the same as a slice, where they are neighbours.
+
+        keep: whether to hand out `exps`, which live until the next chunk that keeps.
+        """
+        if whole is None:
+            hidden, targets = self.hidden[index], self.targets[index]
+        else:
+            hidden, targets = self.hidden[whole], self.targets[whole]
+        with torch.cuda.device_of(hidden):
+            found, exps = (self._exps if self.by_exps else self._logits)(hidden, targets, keep)
+        return Chunk(index, hidden, targets, found, exps)
+
+    def _exps(
+        self, hidden: torch.Tensor, targets: torch.Tensor, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        count, tiles = len(hidden), triton.cdiv(self.vocab, self.tiles.n)
+        y_target, offset = torch.empty(2, count, device=hidden.device)
+        target_logits_kernel[(count,)](
+            hidden,
+            self.weight,
+            self.bias,
+            targets,
+            y_target,
+            offset,
+            hidden.stride(0),
+            self.weight.stride(0),
+            self.vocab,
+            self.depth,
+            self.temperature,
+            BIAS=self.bias is not None,
+            BLOCK=1024,
+            num_warps=4,
+        )
+        again = torch.empty(count, dtype=torch.int8, device=hidden.device)
+        partial = self._buffer("partial", 3 * tiles * count, torch.float32)
+        exps = self._buffer("exps", count * self._width, hidden.dtype) if keep else None
+        exps = None if exps is None else exps.view(count, self._width)
+        found = torch.empty(4, count, device=hidden.device)
+        for repeat in (False, True):
+            self._product(hidden, targets, offset, again, exps, partial, repeat)
+            finish_kernel[(triton.cdiv(count, 32),)](
+                partial,
+                y_target,
+                offset,
+                again,
+                found,
+                count,
+                tiles,
+                AGAIN=repeat,
+                BLOCK_R=32,
+                BLOCK_T=32,
+                num_warps=4,
+            )
+        return found, None if exps is None else exps[:, : self.vocab]
+
+    def _product(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        offset: torch.Tensor,
+        again: torch.Tensor,
+        exps: torch.Tensor | None,
+        partial: torch.Tensor,
+        repeat: bool,
+    ) -> None:
+        tiles, count = self.tiles, len(hidden)
+        operands = (hidden, self.weight)
+        by_descriptor = all(_describable(operand) for operand in operands)
+        if by_descriptor:
+            sizes = (tiles.m, tiles.n)
+            operands = tuple(
+                TensorDescriptor.from_tensor(operand, [size, tiles.k])
+                for operand, size in zip(operands, sizes, strict=True)
+            )
+        exp_gemm_kernel[(triton.cdiv(count, tiles.m) * triton.cdiv(self.vocab, tiles.n),)](
+            *operands,
+            self.bias,
+            targets,
+            offset,
+            again,
+            exps,
+            partial,
+            count,
+            self.vocab,
+            self.depth,
+            hidden.stride(0),
+            self.weight.stride(0),
+            self._width,
+            self.temperature,
+            BIAS=self.bias is not None,
+            STORE=exps is not None,
+            AGAIN=repeat,
+            DESCRIPTORS=by_descriptor,
+            WIDEN=not hidden.is_cuda,
+            BLOCK_M=tiles.m,
+            BLOCK_N=tiles.n,
+            BLOCK_K=tiles.k,
+            GROUP_M=tiles.group,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+
+    def _logits(
+        self, hidden: torch.Tensor, targets: torch.Tensor, keep: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        count = len(hidden)
+        logits = self._buffer("logits", count * self.vocab, torch.float32)
+        logits = logits.view(count, self.vocab)
+        product(hidden, self.weight.T, logits)
+        if self.bias is not None:
+            logits += self.bias
+        found = rows.statistics(logits, targets, self.temperature)
+        if not keep:
+            return found, None
+        exps = logits
+        if hidden.dtype != torch.float32:
+            exps = self._buffer("exps", count * self._width, hidden.dtype)
+            exps = exps.view(count, self._width)[:, : self.vocab]
+        # the gradient for -T and for a target that is certain: p elsewhere, 0 for the target
+        ones = torch.full_like(found[0], -self.temperature)
+        certain = found.clone()
+        certain[2] = 0
+        rows.slopes(logits, targets, certain, ones, None, self.temperature, exps)
+        found[3] = 1
+        return found, exps
+
+    def _rows_that_fit(self) -> int:
+        cell = {torch.bfloat16: 2, torch.float16: 6, torch.float32: 4}[self.hidden.dtype]
+        fitting = chunk_bytes(self.hidden.device) // (cell * self._width)
+        return max(fitting // 256 * 256, 256)
+
+    def _buffer(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+        held = self._buffers.get(name)
+        if held is None or held.numel() < count:
+            self._buffers.pop(name, None)
+            held = torch.empty(count, dtype=dtype, device=self.hidden.device)
+            self._buffers[name] = held
+        return held[:count]
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """What a chunk's logits may take."""
+    if device.type != "cuda":
+        return SMALLEST_BUDGET
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(total // MEMORY_SHARE, SMALLEST_BUDGET)
+
+
+def tiles_for(device: torch.device) -> Tiles:
+    """The tiles that fit the device's shared memory and registers."""
+    if device.type != "cuda":
+        return TILES["interpreter"]
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] in (9, 10):
+        return TILES["hopper"]
+    return TILES["ampere" if capability == (8, 0) else "small"]
+
+
+def _describable(matrix: torch.Tensor) -> bool:
+    """Whether the copy engine of Hopper can fetch tiles of it."""
+    if matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) < (9, 0):
+        return False
+    step = matrix.stride(0) * matrix.element_size()
+    return matrix.data_ptr() % 16 == 0 and step % 16 == 0 and matrix.stride(0) >= matrix.shape[1]

@@ -1,0 +1,216 @@
+"""Forward kernels of the LM head: a matrix product whose epilogue ends in softmax sums.
+
+The logit of a row's target is known before the product (N dot products of length H). The epilogue
+can therefore turn each tile of logits z into E = 2 ** (y - y_target), y = z log2(e) / T, with no
+running maximum and no second pass: E is stored in bf16 with the target's column zero, and sums of E
+and E y of each row and tile in fp32. log p = -log1p(sum E) keeps its digits where p is near 1, and
+the backward pass multiplies E itself.
+
+2 N H V operations and, for tiles of M x K and K x V entries, N V 2 bytes of E written,
+N H V 2 (1 / 256 + 1 / 128) bytes read, most of them from the L2 cache. Rows whose target is so
+unlikely that E would overflow are computed again, relative to their largest logit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from polymath_fast.kernels.triton.device import (
+    FLOOR,
+    LOG2E,
+    LOWEST,
+    above_floor,
+    finish_row,
+)
+
+LIMIT = tl.constexpr(46.0)
+"""a logit this far above the target's (base-2 units) makes its row be computed again"""
+
+
+@triton.jit(do_not_specialize=["temperature"])
+def target_logits_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    targets_ptr,
+    y_target_ptr,
+    offset_ptr,
+    stride_hidden,
+    stride_weight,
+    vocab,
+    depth,
+    temperature,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: y of its target, NaN for a target outside [0, vocab)."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    valid = (target >= 0) & (target < vocab)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, depth, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = (offsets < depth) & valid
+        x = tl.load(hidden_ptr + row * stride_hidden + offsets, mask=inside, other=0.0)
+        w = tl.load(weight_ptr + target * stride_weight + offsets, mask=inside, other=0.0)
+        total += x.to(tl.float32) * w.to(tl.float32)
+    z = tl.sum(total, axis=0)
+    if BIAS:
+        z += tl.load(bias_ptr + target, mask=valid, other=0.0).to(tl.float32)
+    y = tl.where(valid, z * (LOG2E / temperature), float("nan"))
+    tl.store(y_target_ptr + row, y)
+    tl.store(offset_ptr + row, tl.where(tl.abs(y) < -LOWEST, y, 0.0))
+
+
+@triton.jit(do_not_specialize=["rows", "temperature"])
+def exp_gemm_kernel(
+    hidden,
+    weight,
+    bias_ptr,
+    targets_ptr,
+    offset_ptr,
+    again_ptr,
+    exps_ptr,
+    partial_ptr,
+    rows,
+    vocab,
+    depth,
+    stride_hidden,
+    stride_weight,
+    stride_exps,
+    temperature,
+    BIAS: tl.constexpr,
+    STORE: tl.constexpr,
+    AGAIN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One tile of E and, in partial (3, tiles, rows) fp32, its rows' sums of E, E y and largest y.
+
+    hidden (rows, depth) and weight (vocab, depth) are descriptors or pointers. AGAIN: only rows
+    that `again` marks; tiles without one end at once. WIDEN: for Triton's interpreter, which takes
+    the bits of bf16 operands of a product for integers.
+    """
+    tile_m, tile_n = _tile(rows, vocab, BLOCK_M, BLOCK_N, GROUP_M)
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    wanted = row < rows
+    if AGAIN:
+        wanted = wanted & (tl.load(again_ptr + row, mask=wanted, other=0) != 0)
+        if tl.max(wanted.to(tl.int32), axis=0) == 0:
+            return
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if DESCRIPTORS:
+        for k in range(0, tl.cdiv(depth, BLOCK_K)):
+            x = hidden.load([tile_m * BLOCK_M, k * BLOCK_K])
+            w = weight.load([tile_n * BLOCK_N, k * BLOCK_K])
+            total = _dot(x, w.T, total, WIDEN)
+    else:
+        inner = tl.arange(0, BLOCK_K)
+        # rows past the end read the first ones again; what comes of it is not stored
+        x_ptrs = hidden + (row % rows).to(tl.int64)[:, None] * stride_hidden + inner[None, :]
+        w_ptrs = weight + (column % vocab).to(tl.int64)[None, :] * stride_weight + inner[:, None]
+        for k in range(0, tl.cdiv(depth, BLOCK_K)):
+            left = depth - k * BLOCK_K
+            x = tl.load(x_ptrs, mask=inner[None, :] < left, other=0.0)
+            w = tl.load(w_ptrs, mask=inner[:, None] < left, other=0.0)
+            total = _dot(x, w, total, WIDEN)
+            x_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K
+    if BIAS:
+        bias = tl.load(bias_ptr + column, mask=column < vocab, other=0.0).to(tl.float32)
+        total += bias[None, :]
+    target = tl.load(targets_ptr + row, mask=wanted, other=-1).to(tl.int32)
+    offset = tl.load(offset_ptr + row, mask=wanted, other=0.0)
+    y = total * (LOG2E / temperature) - offset[:, None]
+    kept = (column < vocab)[None, :] & (column[None, :] != target[:, None])
+    y = tl.where(kept, above_floor(y), FLOOR)
+    e = tl.exp2(y)
+    place = partial_ptr + tile_n.to(tl.int64) * rows + row
+    plane = tl.cdiv(vocab, BLOCK_N).to(tl.int64) * rows
+    tl.store(place, tl.sum(e, axis=1), mask=wanted)
+    tl.store(place + plane, tl.sum(e * y, axis=1), mask=wanted)
+    tl.store(place + 2 * plane, tl.max(y, axis=1), mask=wanted)
+    if STORE:
+        # the row's sums stay NaN; in E it would spread to every gradient of the weight
+        e = tl.where(e == e, e, 0.0)
+        pointers = exps_ptr + row.to(tl.int64)[:, None] * stride_exps + column[None, :]
+        mask = wanted[:, None] & (column < vocab)[None, :]
+        tl.store(pointers, e.to(exps_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dot(x, w, total, WIDEN: tl.constexpr):
+    if WIDEN:
+        return tl.dot(x.to(tl.float32), w.to(tl.float32), total)
+    return tl.dot(x, w, total)
+
+
+@triton.jit
+def _tile(rows, vocab, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile of this program; GROUP_M tiles of rows go through the vocabulary together."""
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(vocab, BLOCK_N)
+    program = tl.program_id(0)
+    group = program // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    size = tl.minimum(tiles_m - first, GROUP_M)
+    inside = program - group * GROUP_M * tiles_n
+    return first + inside % size, inside // size
+
+
+@triton.jit(do_not_specialize=["rows"])
+def finish_kernel(
+    partial_ptr,
+    y_target_ptr,
+    offset_ptr,
+    again_ptr,
+    found_ptr,
+    rows,
+    tiles,
+    AGAIN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Sums of tiles -> found (4, rows): log-prob, entropy, 1 - p of the target, 1 / sum of the row.
+
+    The last one is relative to the row's offset, as E is. Without AGAIN: marks the rows that must
+    be computed again and moves their offset; with it: finishes those.
+    """
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    wanted = row < rows
+    if AGAIN:
+        wanted = wanted & (tl.load(again_ptr + row, mask=wanted, other=0) != 0)
+        if tl.max(wanted.to(tl.int32), axis=0) == 0:
+            return
+    plane = tiles.to(tl.int64) * rows
+    total = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    moment = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    top = tl.full([BLOCK_T, BLOCK_R], FLOOR, tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        mask = (tile < tiles)[:, None] & wanted[None, :]
+        place = partial_ptr + tile.to(tl.int64)[:, None] * rows + row[None, :]
+        total += tl.load(place, mask=mask, other=0.0)
+        moment += tl.load(place + plane, mask=mask, other=0.0)
+        top = tl.maximum(top, tl.load(place + 2 * plane, mask=mask, other=FLOOR))
+    row_total = tl.sum(total, axis=0)
+    row_moment = tl.sum(moment, axis=0)
+    y_target = tl.load(y_target_ptr + row, mask=wanted, other=0.0)
+    offset = tl.load(offset_ptr + row, mask=wanted, other=0.0)
+    logprob, entropy, rest, everything = finish_row(row_total, row_moment, y_target - offset)
+    wide = rows.to(tl.int64)
+    tl.store(found_ptr + row, logprob, mask=wanted)
+    tl.store(found_ptr + row + wide, entropy, mask=wanted)
+    tl.store(found_ptr + row + 2 * wide, rest, mask=wanted)
+    tl.store(found_ptr + row + 3 * wide, 1.0 / everything, mask=wanted)
+    if not AGAIN:
+        highest = tl.max(top, axis=0)
+        again = highest > LIMIT
+        tl.store(again_ptr + row, again.to(tl.int8), mask=wanted)
+        tl.store(offset_ptr + row, offset + highest, mask=wanted & again)
