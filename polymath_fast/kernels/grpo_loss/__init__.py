@@ -40,8 +40,8 @@ def grpo_loss(
         mask: (N,) bool, True on trained tokens; None = all.
         spec: options of the loss; None = `PolicyLossSpec()`. Its docstring says how to split a step
             over several calls.
-        inplace: leave to write the gradient over `logits` in the backward pass, which saves their
-            size in memory. They are garbage afterwards; autograd refuses to use them again.
+        inplace: leave to write the gradient over `logits`, which saves their size in memory. They
+            are garbage after this call already; autograd refuses to use them again.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:

@@ -1,11 +1,14 @@
-"""Policy loss from logits on a GPU; the gradient is computed in the forward pass.
+"""Policy loss from logits on a GPU: at most two sweeps over the logits.
 
 With b bytes a logit: where coefficients are known beforehand (on-policy, no KL penalty) 2 N V b
-bytes, one read and one write, as long as the rows in flight fit in the L2 cache; else 3 N V b, the
-losses' own arithmetic on (N,) vectors lying between the two sweeps. 15 N V operations.
+bytes, one read and one write, as long as the rows in flight fit in the L2 cache; the gradient is
+there when the forward pass ends. Else 3 N V b: the losses' own arithmetic, on (N,) vectors, lies
+between a sweep forward and a sweep backward. 15 N V operations.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -26,36 +29,61 @@ def grpo_loss(
     targets: torch.Tensor,
     batch: PolicyBatch,
     spec: PolicyLossSpec,
-    *,
-    in_place: bool = False,
+    inplace: bool,
 ) -> PolicyLossOutput:
-    """`logits` (N, V), `targets` (N,) int64.
-
-    in_place: the gradient overwrites the logits, which saves their size in memory. Autograd then
-    refuses to run through anything else that saved them.
-    """
+    """`logits` (N, V), `targets` (N,) int64."""
     values = logits.detach()
-    gradient = None
+    inplace = inplace and _writable(logits)
+    early = None
     if torch.is_grad_enabled() and logits.requires_grad:
-        gradient = values if in_place and _writable(logits) else torch.empty_like(values)
-    temperature = spec.temperature
-    early = None if gradient is None else known_beforehand(batch, spec)
+        early = known_beforehand(batch, spec)
     if early is not None:
+        gradient = values if inplace else torch.empty_like(values)
         slopes = (early.coefficient, early.entropy_coefficient)
-        found = rows.statistics_and_slopes(values, targets, *slopes, temperature, gradient)
+        found = rows.statistics_and_slopes(values, targets, *slopes, spec.temperature, gradient)
     else:
-        found = rows.statistics(values, targets, temperature)
+        found = rows.statistics(values, targets, spec.temperature)
     logprobs, entropy = found[0], found[1]
     terms = policy_terms(batch, logprobs, entropy, spec)
-    if gradient is not None and early is None:
+    metrics = summarize(batch, terms, logprobs, entropy)
+    if early is None:
         slopes = (terms.coefficient, terms.entropy_coefficient)
-        rows.slopes(values, targets, found, *slopes, temperature, gradient)
-    if gradient is not None and gradient is values:
-        torch.autograd.graph.increment_version(logits)
+        loss = _WithSlopes.apply(
+            terms.loss.sum(), logits, targets, found, *slopes, spec.temperature, inplace
+        )
+        return PolicyLossOutput(loss, logprobs, entropy, metrics)
+    if inplace:
+        _overwritten(logits)
     loss = with_gradients(terms.loss.sum(), (logits,), (gradient,))
-    return PolicyLossOutput(loss, logprobs, entropy, summarize(batch, terms, logprobs, entropy))
+    return PolicyLossOutput(loss, logprobs, entropy, metrics)
+
+
+class _WithSlopes(torch.autograd.Function):
+    """A scalar whose derivatives by log-prob and entropy are known; the sweep back is to come."""
+
+    @staticmethod
+    def forward(ctx: Any, loss, logits, targets, found, g, g_entropy, temperature, inplace):  # noqa: ANN001
+        ctx.save_for_backward(logits, targets, found, g, g_entropy)
+        ctx.temperature, ctx.inplace = temperature, inplace
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor):
+        logits, targets, found, g, g_entropy = ctx.saved_tensors
+        out = logits if ctx.inplace else torch.empty_like(logits)
+        g_entropy = None if g_entropy is None else g_entropy * upstream
+        rows.slopes(logits, targets, found, g * upstream, g_entropy, ctx.temperature, out)
+        if ctx.inplace:
+            _overwritten(logits)
+        return None, out, None, None, None, None, None, None
 
 
 def _writable(logits: torch.Tensor) -> bool:
     """Whether the logits' memory can hold a gradient: not a leaf's, no entry stored twice."""
     return not logits.is_leaf and logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
+
+
+def _overwritten(logits: torch.Tensor) -> None:
+    """Autograd then refuses to run through whatever else saved them."""
+    torch.autograd.graph.increment_version(logits)

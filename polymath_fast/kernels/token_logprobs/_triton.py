@@ -13,22 +13,22 @@ from polymath_fast.kernels.triton import rows
 
 
 def token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, *, in_place: bool = False
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, inplace: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`logits` (N, V), `targets` (N,) int64 -> logprobs (N,), entropy (N,).
 
-    in_place: the backward pass writes the gradient over the logits, which nobody may need by then.
+    inplace: the backward pass writes the gradient over the logits, which nobody may need by then.
     """
-    return _TokenLogprobs.apply(logits, targets, temperature, in_place)
+    return _TokenLogprobs.apply(logits, targets, temperature, inplace)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, targets, temperature, in_place):  # noqa: ANN001
+    def forward(ctx: Any, logits, targets, temperature, inplace):  # noqa: ANN001
         ctx.set_materialize_grads(False)
         found = rows.statistics(logits, targets, temperature)
         ctx.save_for_backward(logits, targets, found)
-        ctx.temperature, ctx.in_place = temperature, in_place
+        ctx.temperature, ctx.inplace = temperature, inplace
         return found[0].clone(), found[1].clone()
 
     @staticmethod
@@ -37,10 +37,10 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, targets, found = ctx.saved_tensors
         if g is None and g_entropy is None:
             return None, None, None, None
-        out = logits if ctx.in_place else torch.empty_like(logits)
+        out = logits if ctx.inplace else torch.empty_like(logits)
         g = torch.zeros_like(found[0]) if g is None else g
         rows.slopes(logits, targets, found, g, g_entropy, ctx.temperature, out)
-        if ctx.in_place:
+        if ctx.inplace:
             # a second backward pass, or another reader of the logits, fails instead of misreading
             torch.autograd.graph.increment_version(logits)
         return out, None, None, None
