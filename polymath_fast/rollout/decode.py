@@ -86,10 +86,9 @@ class DecodeCache:
         if self.prompt is not None:
             return self._with_shared_prompt(layer_idx, q, keys, values, scale).transpose(1, 2)
         mask = pad(self.mask, (0, keys.shape[2] - self.mask.shape[3]), value=True)
-        out = scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
-        )
-        return out.transpose(1, 2)
+        folded = _by_key_head(q, keys)
+        out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+        return out.reshape(q.shape).transpose(1, 2)
 
     def _append(self, buffers: dict[int, Tensor], layer_idx: int, new: Tensor) -> Tensor:
         buffer = buffers.get(layer_idx)
@@ -104,7 +103,8 @@ class DecodeCache:
     def _with_shared_prompt(
         self, layer_idx: int, q: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
-        own, own_lse = _flash(q, keys, values, 0.0, False, scale=scale)  # (B, Hq, 1, D), (B, Hq, 1)
+        own, own_lse = _flash(_by_key_head(q, keys), keys, values, 0.0, False, scale=scale)
+        own, own_lse = own.reshape(q.shape), own_lse.reshape(q.shape[:3])
         together = q[:, :, 0].transpose(0, 1).unsqueeze(0)  # (1, Hq, B, D): one read of the prompt
         shared, lse = _flash(
             together,
@@ -118,3 +118,8 @@ class DecodeCache:
         share = torch.sigmoid(own_lse - lse[0].transpose(0, 1).unsqueeze(2)).unsqueeze(-1)
         wide = share.dtype
         return torch.lerp(shared.to(wide), own.to(wide), share).to(q.dtype)
+
+
+def _by_key_head(q: Tensor, keys: Tensor) -> Tensor:
+    """(B, Hq, 1, D) -> (B, Hkv, Hq / Hkv, D): the heads that share a key head read it together."""
+    return q.reshape(q.shape[0], keys.shape[1], -1, q.shape[3])
