@@ -1,7 +1,7 @@
 """The three matrix products around a language-model head, on whatever this processor does best.
 
-`Products.logits` gives fp32 logits of a few rows; `Products.gradients` turns their gradient into
-that of `hidden` and `weight`, with fp32 sums.
+`Products.logits` gives fp32 logits of a few rows; the other two turn their gradient into that of
+`hidden` and `weight`, with fp32 sums.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CHAIN = 256
 
 
 class Products(Protocol):
-    """Shapes: R rows of one block, M rows that carry a gradient, H hidden, V vocabulary."""
+    """R rows of a block, M rows that carry a gradient, H hidden, V vocabulary, A of its columns."""
 
     slope_dtype: torch.dtype
     """of the gradient with respect to the logits"""
@@ -30,16 +30,19 @@ class Products(Protocol):
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """out (R, V) fp32 = hidden (R, H) @ weight.T"""
 
-    def gradients(
-        self,
-        slopes: torch.Tensor,
-        count: int,
-        hidden: torch.Tensor,
-        d_hidden: torch.Tensor | None,
-        d_weight: torch.Tensor | None,
-        add: bool,
+    def d_hidden(
+        self, slopes: torch.Tensor, count: int, columns: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        """d_hidden (M, H) = slopes[:count] @ weight; d_weight (V, H) = or += slopes.T @ hidden."""
+        """out (M, H) fp32 = slopes @ weight[columns].
+
+        slopes: rows in whole tiles, `count` = M of them meant; A columns, padded to an even number
+        with zeros. columns: (A,) int64, None = all.
+        """
+
+    def d_weight(
+        self, slopes: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, add: bool
+    ) -> None:
+        """out (A, H) fp32 = or += slopes (M, A + padding).T @ hidden (M, H)"""
 
 
 def products_for(weight: torch.Tensor) -> Products:
@@ -75,33 +78,25 @@ class TileProducts:
         tasks = split(len(self._panels))
         parallel(bf16.logits, tasks, _pairs(left), count, self._panels, out.numpy())
 
-    def gradients(
-        self,
-        slopes: torch.Tensor,
-        count: int,
-        hidden: torch.Tensor,
-        d_hidden: torch.Tensor | None,
-        d_weight: torch.Tensor | None,
-        add: bool,
+    def d_hidden(
+        self, slopes: torch.Tensor, count: int, columns: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        vocab, size = self._weight.shape
-        if d_hidden is not None:
-            if self._pairs is None:
-                shape = (_panels(size), (vocab + 1) // 2, tiles.COLUMNS)
-                self._pairs = _words("weight_pairs", shape)
-                weight = bits(self._weight.contiguous())
-                parallel(bf16.pack_pairs, split(shape[1]), weight, self._pairs)
-            tasks = split(count, tiles.ROWS, per_thread=2)
-            words = _pairs(slopes)[:, : self._pairs.shape[1]]
-            parallel(bf16.hidden_gradient, tasks, words, self._pairs, d_hidden.numpy())
-        if d_weight is not None:
-            shape = (_panels(size), (count + 1) // 2, tiles.COLUMNS)
-            packed = _words("hidden_pairs", shape)
-            rows = bits(hidden.contiguous())
-            parallel(bf16.pack_pairs, split(shape[1]), rows, packed)
-            left = bits(slopes)[:count]
-            tasks = split(vocab, bf16.GROUP)
-            parallel(bf16.weight_gradient, tasks, left, packed, d_weight.numpy(), add)
+        if columns is not None:
+            packed = _pack_rows("some_weight_pairs", self._weight[columns])
+        elif self._pairs is None:
+            packed = self._pairs = _pack_rows("weight_pairs", self._weight)
+        else:
+            packed = self._pairs
+        tasks = split(count, tiles.ROWS, per_thread=2)
+        words = _pairs(slopes)[:, : packed.shape[1]]
+        parallel(bf16.hidden_gradient, tasks, words, packed, out.numpy())
+
+    def d_weight(
+        self, slopes: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, add: bool
+    ) -> None:
+        packed = _pack_rows("hidden_pairs", hidden)
+        tasks = split(len(out), bf16.GROUP)
+        parallel(bf16.weight_gradient, tasks, bits(slopes), packed, out.numpy(), add)
 
 
 class TorchProducts:
@@ -123,25 +118,22 @@ class TorchProducts:
                 product = (hidden[:, some], self._wide[:, some].t())
                 torch.addmm(out, *product, out=out) if first else torch.mm(*product, out=out)
 
-    def gradients(
-        self,
-        slopes: torch.Tensor,
-        count: int,
-        hidden: torch.Tensor,
-        d_hidden: torch.Tensor | None,
-        d_weight: torch.Tensor | None,
-        add: bool,
+    def d_hidden(
+        self, slopes: torch.Tensor, count: int, columns: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        slopes = slopes[:count, : self._weight.shape[0]]
+        weight = self._weight if self._narrow else self._wide
+        weight = weight if columns is None else weight[columns]
         with _fp32_products("ieee"):
-            if d_hidden is not None:
-                right = self._weight if self._narrow else self._wide
-                d_hidden.copy_(torch.mm(slopes, right))
-            if d_weight is not None:
-                right = hidden if self._narrow else hidden.float()
-                # torch rounds a bf16 product to bf16; chunks are added up in fp32 all the same
-                partial = torch.mm(slopes.t(), right)
-                d_weight.add_(partial) if add else d_weight.copy_(partial)
+            out.copy_(torch.mm(slopes[:count, : len(weight)], weight))
+
+    def d_weight(
+        self, slopes: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, add: bool
+    ) -> None:
+        hidden = hidden if self._narrow else hidden.float()
+        with _fp32_products("ieee"):
+            # torch rounds a bf16 product to bf16; chunks are added up in fp32 all the same
+            partial = torch.mm(slopes[:, : len(out)].t(), hidden)
+            out.add_(partial) if add else out.copy_(partial)
 
 
 @contextmanager
@@ -163,6 +155,14 @@ def _panels(columns: int) -> int:
 def padded_rows(count: int) -> int:
     """`count` rounded up to whole tiles."""
     return -(-count // tiles.ROWS) * tiles.ROWS
+
+
+def _pack_rows(name: str, matrix: torch.Tensor) -> np.ndarray:
+    """(K, columns) bf16 as the right operand of a product that sums over K."""
+    shape = (_panels(matrix.shape[1]), (matrix.shape[0] + 1) // 2, tiles.COLUMNS)
+    packed = _words(name, shape)
+    parallel(bf16.pack_pairs, split(shape[1]), bits(matrix.contiguous()), packed)
+    return packed
 
 
 def _words(name: str, shape: tuple[int, ...]) -> np.ndarray:

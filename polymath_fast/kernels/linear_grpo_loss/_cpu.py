@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from polymath_fast.kernels.cpu.head import Head, HeadGradient, head_gradients
+from polymath_fast.kernels.cpu.head import Head
+from polymath_fast.kernels.cpu.head_gradient import HeadGradient, head_gradients
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
     PolicyLossOutput,
@@ -28,6 +29,7 @@ def linear_grpo_loss(
     bias: torch.Tensor | None,
     batch: PolicyBatch,
     spec: PolicyLossSpec,
+    vocab_tol: float | str,
 ) -> PolicyLossOutput:
     """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64."""
     needs = tuple(
@@ -36,20 +38,24 @@ def linear_grpo_loss(
     )
     inputs = (hidden.detach(), weight.detach(), None if bias is None else bias.detach(), targets)
     head = Head(*inputs, spec.temperature)
-    gradient = HeadGradient(head, needs) if any(needs) and spec.scope == "token" else None
+    gradient = (
+        HeadGradient(head, needs, vocab_tol) if any(needs) and spec.scope == "token" else None
+    )
     for start, stop, logits in head.blocks():
         if gradient is not None:
             terms = _terms(head, batch.rows(start, stop), spec, start, stop)
             gradient.add(start, logits, terms.coefficient, terms.entropy_coefficient)
     terms = _terms(head, batch, spec, 0, len(targets))
-    gradients: tuple[torch.Tensor | None, ...] = (None, None, None)
+    gradients, report = (None, None, None), None
     if gradient is not None:
-        gradients = gradient.finish()
+        gradients, report = gradient.finish(), gradient.report
     elif any(needs):
         slopes = (terms.coefficient, terms.entropy_coefficient)
-        gradients = head_gradients(*inputs, spec.temperature, *slopes, needs)
+        gradients, report = head_gradients(*inputs, spec.temperature, *slopes, needs, vocab_tol)
     loss = _WithGradients.apply(terms.loss.sum(), hidden, weight, bias, *gradients)
     metrics = summarize(batch, terms, head.logprobs, head.entropy)
+    if vocab_tol and report is not None:
+        metrics |= report.metrics()
     return PolicyLossOutput(loss, head.logprobs, head.entropy, metrics)
 
 

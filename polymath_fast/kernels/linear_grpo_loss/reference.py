@@ -20,7 +20,8 @@ def linear_grpo_loss(
     bias: torch.Tensor | None,
     batch: PolicyBatch,
     spec: PolicyLossSpec,
+    vocab_tol: float | str,
 ) -> PolicyLossOutput:
-    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64."""
+    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64; exact, `vocab_tol` or not."""
     logprobs, entropy = linear_logprobs(hidden, weight, targets, bias, spec.temperature)
     return differentiable_loss(batch, logprobs, entropy, spec)

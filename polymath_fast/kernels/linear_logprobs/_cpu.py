@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from polymath_fast.kernels.cpu.head import Head, head_gradients
+from polymath_fast.kernels.cpu.head import Head
+from polymath_fast.kernels.cpu.head_gradient import head_gradients
 
 
 def linear_logprobs(
@@ -39,7 +40,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, by_logprob: torch.Tensor, by_entropy: torch.Tensor):
         hidden, weight, targets, bias = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        d_hidden, d_weight, d_bias = head_gradients(
+        (d_hidden, d_weight, d_bias), _ = head_gradients(
             hidden, weight, bias, targets, ctx.temperature, by_logprob, by_entropy, needs
         )
         return d_hidden, d_weight, None, d_bias, None
