@@ -66,7 +66,7 @@ class Parts:
 
 def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs:
     """Model folder, tokenizer, samples, rewards and engine choice; raises UserError."""
-    environment.hide_mismatched_companions()
+    environment.prepare()
     device = _device(config.device)
     engine_name, engine_reason = rollout.choose_engine(config.engine)
     if engine_name == "vllm":

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from polymath_fast import __version__
+from polymath_fast import __version__, environment
 
 Fact = tuple[str, str]
 """what, and what is known about it"""
@@ -184,6 +184,7 @@ def show(sections: dict[str, list[Fact]]) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Print the report; 1 when a section or a test failed."""
+    environment.prepare()
     parser = argparse.ArgumentParser(prog="python -m polymath_fast.doctor", description=__doc__)
     parser.add_argument("--model", default="embedded:smollm2", help="whose memory to estimate")
     parser.add_argument("--self-test", action="store_true", help="also run a tiny training step")

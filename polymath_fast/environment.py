@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 _COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+
+
+def prepare() -> None:
+    """Call before the first import of torch, transformers or vLLM."""
+    hide_mismatched_companions()
+    # OpenMP threads that wait for each other spin; beside any other busy process every step then
+    # waits for whole time slices (seen: tenfold). Short spins cost little and yield in time.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def hide_mismatched_companions() -> list[str]:

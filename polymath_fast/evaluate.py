@@ -14,7 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import eval_files, eval_results, models, prompts, rollout, sources
+from polymath_fast import (
+    environment,
+    eval_files,
+    eval_results,
+    models,
+    prompts,
+    rollout,
+    sources,
+)
 from polymath_fast.config import DEFAULT_SAMPLE
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.eval_files import EvalProblem, Grading
@@ -35,6 +43,7 @@ def evaluate(settings: EvalSettings) -> dict[str, EvalResult]:
     if settings.result_path is not None:
         return _regrade(settings, grading)
     problems = _problems(settings, grading)
+    environment.prepare()
     model_dir = models.resolve_model(settings.model, settings.revision)
     tokenizer = load_tokenizer(model_dir)
     context = models.context_length(model_dir)

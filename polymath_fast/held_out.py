@@ -27,19 +27,24 @@ _WORDINGS = (
 
 
 def problems() -> list[dict[str, str]]:
-    """The held-out problems, always the same: `COUNT` products of a in 11..40 and b in 6..19."""
+    """The held-out problems, always the same: one half two digits times one (11..40 by 3..9), the
+    other half tens times teens. Products of a size that a small model gets right now and then."""
     generator = random.Random(_SEED)
-    pairs = [
-        (a, b)
-        for a in range(11, 41)
-        for b in range(6, 20)
-        if a > b and not {a, b} & set(TRAINED) and a * b != TRAINED[0] * TRAINED[1]
-    ]
+    kinds = (
+        [(a, b) for a in range(11, 41) for b in range(3, 10)],
+        [(a, b) for a in range(10, 100, 10) for b in range(11, 20)],
+    )
+    chosen = [generator.sample(list(filter(_is_new, pairs)), COUNT // 2) for pairs in kinds]
     rows = []
-    for number, (a, b) in enumerate(generator.sample(pairs, COUNT)):
+    for number, (a, b) in enumerate(chosen[0] + chosen[1]):
         wording = _WORDINGS[number % len(_WORDINGS)]
         rows.append({"problem": wording.format(a=a, b=b), "answer": str(a * b)})
     return rows
+
+
+def _is_new(pair: tuple[int, int]) -> bool:
+    a, b = pair
+    return not {a, b} & set(TRAINED) and a * b != TRAINED[0] * TRAINED[1]
 
 
 def render() -> str:
