@@ -36,8 +36,13 @@ def linear_grpo_loss(
     bias: torch.Tensor | None,
     batch: PolicyBatch,
     spec: PolicyLossSpec,
+    vocab_tol: float | str,
 ) -> PolicyLossOutput:
     """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64."""
+    if vocab_tol:
+        raise ValueError(
+            f"vocab_tol={vocab_tol!r} needs impl='cpu'; on a GPU leave it at 0, the exact gradient"
+        )
     inputs = (hidden, weight, bias)
     needs = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs

@@ -1,0 +1,307 @@
+"""The Triton implementations in Triton's interpreter; `test_triton_interpreter.py` runs this file.
+
+Small tiles, so that awkward shapes have whole tiles, tails and more than one of each.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+from triton_checks import compare, logprobs_result, loss_result, make_batch, make_head, make_logits
+
+from polymath_fast.kernels.grpo_loss._triton import grpo_loss
+from polymath_fast.kernels.linear_grpo_loss._triton import linear_grpo_loss
+from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
+from polymath_fast.kernels.policy_loss import PolicyLossSpec, prepare
+from polymath_fast.kernels.token_logprobs._triton import token_logprobs
+from polymath_fast.kernels.triton import head
+
+assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+LOGITS = [
+    pytest.param(1, 1000, BF16, id="one-row"),
+    pytest.param(63, 1000, FP32, id="tail-only"),
+    pytest.param(507, 1000, FP16, id="many-rows"),
+    pytest.param(5, 49152, BF16, id="whole-tiles"),
+    pytest.param(2, 151936, BF16, id="tiles-and-tail"),
+]
+HEADS = [
+    pytest.param(1, 1000, 48, BF16, False, id="one-row"),
+    pytest.param(63, 1000, 47, BF16, True, id="odd-depth"),
+    pytest.param(507, 1000, 64, BF16, False, id="many-rows"),
+    pytest.param(40, 1000, 48, FP16, True, id="half"),
+    pytest.param(40, 1000, 48, FP32, False, id="single"),
+    pytest.param(20, 49152, 32, BF16, False, id="many-tiles"),
+    pytest.param(1, 151936, 16, BF16, False, id="large-vocabulary"),
+]
+SPECS = [
+    pytest.param(PolicyLossSpec(), (), id="on-policy"),
+    pytest.param(PolicyLossSpec(entropy_coef=0.1, temperature=0.7), (), id="entropy-bonus"),
+    pytest.param(
+        PolicyLossSpec(loss_type="grpo", beta=0.1), ("old_logprobs", "ref_logprobs"), id="kl"
+    ),
+    pytest.param(PolicyLossSpec(loss_type="gspo"), ("old_logprobs",), id="sequence-ratio"),
+    pytest.param(PolicyLossSpec(loss_type="gspo"), (), id="sequence-ratio-on-policy"),
+    pytest.param(PolicyLossSpec(top_entropy_quantile=0.5), ("old_logprobs",), id="whole-batch"),
+    pytest.param(PolicyLossSpec(loss_type="sapo"), ("old_logprobs",), id="sapo"),
+]
+
+
+def upstream(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, count, generator=torch.Generator().manual_seed(1)).unbind()
+
+
+@pytest.mark.parametrize(("count", "vocab", "dtype"), LOGITS)
+def test_rows_logprobs(count, vocab, dtype) -> None:
+    g, g_entropy = upstream(count)
+    compare(
+        lambda name, tensors: logprobs_result("token_logprobs", name, tensors, g, g_entropy),
+        make_logits(count, vocab, dtype, "cpu"),
+        dtype,
+    )
+
+
+def test_rows_gradient_of_the_logprobs_alone() -> None:
+    g, _ = upstream(63)
+    compare(
+        lambda name, tensors: logprobs_result("token_logprobs", name, tensors, g, None),
+        make_logits(63, 5000, BF16, "cpu"),
+        BF16,
+    )
+
+
+@pytest.mark.parametrize(("spec", "names"), SPECS)
+def test_rows_loss(spec, names) -> None:
+    batch = make_batch(40, "cpu", *names)
+    compare(
+        lambda name, tensors: loss_result("grpo_loss", name, tensors, batch, spec),
+        make_logits(40, 1000, BF16, "cpu"),
+        BF16,
+    )
+
+
+@pytest.mark.parametrize(("count", "vocab", "depth", "dtype", "bias"), HEADS)
+def test_head_logprobs(count, vocab, depth, dtype, bias) -> None:
+    g, g_entropy = upstream(count)
+    compare(
+        lambda name, tensors: logprobs_result("linear_logprobs", name, tensors, g, g_entropy),
+        make_head(count, vocab, depth, dtype, "cpu", bias),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize(("spec", "names"), SPECS)
+def test_head_loss(spec, names, monkeypatch) -> None:
+    monkeypatch.setattr(head.Head, "_rows_that_fit", lambda self: 16)
+    batch = make_batch(63, "cpu", *names)
+    compare(
+        lambda name, tensors: loss_result("linear_grpo_loss", name, tensors, batch, spec),
+        make_head(63, 1000, 48, BF16, "cpu", bias=True),
+        BF16,
+    )
+
+
+def test_head_loss_of_one_chunk() -> None:
+    batch = make_batch(63, "cpu", "old_logprobs")
+    spec = PolicyLossSpec(loss_type="cispo", epsilon_high=5.0)
+    compare(
+        lambda name, tensors: loss_result("linear_grpo_loss", name, tensors, batch, spec),
+        make_head(63, 1000, 48, BF16, "cpu"),
+        BF16,
+    )
+
+
+def test_head_logprobs_recomputed_in_chunks(monkeypatch) -> None:
+    monkeypatch.setattr(head.Head, "_rows_that_fit", lambda self: 16)
+    g, g_entropy = upstream(63)
+    g[5:30] = 0
+    compare(
+        lambda name, tensors: logprobs_result("linear_logprobs", name, tensors, g, g_entropy * g),
+        make_head(63, 1000, 48, BF16, "cpu"),
+        BF16,
+    )
+
+
+@pytest.mark.parametrize("train", [(True, False), (False, True)], ids=["hidden", "weight"])
+def test_head_gradient_of_one_input_only(train) -> None:
+    tensors = make_head(20, 300, 32, BF16, "cpu")
+    hidden, weight, targets = tensors["hidden"], tensors["weight"], tensors["targets"]
+    both = [t.clone().requires_grad_() for t in (hidden, weight)]
+    some = [t.clone().requires_grad_(r) for t, r in zip((hidden, weight), train, strict=True)]
+    for leaves in (both, some):
+        _head_loss(*leaves, targets).loss.backward()
+    for wanted, ours, truth in zip(train, some, both, strict=True):
+        assert torch.equal(ours.grad, truth.grad) if wanted else ours.grad is None
+
+
+def test_nothing_at_all() -> None:
+    logits = torch.randn(0, 1000, dtype=BF16, requires_grad=True)
+    hidden = torch.randn(0, 32, dtype=BF16, requires_grad=True)
+    weight = torch.randn(1000, 32, dtype=BF16, requires_grad=True)
+    targets = torch.zeros(0, dtype=torch.long)
+    for out in (_rows_loss(logits, targets), _head_loss(hidden, weight, targets)):
+        assert out.loss == 0 and out.logprobs.shape == out.entropy.shape == (0,)
+        out.loss.backward()
+    (token_logprobs(logits, targets, 1.0)[0].sum()).backward()
+    (linear_logprobs(hidden, weight, targets, None, 1.0)[0].sum()).backward()
+    assert logits.grad.shape == (0, 1000) and hidden.grad.shape == (0, 32)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_rows_hostile_values_stay_in_their_rows() -> None:
+    tensors = make_logits(12, 700, FP32, "cpu")
+    clean, targets = tensors["logits"], tensors["targets"]
+    logits = clean.clone()
+    logits[1, 5] = torch.nan
+    logits[2, 6] = torch.inf
+    logits[3] = -torch.inf
+    logits[4, targets[4]] = -torch.inf
+    logits[5, :600] = -torch.inf
+    targets[5] = 650
+    logits[6] = 1e4 * logits[6].sign()
+    logits[7] = 3.0
+    targets[8], targets[9], targets[10] = -1, 700, -100
+    logits.requires_grad_()
+    logprobs, entropy = token_logprobs(logits, targets, 1.0)
+    (logprobs[:8].nan_to_num(0, 0, 0) + entropy[:8].nan_to_num()).sum().backward()
+    bad = torch.tensor([1, 2, 3, 8, 9, 10])
+    logprobs, entropy = logprobs.detach(), entropy.detach()
+    assert logprobs[bad].isnan().all() and entropy[bad].isnan().all()
+    assert logprobs[4] == -torch.inf and entropy[4].isfinite()
+    good = torch.tensor([0, 5, 6, 7, 11])
+    exact = logits.detach().double().log_softmax(-1)
+    torch.testing.assert_close(
+        logprobs[good].double(), exact[good, targets[good]], rtol=1e-6, atol=1e-5
+    )
+    assert entropy[7] == pytest.approx(torch.log(torch.tensor(700.0)).item(), abs=1e-5)
+    assert logits.grad[[0, 5, 6, 7]].isfinite().all()
+    assert (logits.grad[[1, 2, 3]] == 0).all()
+
+
+def test_head_hostile_values_stay_in_their_rows() -> None:
+    tensors = make_head(12, 300, 32, BF16, "cpu")
+    hidden, weight, targets = tensors["hidden"], tensors["weight"], tensors["targets"]
+    kept = torch.tensor([0, 4, 5, 6, 7, 8, 11])
+    alone = [hidden[kept].requires_grad_(), weight.clone().requires_grad_()]
+    truth = _head_loss(*alone, targets[kept], normalizer=12.0)
+    truth.loss.backward()
+    hidden[1, 3], hidden[2, 0], hidden[3] = torch.nan, torch.inf, -torch.inf
+    targets[9], targets[10] = -1, 300
+    leaves = [hidden.requires_grad_(), weight.clone().requires_grad_()]
+    out = _head_loss(*leaves, targets, normalizer=12.0)
+    out.loss.backward()
+    assert out.logprobs[[1, 2, 3, 9, 10]].isnan().all()
+    assert out.metrics["nonfinite_rows"] == 5
+    torch.testing.assert_close(out.logprobs[kept], truth.logprobs)
+    torch.testing.assert_close(leaves[0].grad[kept], alone[0].grad)
+    torch.testing.assert_close(leaves[1].grad, alone[1].grad)
+    assert (leaves[0].grad[[1, 2, 3, 9, 10]] == 0).all()
+
+
+def test_head_rows_whose_target_is_all_but_impossible() -> None:
+    tensors = make_head(20, 300, 32, BF16, "cpu")
+    tensors["hidden"][::3] *= 40
+    g, g_entropy = upstream(20)
+    ours = logprobs_result("linear_logprobs", "_triton", tensors, g, g_entropy)
+    exact = {n: None if t is None else t.double() for n, t in tensors.items()}
+    exact["targets"] = tensors["targets"]
+    truth = logprobs_result("linear_logprobs", "reference", exact, g, g_entropy)
+    assert truth.logprobs.min() < -200
+    torch.testing.assert_close(ours.logprobs.double(), truth.logprobs, rtol=1e-5, atol=1e-4)
+    for name in ("hidden", "weight"):
+        error = (ours.gradients[name].double() - truth.gradients[name]).norm()
+        assert error < 1e-2 * truth.gradients[name].norm()
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "gaps", "odd-address"])
+def test_rows_strides(layout) -> None:
+    tensors = make_logits(6, 1000, BF16, "cpu")
+    logits, targets = tensors["logits"], tensors["targets"]
+    views = {
+        "transposed": logits.T.contiguous().T,
+        "expanded": logits[:1].expand(6, 1000),
+        "gaps": torch.cat([logits, logits], 1)[:, :1000],
+        "odd-address": torch.cat([logits.new_zeros(1), logits.flatten()])[1:].view(6, 1000),
+    }
+    view = views[layout].detach().requires_grad_()
+    plain = view.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    for leaf in (view, plain):
+        logprobs, entropy = token_logprobs(leaf, targets, 1.0)
+        (logprobs + entropy).sum().backward()
+    assert torch.equal(view.grad, plain.grad)
+
+
+def test_inplace_overwrites_and_says_so() -> None:
+    tensors = make_logits(6, 1000, FP32, "cpu")
+    truth = tensors["logits"].clone().requires_grad_()
+    _rows_loss(truth, tensors["targets"]).loss.backward()
+    leaf = tensors["logits"].clone().requires_grad_()
+    logits = leaf * 1
+    squares = logits.square()
+    out = _rows_loss(logits, tensors["targets"], inplace=True)
+    out.loss.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, truth.grad) and torch.equal(logits, truth.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.sum().backward()
+    with pytest.raises(RuntimeError, match="used up"):
+        out.loss.backward()
+
+
+def test_inplace_never_writes_over_a_leaf() -> None:
+    tensors = make_logits(6, 1000, FP32, "cpu")
+    leaf = tensors["logits"].clone().requires_grad_()
+    _rows_loss(leaf, tensors["targets"], inplace=True).loss.backward()
+    assert torch.equal(leaf.detach(), tensors["logits"])
+
+
+def test_two_runs_are_bit_equal() -> None:
+    runs = []
+    for _ in range(2):
+        tensors = make_head(63, 1000, 48, BF16, "cpu")
+        leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight")]
+        out = _head_loss(*leaves, tensors["targets"])
+        out.loss.backward()
+        runs.append([out.loss.detach(), out.logprobs, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_rows_without_gradient_are_left_out_of_the_products(monkeypatch) -> None:
+    tensors = make_head(60, 300, 32, BF16, "cpu")
+    mask = torch.zeros(60, dtype=torch.bool)
+    mask[::4] = True
+    seen = []
+    monkeypatch.setattr(head.Head, "_rows_that_fit", lambda self: 32)
+    from polymath_fast.kernels.triton import head_gradient
+
+    add = head_gradient.HeadGradient.add
+    monkeypatch.setattr(
+        head_gradient.HeadGradient,
+        "add",
+        lambda self, chunk, *rest: (seen.append(len(chunk.index)), add(self, chunk, *rest)),
+    )
+    leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight")]
+    out = _head_loss(*leaves, tensors["targets"], mask=mask)
+    out.loss.backward()
+    assert sum(seen) == 15
+    assert out.logprobs.isfinite().all()
+    assert (leaves[0].grad[~mask] == 0).all() and (leaves[0].grad[mask] != 0).any(1).all()
+
+
+def _prepared(count: int, spec: PolicyLossSpec, mask: torch.Tensor | None = None):
+    ends = torch.tensor([0, count // 2, count], dtype=torch.int32)
+    advantages = torch.tensor([1.0, -0.7])
+    return prepare(spec, count, FP32, torch.device("cpu"), advantages, ends, mask=mask)
+
+
+def _rows_loss(logits, targets, inplace=False):
+    spec = PolicyLossSpec()
+    return grpo_loss(logits, targets, _prepared(len(targets), spec), spec, inplace)
+
+
+def _head_loss(hidden, weight, targets, mask=None, **options):
+    spec = PolicyLossSpec(**options)
+    batch = _prepared(len(targets), spec, mask)
+    return linear_grpo_loss(hidden, weight, targets, None, batch, spec, 0.0)
