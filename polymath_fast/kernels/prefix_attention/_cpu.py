@@ -1,17 +1,51 @@
 """CPU: flash-attention pieces of torch, merged by log-sum-exp, with an exact backward.
 
 The prompt's keys and values are read in place by all completions at once; nothing is repeated and
-no (T, T) mask exists. Each piece's backward gets the MERGED output and log-sum-exp, so it sees the
-true probabilities and its gradients just add up (the algebra of ring attention).
+no (T, T) mask exists. Completions of like length attend to themselves in one call. Each piece's
+backward gets the MERGED output and log-sum-exp, so it sees the true probabilities and its gradients
+just add up (the algebra of ring attention).
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_SPREAD = 1.25  # longest over shortest completion of a bucket, beyond _SLACK rows of difference
+_SLACK = 16
+
+
+@lru_cache(maxsize=16)
+def _buckets(prompt_len: int, bounds: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """Segments of like length: (b, L) row numbers and (b, L) bool, False where a row is a filler.
+
+    Fillers repeat a segment's last row behind its end, where causal attention hides them. The
+    prompt is a bucket of its own.
+    """
+    spans = sorted(
+        ((end - start, start) for start, end in zip(bounds, bounds[1:], strict=False)),
+        reverse=True,
+    )
+    groups: list[list[tuple[int, int]]] = [[(prompt_len, 0)]]
+    for length, start in spans:
+        if length == 0:
+            break
+        longest = groups[-1][0][0]
+        if len(groups) > 1 and longest <= _SPREAD * length + _SLACK:
+            groups[-1].append((length, start))
+        else:
+            groups.append([(length, start)])
+    buckets = []
+    for group in groups:
+        lengths = torch.tensor([length for length, _ in group])[:, None]
+        starts = torch.tensor([start for _, start in group])[:, None]
+        columns = torch.arange(group[0][0])[None]
+        buckets.append((starts + torch.minimum(columns, lengths - 1), columns < lengths))
+    return buckets
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -26,53 +60,49 @@ class PrefixAttention(torch.autograd.Function):
     """q (T, Hq, D), k and v (T, Hkv, D) -> out (T, Hq, D)."""
 
     @staticmethod
-    def forward(ctx, q, k, v, prompt_len: int, bounds: list[int], scale: float):
-        qh, kh, vh = (_heads_first(x) for x in (q, k, v))
+    def forward(ctx, q, k, v, prompt_len: int, bounds: tuple[int, ...], scale: float):
         out = q.new_empty(q.shape)
-        outh = _heads_first(out)
         wide = _accumulator(q.dtype)
-        lse = q.new_empty((1, q.shape[1], q.shape[0]), dtype=wide)
-        causal = [(0, prompt_len), *zip(bounds, bounds[1:], strict=False)]
-        for start, end in causal:
-            if end > start:
-                piece = slice(start, end)
-                outh[:, :, piece], lse[:, :, piece] = _flash(
-                    qh[:, :, piece], kh[:, :, piece], vh[:, :, piece], 0.0, True, scale=scale
-                )
+        lse = q.new_empty(q.shape[:2], dtype=wide)  # (T, Hq)
+        for rows, real in _buckets(prompt_len, bounds):
+            batch = (x[rows].transpose(1, 2) for x in (q, k, v))  # (b, H, L, D)
+            piece, piece_lse = _flash(*batch, 0.0, True, scale=scale)
+            out[rows[real]] = piece.transpose(1, 2)[real]
+            lse[rows[real]] = piece_lse.transpose(1, 2)[real]
         if q.shape[0] > prompt_len:
             tail, head = slice(prompt_len, None), slice(0, prompt_len)
             shared, shared_lse = _flash(
-                qh[:, :, tail], kh[:, :, head], vh[:, :, head], 0.0, False, scale=scale
-            )
-            merged = torch.logaddexp(lse[:, :, tail], shared_lse)
-            own_share = (lse[:, :, tail] - merged).exp_().unsqueeze(-1)
-            outh[:, :, tail] = torch.lerp(shared.to(wide), outh[:, :, tail].to(wide), own_share)
-            lse[:, :, tail] = merged
+                _heads_first(q[tail]), _heads_first(k[head]), _heads_first(v[head]), 0.0, False,
+                scale=scale,
+            )  # fmt: skip
+            shared, shared_lse = shared[0].transpose(0, 1), shared_lse[0].transpose(0, 1)
+            merged = torch.logaddexp(lse[tail], shared_lse)
+            own_share = (lse[tail] - merged).exp_().unsqueeze(-1)
+            out[tail] = torch.lerp(shared.to(wide), out[tail].to(wide), own_share).to(q.dtype)
+            lse[tail] = merged
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.prompt_len, ctx.causal, ctx.scale = prompt_len, causal, scale
+        ctx.prompt_len, ctx.bounds, ctx.scale = prompt_len, bounds, scale
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse = ctx.saved_tensors
-        qh, kh, vh, outh, gradh = (_heads_first(x) for x in (q, k, v, out, grad_out))
-        grads = [torch.zeros_like(x, dtype=_accumulator(q.dtype)) for x in (q, k, v)]
-        dq, dk, dv = (_heads_first(x) for x in grads)
-
-        def add(queries: slice, keys: slice, is_causal: bool) -> None:
-            piece = _flash_backward(
-                gradh[:, :, queries], qh[:, :, queries], kh[:, :, keys], vh[:, :, keys],
-                outh[:, :, queries], lse[:, :, queries], 0.0, is_causal, scale=ctx.scale,
-            )  # fmt: skip
-            dq[:, :, queries] += piece[0]
-            dk[:, :, keys] += piece[1]
-            dv[:, :, keys] += piece[2]
-
-        for start, end in ctx.causal:
-            if end > start:
-                add(slice(start, end), slice(start, end), True)
+        wide = _accumulator(q.dtype)
+        grads = [torch.zeros_like(x, dtype=wide) for x in (q, k, v)]
+        for rows, real in _buckets(ctx.prompt_len, ctx.bounds):
+            grad = (grad_out[rows] * real[:, :, None, None]).transpose(1, 2)
+            batch = (x[rows].transpose(1, 2) for x in (q, k, v, out, lse))
+            pieces = _flash_backward(grad, *batch, 0.0, True, scale=ctx.scale)
+            for total, piece in zip(grads, pieces, strict=True):
+                total[rows[real]] = piece.transpose(1, 2)[real].to(wide)
         if q.shape[0] > ctx.prompt_len:
-            add(slice(ctx.prompt_len, None), slice(0, ctx.prompt_len), False)
+            tail, head = slice(ctx.prompt_len, None), slice(0, ctx.prompt_len)
+            pieces = _flash_backward(
+                *map(_heads_first, (grad_out[tail], q[tail], k[head], v[head], out[tail])),
+                lse[tail].transpose(0, 1).unsqueeze(0), 0.0, False, scale=ctx.scale,
+            )  # fmt: skip
+            for total, piece, part in zip(grads, pieces, (tail, head, head), strict=True):
+                total[part] += piece[0].transpose(0, 1)
         return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None, None
 
 
@@ -80,5 +110,5 @@ def prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, prompt_len: int, cu_seqlens: Tensor, scale: float
 ) -> Tensor:
     """See `polymath_fast.kernels.prefix_attention`."""
-    bounds = (prompt_len + cu_seqlens).tolist()
+    bounds = tuple((prompt_len + cu_seqlens).tolist())
     return PrefixAttention.apply(q, k, v, prompt_len, bounds, scale)
