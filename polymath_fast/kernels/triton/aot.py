@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from triton.compiler import ASTSource
 
 DIVISIBLE = [["tt.divisibility", 16]]
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+_UNITS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+"""matrix instructions of Blackwell, Hopper and Ampere"""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,11 @@ class Variant:
     stages: int = 3
     capabilities: tuple[int, ...] = (80, 90, 100)
     matrix: bool = False
-    """whether it must use the matrix units of Hopper (wgmma)"""
-    options: dict[str, Any] = field(default_factory=dict)
+    """whether it is a matrix product, which must use the units built for them"""
+    programs: int = 1
+    """that must fit on a multiprocessor at once"""
+    registers: int | None = None
+    """upper bound given to the compiler"""
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:
@@ -49,12 +55,17 @@ def compile_variant(variant: Variant, capability: int) -> Any:
             attributes[(index,)] = DIVISIBLE
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages, **variant.options}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    if variant.registers is not None:
+        options["maxnreg"] = variant.registers
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(compiled: Any) -> dict[str, int | bool]:
-    """Registers and stack bytes a thread, spilled bytes, shared memory bytes, and wgmma or not."""
+def resources(compiled: Any) -> dict[str, int | str]:
+    """Registers, stack and local bytes a thread, shared bytes a program; its matrix units.
+
+    What ptxas spills from registers lies on the stack; a kernel without stack spills nothing.
+    """
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -70,7 +81,7 @@ def resources(compiled: Any) -> dict[str, int | bool]:
     return {
         "registers": registers,
         "stack": stack,
-        "spills": local,
+        "local": local,
         "shared": compiled.metadata.shared,
-        "wgmma": "wgmma" in ptx,
+        "matrix": next((unit for unit in _UNITS if unit in ptx), ""),
     }

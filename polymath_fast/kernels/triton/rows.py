@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from polymath_fast.kernels.triton.row_kernels import (
@@ -12,10 +14,26 @@ from polymath_fast.kernels.triton.row_kernels import (
 
 LANES = 512
 WARPS = 4
-FUSED_LANES = 2048
-FUSED_WARPS = 16
 L2_SHARE = 0.6
 """of the L2 cache that rows in flight of the fused kernel may take"""
+FUSED_REGISTERS = 128
+"""a thread; 65536 of them in all, shared by 512 threads"""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """How the fused kernel runs: each program has a row in flight."""
+
+    lanes: int
+    warps: int
+    programs: int
+    """on a multiprocessor, as its registers allow"""
+
+
+FUSED_TWO = Fused(1024, 8, 2)
+"""one program's sums hide behind the other's loads"""
+FUSED_ONE = Fused(2048, 16, 1)
+"""for rows so long that twice as many would not stay in the cache"""
 
 
 def statistics(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -91,8 +109,9 @@ def statistics_and_slopes(
     count, vocab = logits.shape
     found = torch.empty(4, count, dtype=torch.float32, device=logits.device)
     if count:
+        way, programs = _fused(logits)
         with torch.cuda.device_of(logits):
-            fused_kernel[(_rows_in_flight(logits),)](
+            fused_kernel[(programs,)](
                 logits,
                 targets,
                 g.float().contiguous(),
@@ -105,9 +124,10 @@ def statistics_and_slopes(
                 count,
                 temperature,
                 BONUS=g_entropy is not None,
-                LANES=FUSED_LANES,
+                LANES=way.lanes,
                 WIDTH=_width(logits),
-                num_warps=FUSED_WARPS,
+                num_warps=way.warps,
+                maxnreg=FUSED_REGISTERS,
             )
     return found
 
@@ -117,10 +137,13 @@ def _width(logits: torch.Tensor) -> int:
     return 16 // logits.element_size()
 
 
-def _rows_in_flight(logits: torch.Tensor) -> int:
-    count, vocab = logits.shape
+def _fused(logits: torch.Tensor) -> tuple[Fused, int]:
+    """The way to run the fused kernel, and its number of programs."""
     if not logits.is_cuda:
-        return min(count, 4)
+        return FUSED_TWO, min(len(logits), 4)
     device = torch.cuda.get_device_properties(logits.device)
-    fitting = int(L2_SHARE * device.L2_cache_size) // (vocab * logits.element_size())
-    return min(count, max(fitting, device.multi_processor_count))
+    row_bytes = logits.shape[1] * logits.element_size()
+    processors = device.multi_processor_count
+    room = L2_SHARE * device.L2_cache_size
+    way = FUSED_TWO if 2 * processors * row_bytes <= room else FUSED_ONE
+    return way, min(len(logits), way.programs * processors)

@@ -1,0 +1,121 @@
+"""All that waits for a GPU, in one command: `python -m benchmarks.gpu_suite`.
+
+Tests marked gpu, correctness at real shapes, then times beside others' code, as shares of the rates
+this GPU reaches on plain matrix products and copies. Under nine minutes on an H200. A section that
+fails is reported and the next one runs; a time of an operator that is not correct is not taken.
+Results: benchmarks/results/<gpu>/gpu_suite.json, and a short table at the end of the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_sections
+
+ROOT = Path(__file__).parents[1]
+BUDGET = 480.0
+"""seconds; a section that would begin later is skipped, and says so"""
+PACKAGES = ("torch", "triton", "transformers", "vllm", "liger-kernel", "cut-cross-entropy", "trl")
+
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "rates": gpu_sections.rates,
+    "correct: rows": gpu_sections.correct_rows,
+    "correct: head": gpu_sections.correct_head,
+    "token_logprobs": gpu_sections.time_token_logprobs,
+    "grpo_loss": gpu_sections.time_grpo_loss,
+    "linear_grpo_loss 1536": gpu_sections.time_head_small,
+    "linear_grpo_loss 3584": gpu_sections.time_head_large,
+    "tiles": gpu_sections.time_tiles,
+    "gpu tests": gpu_sections.gpu_tests,
+}
+
+
+def main() -> int:
+    """0 when every section ran and every check held."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--only", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device here; this suite has nothing to measure", file=sys.stderr)
+        return 2
+    name = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "-")
+    out = options.out or ROOT / "benchmarks" / "results" / name
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"machine": _machine(), "sections": {}}
+    start = time.monotonic()
+    for section in options.only:
+        results["sections"][section] = _run(section, time.monotonic() - start)
+        (out / "gpu_suite.json").write_text(json.dumps(results, indent=1) + "\n")
+    _print_table(results["sections"])
+    return int(any("error" in found for found in results["sections"].values()))
+
+
+def _run(section: str, elapsed: float) -> dict[str, Any]:
+    if elapsed > BUDGET:
+        return {"error": f"skipped: {elapsed:.0f} s were spent already"}
+    start = time.monotonic()
+    try:
+        found = SECTIONS[section]()
+    # what is broken here is a finding; the sections after it still have to be measured
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    torch.cuda.empty_cache()
+    print(f"{section}: {time.monotonic() - start:.1f} s", flush=True)
+    return found | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _machine() -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "commit": commit or None,
+        "versions": versions,
+    }
+
+
+def _print_table(sections: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{'what':58}{'ms':>9}{'p20-p80':>16}{'MiB':>8}{'share':>7}")
+    for section, found in sections.items():
+        if "error" in found:
+            print(f"{section:58}FAILED {found['error'][:80]}")
+        for row in found.get("rows", ()):
+            label = f"{section} {row['what']}"[:57]
+            if "error" in row:
+                print(f"{label:58}{row['error'][:60]}")
+                continue
+            spread = f"{row['p20']:.2f}-{row['p80']:.2f}"
+            share = f"{row['share']:.0%}" if "share" in row else ""
+            print(f"{label:58}{row['median']:9.2f}{spread:>16}{row['peak_mib']:8.0f}{share:>7}")
+        for what, value in found.get("values", {}).items():
+            print(f"{section + ' ' + what:58}{value:>9.3g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Every kernel in every way the launchers call it, for checks ahead of time.
+
+Pointers and strides are those of aligned tensors; "odd" variants are what anything else gets. A
+launcher that passes something new belongs here too: `test_triton_aot.py` compiles this list for
+compute capability 8.0, 9.0 and 10.0 and compares registers and shared memory with a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from polymath_fast.kernels.triton import gradient_kernels, head, head_kernels, row_kernels, rows
+from polymath_fast.kernels.triton.aot import Variant
+from polymath_fast.kernels.triton.scaling import scale_kernel
+
+_FLOATS = {"bf16": 8, "fp16": 8, "fp32": 4}
+"""Triton's dtype -> entries in 16 bytes"""
+_FP32, _INT64, _SIZE = "*fp32:16", "*i64:16", "i32:16"
+
+
+def variants() -> Iterator[Variant]:
+    """The list."""
+    for dtype, width in _FLOATS.items():
+        yield from _row_variants(dtype, width)
+        yield from _head_gradient_variants(dtype)
+    yield from _head_variants()
+    yield _target_sums(bias=False)
+    yield _target_sums(bias=True)
+
+
+def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
+    types = {
+        "logits_ptr": f"*{dtype}:16",
+        "targets_ptr": _INT64,
+        "found_ptr": _FP32,
+        "g_ptr": _FP32,
+        "g_entropy_ptr": _FP32,
+        "out_ptr": f"*{dtype}:16",
+        "stride_n": _SIZE,
+        "out_stride_n": _SIZE,
+        "vocab": _SIZE,
+        "count": "i32",
+        "temperature": "fp32",
+    }
+    odd = types | {"logits_ptr": f"*{dtype}", "stride_n": "i32", "vocab": "i32", "stride_v": "i32"}
+    small = {"LANES": rows.LANES, "WIDTH": width}
+    near, nearby = {"stride_v": 1}, {"stride_v": 1, "out_stride_v": 1}
+    statistics = {"out_ptr": _FP32}
+    yield Variant(
+        f"statistics-{dtype}", row_kernels.statistics_kernel, types | statistics, small | near
+    )
+    yield Variant(f"statistics-{dtype}-odd", row_kernels.statistics_kernel, odd | statistics, small)
+    for bonus in (False, True):
+        flags = {"BONUS": bonus} | ({} if bonus else {"g_entropy_ptr": None})
+        suffix = f"{dtype}-bonus" if bonus else dtype
+        yield Variant(
+            f"slopes-{suffix}", row_kernels.slopes_kernel, types, small | nearby | flags, rows.WARPS
+        )
+        for way in (rows.FUSED_ONE, rows.FUSED_TWO):
+            yield Variant(
+                f"fused-{suffix}-{way.programs}",
+                row_kernels.fused_kernel,
+                types,
+                {"LANES": way.lanes, "WIDTH": width} | nearby | flags,
+                way.warps,
+                programs=way.programs,
+                registers=rows.FUSED_REGISTERS,
+            )
+    if dtype != "fp32":
+        # probabilities of fp32 logits, as the head of fp16 inputs makes them
+        out = {"logits_ptr": _FP32, "out_ptr": f"*{dtype}:16"}
+        yield Variant(
+            f"slopes-fp32-to-{dtype}",
+            row_kernels.slopes_kernel,
+            types | out,
+            {"LANES": rows.LANES, "WIDTH": 4, "BONUS": False, "g_entropy_ptr": None} | nearby,
+        )
+    scale = {"x_ptr": f"*{dtype}:16", "factor_ptr": _FP32, "stride_n": _SIZE, "columns": _SIZE}
+    yield Variant(f"scale-{dtype}", scale_kernel, scale, {"BLOCK": 4096})
+
+
+def _head_variants() -> Iterator[Variant]:
+    types = {
+        "bias_ptr": "*bf16:16",
+        "targets_ptr": _INT64,
+        "offset_ptr": _FP32,
+        "again_ptr": "*i8:16",
+        "exps_ptr": "*bf16:16",
+        "partial_ptr": _FP32,
+        "rows": "i32",
+        "vocab": _SIZE,
+        "depth": _SIZE,
+        "stride_hidden": _SIZE,
+        "stride_weight": _SIZE,
+        "stride_exps": _SIZE,
+        "temperature": "fp32",
+    }
+    kinds = {"hopper": (90, 100), "ampere": (80,), "small": (80,)}
+    for kind, capabilities in kinds.items():
+        tiles = head.TILES[kind]
+        for descriptors in (True, False) if kind == "hopper" else (False,):
+            matrices = {"hidden": "*bf16:16", "weight": "*bf16:16"}
+            if descriptors:
+                matrices = {
+                    "hidden": f"tensordesc<bf16[{tiles.m}, {tiles.k}]>",
+                    "weight": f"tensordesc<bf16[{tiles.n}, {tiles.k}]>",
+                }
+            for store, again, bias in _EXP_FLAGS:
+                constants = {
+                    "BIAS": bias,
+                    "STORE": store,
+                    "AGAIN": again,
+                    "DESCRIPTORS": descriptors,
+                    "WIDEN": False,
+                    "BLOCK_M": tiles.m,
+                    "BLOCK_N": tiles.n,
+                    "BLOCK_K": tiles.k,
+                    "GROUP_M": tiles.group,
+                }
+                constants |= {} if bias else {"bias_ptr": None}
+                constants |= {} if store else {"exps_ptr": None}
+                words = [kind, "descriptors" if descriptors else "pointers"]
+                flags = {"store": store, "again": again, "bias": bias}
+                words += [word for word, on in flags.items() if on]
+                yield Variant(
+                    "exp-gemm-" + "-".join(words),
+                    head_kernels.exp_gemm_kernel,
+                    types | matrices,
+                    constants,
+                    tiles.warps,
+                    tiles.stages,
+                    capabilities,
+                    matrix=True,
+                )
+    for bias in (False, True):
+        target = types | {
+            "hidden_ptr": "*bf16:16",
+            "weight_ptr": "*bf16:16",
+            "y_target_ptr": _FP32,
+        }
+        yield Variant(
+            "target-logits" + "-bias" * bias,
+            head_kernels.target_logits_kernel,
+            target,
+            {"BIAS": bias, "BLOCK": 1024} | ({} if bias else {"bias_ptr": None}),
+        )
+    finish = types | {"y_target_ptr": _FP32, "found_ptr": _FP32, "tiles": "i32"}
+    for again in (False, True):
+        yield Variant(
+            "finish" + "-again" * again,
+            head_kernels.finish_kernel,
+            finish,
+            {"AGAIN": again, "BLOCK_R": 32, "BLOCK_T": 32},
+        )
+
+
+_EXP_FLAGS = (
+    (True, False, False),
+    (True, True, False),
+    (False, False, False),
+    (True, False, True),
+    (False, True, True),
+)
+"""store, again, bias: the ways a training step and a forward pass go, and one of each with bias"""
+
+
+def _head_gradient_variants(dtype: str) -> Iterator[Variant]:
+    types = {
+        "d_ptr": f"*{dtype}:16",
+        "hidden_ptr": f"*{dtype}:16",
+        "weight_ptr": f"*{dtype}:16",
+        "product_ptr": _FP32,
+        "found_ptr": _FP32,
+        "g_ptr": _FP32,
+        "g_entropy_ptr": _FP32,
+        "unit_ptr": _FP32,
+        "a_ptr": _FP32,
+        "b_ptr": _FP32,
+        "index_ptr": _INT64,
+        "targets_ptr": _INT64,
+        "stride_d": _SIZE,
+        "stride_hidden": _SIZE,
+        "stride_weight": _SIZE,
+        "stride_out": _SIZE,
+        "vocab": _SIZE,
+        "depth": _SIZE,
+        "count": "i32",
+    }
+    out = {"out_ptr": f"*{dtype}:16"}
+    kernels = gradient_kernels
+    yield Variant(f"bonus-{dtype}", kernels.bonus_kernel, types, {"BLOCK": 4096}, 8)
+    rows_of = {"BLOCK": 1024}
+    yield Variant(f"scaled-rows-{dtype}", kernels.scaled_rows_kernel, types | out, rows_of)
+    yield Variant(f"hidden-rows-{dtype}", kernels.hidden_rows_kernel, types | out, rows_of)
+    sums = {"ROWS": 32, "BLOCK": 128}
+    yield Variant(
+        f"column-sums-{dtype}", kernels.column_sums_kernel, types | {"out_ptr": _FP32}, sums
+    )
+
+
+def _target_sums(bias: bool) -> Variant:
+    types = {
+        "hidden_ptr": "*bf16:16",
+        "order_ptr": _INT64,
+        "sorted_ptr": _INT64,
+        "b_ptr": _FP32,
+        "unit_ptr": _FP32,
+        "d_weight_ptr": _FP32,
+        "d_bias_ptr": _FP32,
+        "stride_hidden": _SIZE,
+        "depth": _SIZE,
+        "vocab": _SIZE,
+        "count": "i32",
+    }
+    constants = {"BIAS": bias, "BLOCK": 128, "ROWS": 16} | ({} if bias else {"d_bias_ptr": None})
+    return Variant(
+        "target-sums" + "-bias" * bias, gradient_kernels.target_sums_kernel, types, constants
+    )

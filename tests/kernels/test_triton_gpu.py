@@ -1,0 +1,147 @@
+"""The Triton implementations on a GPU: real tiles, and what an interpreter cannot show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_checks import compare, logprobs_result, loss_result, make_batch, make_head, make_logits
+
+from polymath_fast.kernels import PolicyLossSpec, grpo_loss, linear_grpo_loss, token_logprobs
+
+pytestmark = pytest.mark.gpu
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+
+
+def upstream(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    return torch.randn(2, count, device="cuda", generator=generator).unbind()
+
+
+@DTYPES
+@pytest.mark.parametrize(("count", "vocab"), [(1, 1000), (63, 49152), (507, 1000), (129, 151936)])
+def test_logprobs_of_logits(count: int, vocab: int, dtype: torch.dtype) -> None:
+    g, g_entropy = upstream(count)
+    compare(
+        lambda name, tensors: logprobs_result("token_logprobs", name, tensors, g, g_entropy),
+        make_logits(count, vocab, dtype, "cuda"),
+        dtype,
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("count", "vocab", "depth", "bias"),
+    [
+        (1, 1000, 64, False),
+        (507, 1000, 96, True),
+        (130, 50257, 127, False),
+        (300, 49152, 576, True),
+    ],
+)
+def test_logprobs_of_a_head(
+    count: int, vocab: int, depth: int, bias: bool, dtype: torch.dtype
+) -> None:
+    g, g_entropy = upstream(count)
+    compare(
+        lambda name, tensors: logprobs_result("linear_logprobs", name, tensors, g, g_entropy),
+        make_head(count, vocab, depth, dtype, "cuda", bias),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        (PolicyLossSpec(), ()),
+        (PolicyLossSpec(entropy_coef=0.1, temperature=0.7), ()),
+        (PolicyLossSpec(loss_type="grpo", beta=0.1), ("old_logprobs", "ref_logprobs")),
+        (PolicyLossSpec(loss_type="gspo"), ("old_logprobs",)),
+        (PolicyLossSpec(top_entropy_quantile=0.5), ("old_logprobs",)),
+    ],
+    ids=["on-policy", "entropy-bonus", "kl", "sequence-ratio", "whole-batch"],
+)
+@pytest.mark.parametrize("op", ["grpo_loss", "linear_grpo_loss"])
+def test_losses(op: str, spec: PolicyLossSpec, names: tuple[str, ...]) -> None:
+    batch = make_batch(300, "cuda", *names)
+    if op == "grpo_loss":
+        tensors = make_logits(300, 20000, BF16, "cuda")
+    else:
+        tensors = make_head(300, 20000, 128, BF16, "cuda")
+    compare(lambda name, given: loss_result(op, name, given, batch, spec), tensors, BF16)
+
+
+def test_nan_survives_every_clamp() -> None:
+    """The interpreter's maximum always keeps NaN, a GPU's only when it is told to."""
+    logits = make_logits(8, 5000, FP32, "cuda")["logits"]
+    targets = torch.zeros(8, dtype=torch.long, device="cuda")
+    logits[1, 4999], logits[2, 3] = torch.nan, torch.inf
+    logprobs, entropy = token_logprobs(logits, targets, impl="triton")
+    assert logprobs[1:3].isnan().all() and entropy[1:3].isnan().all()
+    assert logprobs[[0, 3, 4, 5, 6, 7]].isfinite().all()
+
+
+def test_two_runs_are_bit_equal() -> None:
+    tensors = make_head(700, 30000, 256, BF16, "cuda")
+    runs = []
+    for _ in range(2):
+        leaves = [tensors[name].clone().requires_grad_() for name in ("hidden", "weight")]
+        out = linear_grpo_loss(*leaves, tensors["targets"], *_batch(700), impl="triton")
+        out.loss.backward()
+        runs.append([out.loss.detach(), out.logprobs, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_new_lengths_do_not_compile() -> None:
+    from polymath_fast.kernels.triton import head_kernels, row_kernels
+
+    kernels = [
+        row_kernels.fused_kernel,
+        row_kernels.statistics_kernel,
+        head_kernels.exp_gemm_kernel,
+        head_kernels.finish_kernel,
+    ]
+    compiled = []
+    for count in (33, 64, 257, 1):
+        tensors = make_head(count, 3000, 64, BF16, "cuda")
+        leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight")]
+        linear_grpo_loss(*leaves, tensors["targets"], *_batch(count), impl="triton").loss.backward()
+        logits = make_logits(count, 3000, BF16, "cuda")["logits"].requires_grad_()
+        grpo_loss(logits, tensors["targets"], *_batch(count), impl="triton").loss.backward()
+        token_logprobs(logits.detach(), tensors["targets"], impl="triton")
+        caches = [cache[0] for kernel in kernels for cache in kernel.device_caches.values()]
+        compiled.append(sum(len(cache) for cache in caches))
+    assert len(set(compiled)) == 1
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_logits() -> None:
+    count, vocab = 17_000, 151_936
+    logits = torch.empty(count, vocab, dtype=BF16, device="cuda").normal_()
+    targets = torch.randint(vocab, (count,), device="cuda")
+    logprobs, _ = token_logprobs(logits, targets, impl="triton")
+    exact = logits[-3:].double().log_softmax(-1).gather(1, targets[-3:, None])[:, 0]
+    torch.testing.assert_close(logprobs[-3:].double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["token_logprobs", "linear_grpo_loss"])
+def test_under_torch_compile(op: str) -> None:
+    tensors = make_head(60, 3000, 64, BF16, "cuda")
+    hidden, weight, targets = (tensors[name] for name in ("hidden", "weight", "targets"))
+
+    def run(states: torch.Tensor) -> torch.Tensor:
+        if op == "token_logprobs":
+            return token_logprobs(states @ weight.T, targets, impl="triton")[0].sum()
+        return linear_grpo_loss(states, weight, targets, *_batch(60), impl="triton").loss
+
+    gradients = []
+    for function in (run, torch.compile(run)):
+        leaf = hidden.detach().clone().requires_grad_()
+        function(leaf).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def _batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ends = torch.tensor([0, count // 2, count], dtype=torch.int32, device="cuda")
+    return torch.tensor([1.0, -0.7], device="cuda"), ends
