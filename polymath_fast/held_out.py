@@ -20,9 +20,9 @@ _WORDINGS = (
     "A rectangle has a length of {a} and a width of {b}. What is its area?",
     "A rectangular garden is {a} metres long and {b} metres wide. What is its area?",
     "What is {a} times {b}?",
-    "A box holds {b} pens. How many pens are in {a} boxes?",
-    "A hall has {a} rows of {b} chairs. How many chairs are there?",
-    "A ticket costs {b} dollars. How many dollars do {a} tickets cost?",
+    "A box holds {a} rows of {b} eggs. How many eggs does it hold?",
+    "A ticket costs {a} dollars. How much do {b} tickets cost?",
+    "A floor is {a} tiles long and {b} tiles wide. How many tiles does it have?",
 )
 
 
@@ -32,7 +32,7 @@ def problems() -> list[dict[str, str]]:
     generator = random.Random(_SEED)
     kinds = (
         [(a, b) for a in range(11, 41) for b in range(3, 10)],
-        [(a, b) for a in range(10, 100, 10) for b in range(11, 20)],
+        [(a, b) for a in range(10, 60, 10) for b in range(11, 20)],
     )
     chosen = [generator.sample(list(filter(_is_new, pairs)), COUNT // 2) for pairs in kinds]
     rows = []
