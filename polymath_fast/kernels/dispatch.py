@@ -6,14 +6,15 @@ implementation is a file in the operator's folder plus its name in `IMPLEMENTATI
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -30,6 +31,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 """operator -> what exists for it, fastest first"""
 
+P, R = ParamSpec("P"), TypeVar("R")
 ENVIRONMENT = "POLYMATH_FAST_IMPL"
 _HALF_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 _default: ContextVar[str | None] = ContextVar("polymath_fast_impl", default=None)
@@ -109,6 +111,22 @@ def resolve(op: str, tensor: torch.Tensor, impl: str) -> ModuleType:
     return importlib.import_module(f"polymath_fast.kernels.{op}.{FILES[name]}")
 
 
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep torch.compile from tracing into an operator: it breaks the graph and runs as it is.
+
+    torch.compiler.disable as a decorator would import the compiler, which takes seconds; this does
+    so only where the compiler is at work already.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 def _refusal(
     op: str,
     impl: str,
@@ -137,6 +155,6 @@ def _check_name(impl: str, where: str) -> None:
         raise ValueError(f"{where}={impl!r}: must be one of auto, {', '.join(FILES)}")
 
 
-@cache
+@functools.cache
 def _warn_once(op: str, reason: str) -> None:
     warnings.warn(f"{op} runs its slow reference on a CUDA tensor ({reason})", stacklevel=4)

@@ -12,6 +12,7 @@ SCALES = ("group", "batch", "none")
 BASELINES = ("mean", "leave_one_out")
 
 
+@dispatch.untraced
 def group_advantages(
     rewards: torch.Tensor,
     groups: torch.Tensor | int,

@@ -10,6 +10,7 @@ from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec, 
 __all__ = ["grpo_loss"]
 
 
+@dispatch.untraced
 def grpo_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.cpu.logits import LogitRows
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
@@ -46,7 +47,7 @@ class _WithRows(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: torch.Tensor):
         logits, targets, found, by_logprob, by_entropy = ctx.saved_tensors
         rows = LogitRows(logits, targets, ctx.temperature)

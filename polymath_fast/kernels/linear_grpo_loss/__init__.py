@@ -12,6 +12,7 @@ from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec, 
 __all__ = ["linear_grpo_loss"]
 
 
+@dispatch.untraced
 def linear_grpo_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,

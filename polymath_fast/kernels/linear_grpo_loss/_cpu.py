@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.cpu.head import Head
 from polymath_fast.kernels.cpu.head_gradient import HeadGradient, head_gradients
 from polymath_fast.kernels.policy_loss import (
@@ -74,7 +75,7 @@ class _WithGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: torch.Tensor):
         scaled = (
             None if gradient is None else gradient if upstream == 1 else gradient * upstream

@@ -9,6 +9,7 @@ from polymath_fast.kernels import checks, dispatch
 __all__ = ["linear_logprobs"]
 
 
+@dispatch.untraced
 def linear_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,

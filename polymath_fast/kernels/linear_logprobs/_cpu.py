@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.cpu.head import Head
 from polymath_fast.kernels.cpu.head_gradient import head_gradients
 
@@ -36,7 +37,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return head.logprobs, head.entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, by_logprob: torch.Tensor, by_entropy: torch.Tensor):
         hidden, weight, targets, bias = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])

@@ -31,9 +31,12 @@ def linear_logprobs(
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
 
     def head(some: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # 0 * NaN is NaN: a broken row must not even be multiplied with its zero gradient
+        sound = some.isfinite().all(-1, keepdim=True)
         with torch.autocast(some.device.type, enabled=False):
-            logits = torch.nn.functional.linear(some.to(dtype), weight, bias)
-            return token_logprobs(logits, targets, temperature)
+            some = torch.where(sound, some, 0).to(dtype)
+            logits = torch.nn.functional.linear(some, weight, bias)
+            return token_logprobs(torch.where(sound, logits, torch.nan), targets, temperature)
 
     parts = [
         checkpoint(head, some, wanted, use_reentrant=False)

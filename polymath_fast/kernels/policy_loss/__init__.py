@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.policy_loss.batch import PolicyBatch, prepare
 from polymath_fast.kernels.policy_loss.corrections import importance_weights
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
@@ -127,7 +128,7 @@ class _WithSlopes(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: torch.Tensor):
         slope, entropy_slope = ctx.saved_tensors
         by_entropy = None if entropy_slope is None else upstream * entropy_slope

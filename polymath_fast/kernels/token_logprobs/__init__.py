@@ -9,6 +9,7 @@ from polymath_fast.kernels import checks, dispatch
 __all__ = ["token_logprobs"]
 
 
+@dispatch.untraced
 def token_logprobs(
     logits: torch.Tensor,
     targets: torch.Tensor,

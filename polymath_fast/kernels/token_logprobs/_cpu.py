@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.cpu.logits import LogitRows
 
 
@@ -25,7 +26,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return found[0].float(), found[1].float()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, by_logprob: torch.Tensor, by_entropy: torch.Tensor):
         logits, targets, found = ctx.saved_tensors
         rows = LogitRows(logits, targets, ctx.temperature)

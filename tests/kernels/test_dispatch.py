@@ -1,0 +1,102 @@
+"""Which implementation runs, and why: rules that need no GPU to be tested."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from polymath_fast import kernels
+from polymath_fast.kernels import dispatch, token_logprobs
+
+ROW, TARGET = torch.randn(1, 5), torch.tensor([2])
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = {"op": ("triton", "cpu", "reference"), "plain": ("reference",)}
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", order)
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_auto_takes_what_can_run() -> None:
+    bf16 = torch.bfloat16
+    assert dispatch.choose("op", "cuda", bf16, capability=(9, 0))[0] == "triton"
+    assert dispatch.choose("op", "cpu", bf16)[0] == "cpu"
+    assert dispatch.choose("op", "cpu", torch.float64)[0] == "reference"
+    name, reason = dispatch.choose("op", "cuda", bf16, capability=(7, 5))
+    assert name == "reference"
+    assert "7.5 is below 8.0" in reason
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_asked_for_but_impossible_says_why() -> None:
+    with pytest.raises(ValueError, match="the tensors are on cpu"):
+        dispatch.choose("op", "cpu", torch.float32, impl="triton")
+    with pytest.raises(ValueError, match="plain has only reference"):
+        dispatch.choose("plain", "cpu", torch.float32, impl="cpu")
+    with pytest.raises(ValueError, match="impl='cuba'"):
+        dispatch.choose("op", "cpu", torch.float32, impl="cuba")
+    with pytest.raises(ValueError, match="float64"):
+        dispatch.choose("op", "cpu", torch.float64, impl="cpu")
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_a_default_binds_where_it_exists() -> None:
+    fp32 = torch.float32
+    assert dispatch.choose("op", "cpu", fp32, default="reference")[0] == "reference"
+    assert dispatch.choose("op", "cpu", fp32, default="reference", impl="cpu")[0] == "cpu"
+    assert dispatch.choose("plain", "cpu", fp32, default="cpu")[0] == "reference"
+    with pytest.raises(ValueError, match="on cpu"):
+        dispatch.choose("op", "cpu", fp32, default="triton")
+
+
+def _ran() -> str:
+    return dispatch.resolve("token_logprobs", ROW, "auto").__name__.rsplit(".", 1)[1]
+
+
+def test_use_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _ran() == "_cpu"
+    with kernels.use("reference"):
+        assert _ran() == "reference"
+        with kernels.use("cpu"):
+            assert _ran() == "_cpu"
+        assert _ran() == "reference"
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
+    assert _ran() == "reference"
+    with kernels.use("auto"):
+        assert _ran() == "_cpu"
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "fastest")
+    with pytest.raises(ValueError, match="POLYMATH_FAST_IMPL='fastest'"):
+        token_logprobs(ROW, TARGET)
+    with pytest.raises(ValueError, match="kernels.use"), kernels.use("best"):
+        pass
+
+
+def test_slow_fallback_on_a_gpu_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        device, dtype = torch.device("cuda"), torch.float64
+
+    dispatch._warn_once.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "token_logprobs", ("triton", "reference"))
+    with pytest.warns(UserWarning, match="token_logprobs runs its slow reference"):
+        dispatch.resolve("token_logprobs", OnCuda(), "auto")
+    dispatch.resolve("token_logprobs", OnCuda(), "auto")  # a second warning would be an error
+    dispatch._warn_once.cache_clear()
+
+
+def test_names_mean_operators_whatever_is_imported_first() -> None:
+    code = (
+        "import sys, polymath_fast.kernels as k\n"
+        "assert 'torch' not in sys.modules and 'triton' not in sys.modules\n"
+        "import polymath_fast.kernels.grpo_loss.reference\n"
+        "from polymath_fast.kernels import grpo_loss, PolicyLossSpec\n"
+        "assert callable(grpo_loss) and callable(k.grpo_loss) and 'use' in dir(k)\n"
+        "try: k.nothing\n"
+        "except AttributeError: print('ok')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout == "ok\n", run.stderr
