@@ -19,8 +19,9 @@ fail() {
 
 pip() { "$venv/bin/python" -m pip "$@" >>"$log" 2>&1; }
 
-stamp_of() { # files that decide what is installed, and for which Python
-    cat pyproject.toml setup.py scripts/setup.sh csrc/*.cu 2>/dev/null | sha256sum | cut -c1-16
+stamp_of() { # files that decide what is installed
+    { find pyproject.toml setup.py scripts/setup.sh csrc -type f 2>/dev/null || true; } | sort | xargs sha256sum |
+        sha256sum | cut -c1-16
 }
 
 drop_vision() { # builds for another torch that text models never use; with them transformers fails
