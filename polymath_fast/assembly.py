@@ -175,7 +175,7 @@ def _evaluation_datasets(config: Config) -> dict[str, str]:
     """Name -> data set of everything that is scored before, during and after training."""
     if config.eval_dataset is None:
         dataset = sources.held_out(config.dataset)
-        return {"held_out": dataset} if dataset else {}
+        return {config.dataset.removeprefix("shipped:"): dataset} if dataset else {}
     named = {}
     for entry in config.eval_dataset:
         dataset, _, name = entry.partition("=")
