@@ -143,7 +143,7 @@ def test_updates_per_batch_and_every_regulariser_at_once(flags, tmp_path):
     more = [
         *("--updates-per-batch", "2", "--beta", "0.01", "--entropy-coef", "0.001"),
         *("--max-steps", "3", "--epsilon-high", "0.28", "--loss-type", "grpo"),
-        *("--mask-truncated-completions", "--tokens-per-microbatch", "128"),
+        *("--tokens-per-microbatch", "128"),
     ]
     run([*flags, *more], tmp_path / "run")
     rows = metrics(tmp_path / "run")
