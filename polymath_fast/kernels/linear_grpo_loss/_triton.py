@@ -39,10 +39,6 @@ def linear_grpo_loss(
     vocab_tol: float | str,
 ) -> PolicyLossOutput:
     """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64."""
-    if vocab_tol:
-        raise ValueError(
-            f"vocab_tol={vocab_tol!r} needs impl='cpu'; on a GPU leave it at 0, the exact gradient"
-        )
     inputs = (hidden, weight, bias)
     needs = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs
@@ -53,7 +49,7 @@ def linear_grpo_loss(
         found = torch.empty(2, len(targets), device=hidden.device)
         gradients = (None, None, None)
         if any(needs):
-            gradient = HeadGradient(head, needs, _unit(batch, spec))
+            gradient = HeadGradient(head, needs, _unit(batch, spec), vocab_tol)
             _differentiate(head, gradient, batch, spec, found)
             gradients = gradient.finish()
         else:
@@ -61,6 +57,8 @@ def linear_grpo_loss(
         logprobs, entropy = found
         terms = policy_terms(batch, logprobs, entropy, spec)
         metrics = summarize(batch, terms, logprobs, entropy)
+        if any(needs) and gradient.vocabulary is not None:
+            metrics |= gradient.vocabulary.metrics()
         total = terms.loss.sum()
     loss = with_gradients(total, inputs, gradients)
     return PolicyLossOutput(loss, logprobs, entropy, metrics)

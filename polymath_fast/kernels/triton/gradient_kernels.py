@@ -11,6 +11,8 @@ never rounded to that dtype. With C rows a chunk, V columns and H hidden, in byt
 | hidden_rows_kernel   | 4 C H + 2 C H | 2 C H  | 3 C H      |
 | target_sums_kernel   | 2 N H + 4 N H | 4 N H  | 2 N H, once a call |
 | column_sums_kernel   | 2 C V         | 4 V    | 2 C V, for a bias  |
+| column_masses_kernel | 2 C V         | 8 V    | 4 C V, for a choice of columns |
+| row_masses_kernel    | 2 C V         | 4 K C  | 3 K C V, likewise, K choices at once |
 """
 
 from __future__ import annotations
@@ -172,3 +174,64 @@ def column_sums_kernel(
         total += tl.sum(a[:, None] * d.to(tl.float32), axis=0)
     before = tl.load(out_ptr + column, mask=inside, other=0.0)
     tl.store(out_ptr + column, before + total / tl.load(unit_ptr), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def column_masses_kernel(
+    d_ptr,
+    a_ptr,
+    norms_ptr,
+    peak_ptr,
+    mass_ptr,
+    stride_d,
+    vocab,
+    count,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of each column: largest |a[i] D[i]| and sum over rows of |a[i] D[i]| norms[i]."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < vocab
+    peak = tl.zeros([BLOCK], tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = row < count
+        a = tl.abs(tl.load(a_ptr + row, mask=valid, other=0.0))
+        norm = tl.load(norms_ptr + row, mask=valid, other=0.0)
+        mask = valid[:, None] & inside[None, :]
+        place = d_ptr + row.to(tl.int64)[:, None] * stride_d + column[None, :]
+        d = tl.abs(tl.load(place, mask=mask, other=0.0).to(tl.float32)) * a[:, None]
+        peak = tl.maximum(peak, tl.max(d, axis=0))
+        mass += tl.sum(d * norm[:, None], axis=0)
+    tl.store(peak_ptr + column, peak, mask=inside)
+    tl.store(mass_ptr + column, mass, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def row_masses_kernel(
+    d_ptr,
+    a_ptr,
+    lengths_ptr,
+    out_ptr,
+    stride_d,
+    vocab,
+    count,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out (count, K): sum over columns of |a[i] D[i]| lengths (K, V), program (k, rows)."""
+    kind = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    valid = row < count
+    total = tl.zeros([ROWS], tl.float32)
+    lengths_ptr += kind.to(tl.int64) * vocab
+    for start in range(0, vocab, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < vocab
+        place = d_ptr + row.to(tl.int64)[:, None] * stride_d + column[None, :]
+        d = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        length = tl.load(lengths_ptr + column, mask=inside, other=0.0)
+        total += tl.sum(tl.abs(d) * length[None, :], axis=1)
+    a = tl.abs(tl.load(a_ptr + row, mask=valid, other=0.0))
+    tl.store(out_ptr + row * tl.num_programs(0) + kind, total * a, mask=valid)

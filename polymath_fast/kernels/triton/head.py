@@ -42,7 +42,7 @@ TILES = {
     "hopper": Tiles(128, 256, 64, 8, 3),
     "ampere": Tiles(128, 128, 32, 8, 4),
     "small": Tiles(128, 128, 32, 8, 3),
-    "interpreter": Tiles(32, 256, 32, 4, 1),
+    "interpreter": Tiles(32, 512, 32, 4, 1),
 }
 """for compute capability 9.0 and 10.0, for 8.0, for those with 100 KB of shared memory, and for
 checks without a GPU"""

@@ -13,6 +13,7 @@ from polymath_fast.kernels.triton.gradient_kernels import (
 )
 from polymath_fast.kernels.triton.head import Chunk, Head
 from polymath_fast.kernels.triton.products import add_product, product
+from polymath_fast.kernels.triton.vocabulary import Columns, Vocabulary
 
 BLOCK = 1024
 
@@ -24,10 +25,18 @@ class HeadGradient:
         needs: whether hidden, weight, bias want a gradient.
         unit: 0-d, fp32, above 0: about how large the loss's derivatives are. Small factors on
             hidden states would leave the range of fp16; relative to `unit` they do not.
+        vocab_tol: which columns to leave out, see `vocabulary`; 0: none.
     """
 
-    def __init__(self, head: Head, needs: tuple[bool, bool, bool], unit: torch.Tensor) -> None:
+    def __init__(
+        self,
+        head: Head,
+        needs: tuple[bool, bool, bool],
+        unit: torch.Tensor,
+        vocab_tol: float | str = 0.0,
+    ) -> None:
         self.head, self._unit = head, unit
+        self.vocabulary = Vocabulary(head.weight, vocab_tol) if vocab_tol else None
         hidden, weight = head.hidden, head.weight
         device = hidden.device
         self.d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -41,13 +50,39 @@ class HeadGradient:
         """g, g_entropy (C,): the loss's derivatives by log-prob and entropy of the chunk's rows."""
         with torch.cuda.device_of(g):
             a, b = self._factors(chunk, g.float(), g_entropy)
-            self._by_target[chunk.index] = b
-            if self.d_hidden is not None:
-                self._add_hidden(chunk, a, b)
-            if self._d_weight is not None:
-                self._add_weight(chunk, a)
             if self._d_bias is not None:
                 self._add_bias(chunk, a)
+            if self.vocabulary is not None and len(a):
+                largest = g.abs().amax() / self.head.temperature
+                columns = self.vocabulary.choose(chunk, a, largest)
+                if columns is not None and self._add_some(chunk, columns, a, b):
+                    return
+            self._by_target[chunk.index] = b
+            if self.d_hidden is not None:
+                self._add_hidden(chunk.exps, self.head.weight, chunk, a, b)
+            if self._d_weight is not None:
+                add_product(chunk.exps.T, self._scaled_rows(chunk, a), self._d_weight)
+
+    def _add_some(self, chunk: Chunk, columns: Columns, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Gradients from some columns; False, and nothing added, if they are not near enough."""
+        some = hidden_norm = weight_norm = None
+        if self.d_hidden is not None:
+            self._add_hidden(columns.exps, columns.weight, chunk, a, b)
+            hidden_norm = _norm(self.d_hidden[chunk.index])
+        if self._d_weight is not None:
+            some = torch.empty(len(columns.live), self.head.depth, device=a.device)
+            product(columns.exps.T, self._scaled_rows(chunk, a), some)
+            by_target, order = columns.targets.sort(stable=True)
+            self._sum_targets(chunk.hidden, order, by_target, b, some, None)
+            weight_norm = _norm(some) * self._unit
+        if not self.vocabulary.accept(columns, hidden_norm, weight_norm):
+            return False
+        if some is not None:
+            self._d_weight.index_add_(0, columns.live, some)
+        if self._d_bias is not None:
+            by_target, order = chunk.targets.sort(stable=True)
+            self._sum_targets(chunk.hidden, order, by_target, b, None, self._d_bias)
+        return True
 
     def _factors(
         self, chunk: Chunk, g: torch.Tensor, g_entropy: torch.Tensor | None
@@ -79,26 +114,35 @@ class HeadGradient:
             b = (g * rest - g_entropy * logprob.exp() * (logprob + entropy)) * scale
         return torch.where(sound, a, 0), torch.where(sound, b, 0)
 
-    def _add_hidden(self, chunk: Chunk, a: torch.Tensor, b: torch.Tensor) -> None:
-        weight, depth = self.head.weight, self.head.depth
+    def _add_hidden(
+        self,
+        exps: torch.Tensor,
+        weight: torch.Tensor,
+        chunk: Chunk,
+        a: torch.Tensor,
+        b: torch.Tensor,
+    ) -> None:
+        """Writes the chunk's rows of the gradient of hidden."""
+        out, depth = self.d_hidden, self.head.depth
         summed = torch.empty(len(a), depth, device=a.device)
-        product(chunk.exps, weight, summed)
+        product(exps, weight, summed)
         hidden_rows_kernel[(len(a),)](
             summed,
-            weight,
+            self.head.weight,
             chunk.index,
             chunk.targets,
             a,
             b,
-            self.d_hidden,
-            weight.stride(0),
-            self.d_hidden.stride(0),
+            out,
+            self.head.weight.stride(0),
+            out.stride(0),
             depth,
             BLOCK=BLOCK,
             num_warps=4,
         )
 
-    def _add_weight(self, chunk: Chunk, a: torch.Tensor) -> None:
+    def _scaled_rows(self, chunk: Chunk, a: torch.Tensor) -> torch.Tensor:
+        """(C, H) hidden states times a / unit."""
         hidden = self.head.hidden
         scaled = torch.empty(len(a), self.head.depth, dtype=hidden.dtype, device=a.device)
         scaled_rows_kernel[(len(a),)](
@@ -112,7 +156,7 @@ class HeadGradient:
             BLOCK=BLOCK,
             num_warps=4,
         )
-        add_product(chunk.exps.T, scaled, self._d_weight)
+        return scaled
 
     def _add_bias(self, chunk: Chunk, a: torch.Tensor) -> None:
         vocab = self.head.vocab
@@ -133,7 +177,9 @@ class HeadGradient:
         """Gradients of hidden, weight and bias, in their dtypes; None where none is wanted."""
         head = self.head
         if len(head.hidden) and (self._d_weight is not None or self._d_bias is not None):
-            self._add_targets()
+            by_target, order = head.targets.sort(stable=True)
+            sums = (self._d_weight, self._d_bias)
+            self._sum_targets(head.hidden, order, by_target, self._by_target, *sums)
         d_weight = d_bias = None
         if self._d_weight is not None:
             d_weight = self._results(self._d_weight, head.weight)
@@ -147,29 +193,37 @@ class HeadGradient:
             return summed.mul_(self._unit)
         return torch.mul(summed, self._unit, out=torch.empty_like(summed, dtype=like.dtype))
 
-    def _add_targets(self) -> None:
-        hidden, count = self.head.hidden, len(self.head.hidden)
-        by_target, order = self.head.targets.sort(stable=True)
-        d_weight = self._d_weight
-        columns = -(-self.head.depth // 128)
-        if d_weight is None:
-            # only a bias is trained: its sums need no column of the hidden states
-            d_weight, columns = torch.empty(0, device=hidden.device), 1
+    def _sum_targets(
+        self,
+        hidden: torch.Tensor,
+        order: torch.Tensor,
+        by_target: torch.Tensor,
+        b: torch.Tensor,
+        d_weight: torch.Tensor | None,
+        d_bias: torch.Tensor | None,
+    ) -> None:
+        """Adds each row's share b of its target to d_weight (K, H) and d_bias (K,)."""
+        held = d_weight if d_weight is not None else d_bias
+        depth = 0 if d_weight is None else self.head.depth
         with torch.cuda.device_of(hidden):
-            target_sums_kernel[(count, columns)](
+            target_sums_kernel[(len(b), max(-(-depth // 128), 1))](
                 hidden,
                 order,
                 by_target,
-                self._by_target,
+                b,
                 self._unit,
-                d_weight,
-                self._d_bias,
+                held,
+                d_bias,
                 hidden.stride(0),
-                self.head.depth if self._d_weight is not None else 0,
-                self.head.vocab,
-                count,
-                BIAS=self._d_bias is not None,
+                depth,
+                len(held),
+                len(b),
+                BIAS=d_bias is not None,
                 BLOCK=128,
                 ROWS=16,
                 num_warps=4,
             )
+
+
+def _norm(values: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(values, dtype=torch.float32)

@@ -75,7 +75,8 @@ def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
             types | out,
             {"LANES": rows.LANES, "WIDTH": 4, "BONUS": False, "g_entropy_ptr": None} | nearby,
         )
-    scale = {"x_ptr": f"*{dtype}:16", "factor_ptr": _FP32, "stride_n": _SIZE, "columns": _SIZE}
+    scale = {"x_ptr": f"*{dtype}:16", "factor_ptr": _FP32, "stride": _SIZE, "columns": _SIZE}
+    scale["count"] = "i64"
     yield Variant(f"scale-{dtype}", scale_kernel, scale, {"BLOCK": 4096})
 
 
@@ -196,6 +197,11 @@ def _head_gradient_variants(dtype: str) -> Iterator[Variant]:
     yield Variant(
         f"column-sums-{dtype}", kernels.column_sums_kernel, types | {"out_ptr": _FP32}, sums
     )
+    masses = {"norms_ptr": _FP32, "peak_ptr": _FP32, "mass_ptr": _FP32, "lengths_ptr": _FP32}
+    masses |= types | {"out_ptr": _FP32}
+    yield Variant(f"column-masses-{dtype}", kernels.column_masses_kernel, masses, sums)
+    tile = {"ROWS": 8, "BLOCK": 256}
+    yield Variant(f"row-masses-{dtype}", kernels.row_masses_kernel, masses, tile)
 
 
 def _target_sums(bias: bool) -> Variant:
