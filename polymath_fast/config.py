@@ -23,7 +23,10 @@ _LARGEST = 2**31 - 1
 
 Count = Annotated[int, Range(ge=1, le=_LARGEST, works=1)]
 Interval = Annotated[int, Range(ge=0, le=_LARGEST, works=10)]
-LossType = Literal["grpo", "gspo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo", "reinforce"]
+LossType = Literal[
+    *("grpo", "gspo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "cispo_two_sided", "sapo"),
+    *("vespo", "geo_mean", "reinforce", "gpg", "dppo_tv", "dppo_kl"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ class LossSettings:
     """upper bound of the ratio of completions with negative advantage"""
     beta: Annotated[float, Range(ge=0, le=1000, works=0)] = 0.0
     """weight of the KL divergence from the starting model; 0 needs no reference model"""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"] = "k3"
     """estimator of that divergence"""
     entropy_coef: Annotated[float, Range(ge=-10, le=10, works=0)] = 0.0
     """weight of the entropy bonus"""

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from polymath_fast.config import Config
 
 _CLIPPED = ("dapo", "grpo", "gspo", "bnpo", "dr_grpo", "luspo")
-_LOSS_OPTIONS = {"epsilon": _CLIPPED, "epsilon_high": (*_CLIPPED, "cispo"), "delta": _CLIPPED}
+_TRUST_REGION = (*_CLIPPED, "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl")
+_LOSS_OPTIONS = {
+    "epsilon": _TRUST_REGION,
+    "epsilon_high": (*_TRUST_REGION, "cispo"),
+    "delta": _CLIPPED,
+}
 """option -> the loss types that read it"""
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/\s]*@")
 

