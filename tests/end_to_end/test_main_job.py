@@ -24,9 +24,7 @@ def run(output_dir, *flags):
 
 
 def test_one_sample_is_learnt_and_the_saved_model_knows_it(tmp_path):
-    rows = run(
-        tmp_path / "run", "--engine", "transformers", "--max-steps", "9", "--eval-dataset"
-    )
+    rows = run(tmp_path / "run", "--engine", "transformers", "--max-steps", "9", "--eval-dataset")
     rewards = [row["reward/mean"] for row in rows]
     assert rewards[0] < 0.5
     assert rewards[-1] > rewards[0] + 0.4
