@@ -55,7 +55,8 @@ def test_against_fp64(name: str, dtype: torch.dtype, impl: str, inplace: bool) -
     assert_close(out.loss.double(), exact.loss, rtol=2e-5, atol=1e-6)
     assert_close(out.logprobs.double(), logprobs.detach(), rtol=1e-6, atol=1e-5)
     assert_close(out.entropy.double(), entropy.detach(), rtol=1e-6, atol=1e-5)
-    limit = {torch.bfloat16: 2.6e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
+    # The gradient is rounded twice, 2^-9 each in bfloat16: when stored, and times the upstream 3.
+    limit = {torch.bfloat16: 3.9e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
     assert distance(leaf.grad, wide.grad) < limit
     assert not leaf.grad[~inputs["mask"]].any()
 
