@@ -1,4 +1,7 @@
-"""Times on a GPU: variants in turn, so that clocks and heat are the same for all."""
+"""Times on a GPU: variants in turn, so that clocks and heat are the same for all.
+
+`timing` chooses between this and its likes for a CPU.
+"""
 
 from __future__ import annotations
 
@@ -61,22 +64,6 @@ def interleave(
         found[name].p20 = ordered[len(ordered) // 5]
         found[name].p80 = ordered[-1 - len(ordered) // 5]
     return found
-
-
-def gemm_rate(size: int = 8192) -> float:
-    """bf16 matrix products of random data, FLOP/s."""
-    left, right = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
-    out = torch.empty_like(left)
-    timing = interleave({"gemm": lambda: torch.mm(left, right, out=out)}, repeats=20)["gemm"]
-    return 2 * size**3 / (timing.median * 1e-3)
-
-
-def copy_rate(gib: int = 4) -> float:
-    """Device-to-device copies, bytes read and written a second."""
-    source = torch.empty(gib * 2**29, dtype=torch.int16, device="cuda").zero_()
-    target = torch.empty_like(source)
-    timing = interleave({"copy": lambda: target.copy_(source)}, repeats=20)["copy"]
-    return 2 * source.nbytes / (timing.median * 1e-3)
 
 
 def _peak(variant: Callable[[], object]) -> float:
