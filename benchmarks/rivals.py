@@ -1,0 +1,177 @@
+"""The same results by others' code on a CPU: eager PyTorch, torch.compile, Liger and TRL.
+
+Each function returns variants by name; a library that is not installed is left out of them. Losses
+are the clipped one with old log-probs given, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.timing import Variants
+
+CHUNKS = 8
+"""pieces in which a careful user would run the head through torch.compile"""
+
+
+@dataclass
+class HeadData:
+    """N tokens in completions of one length, as padded interfaces want them."""
+
+    hidden: torch.Tensor  # (N, H)
+    weight: torch.Tensor  # (V, H)
+    targets: torch.Tensor  # (N,)
+    advantages: torch.Tensor  # (B,)
+    old_logprobs: torch.Tensor  # (N,)
+
+    @property
+    def length(self) -> int:
+        """Tokens a completion."""
+        return len(self.targets) // len(self.advantages)
+
+    @property
+    def per_token(self) -> torch.Tensor:
+        """(N,) advantages."""
+        return self.advantages.repeat_interleave(self.length)
+
+    def leaves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden and weight, fresh, requiring gradients."""
+        return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
+
+
+def clipped(
+    logprobs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Share of the tokens given in the mean over `count`."""
+    ratio = (logprobs - old).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).sum() / count
+
+
+def chosen_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(N,) as most trainers write it."""
+    return logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def head_losses(data: HeadData) -> Variants:
+    """Loss and gradients of hidden states and LM head."""
+    count = len(data.targets)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+        logprobs = chosen_logprobs(F.linear(hidden[rows], weight), data.targets[rows])
+        return clipped(logprobs, data.old_logprobs[rows], data.per_token[rows], count)
+
+    def chunked(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        step = -(-count // CHUNKS)
+        return sum(loss(hidden, weight, slice(i, i + step)) for i in range(0, count, step))
+
+    compiled = torch.compile(chunked, dynamic=False)
+    variants: Variants = {
+        "torch.compile, 8 chunks": lambda: compiled(*data.leaves()).backward(),
+        "eager": lambda: loss(*data.leaves(), slice(None)).backward(),
+    }
+    if find_spec("liger_kernel"):
+        variants["liger, eager"] = _liger(data)
+    if find_spec("trl"):
+        variants["trl chunked"] = _trl(data)
+    return variants
+
+
+def head_logprobs(data: HeadData) -> Variants:
+    """Log-probs from the head, no gradient."""
+
+    def chunked(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        step = -(-len(hidden) // CHUNKS)
+        pieces = zip(hidden.split(step), data.targets.split(step), strict=True)
+        return torch.cat([chosen_logprobs(F.linear(some, weight), ids) for some, ids in pieces])
+
+    compiled = torch.compile(chunked, dynamic=False)
+    inputs = (data.hidden, data.weight)
+    return _without_grad(
+        {
+            "torch.compile, 8 chunks": lambda: compiled(*inputs),
+            "eager": lambda: chosen_logprobs(F.linear(*inputs), data.targets),
+        }
+    )
+
+
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> Variants:
+    """Log-probs and entropies from logits, no gradient."""
+
+    def eager() -> tuple[torch.Tensor, torch.Tensor]:
+        log_p = logits.float().log_softmax(-1)
+        return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+    return _without_grad({"torch.compile": torch.compile(eager, dynamic=False), "eager": eager})
+
+
+def logit_losses(
+    logits: torch.Tensor, targets: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor
+) -> Variants:
+    """Loss and gradient of logits."""
+
+    def loss(leaf: torch.Tensor) -> torch.Tensor:
+        return clipped(chosen_logprobs(leaf, targets), old, advantages, len(targets))
+
+    compiled = torch.compile(loss, dynamic=False)
+
+    def run(some: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        return lambda: some(logits.detach().requires_grad_()).backward()
+
+    return {"torch.compile": run(compiled), "eager": run(loss)}
+
+
+def group_advantages(rewards: torch.Tensor, size: int) -> Variants:
+    """TRL's lines."""
+
+    def eager() -> torch.Tensor:
+        grouped = rewards.view(-1, size)
+        mean = grouped.mean(1).repeat_interleave(size)
+        std = grouped.std(1).repeat_interleave(size)
+        return (rewards - mean) / (std + 1e-4)
+
+    return {"eager": eager}
+
+
+def _liger(data: HeadData) -> Callable[[], None]:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    fused = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=False, use_ref_model=False, loss_type="dapo"
+    )
+    shape = (len(data.advantages), data.length)
+    mask = torch.ones(shape, dtype=torch.long, device=data.hidden.device)
+
+    def run() -> None:
+        hidden, weight = data.leaves()
+        loss, _ = fused(
+            hidden.view(*shape, -1),
+            weight,
+            data.targets.view(shape),
+            mask,
+            data.advantages,
+            old_per_token_logps=data.old_logprobs.view(shape),
+        )
+        loss.backward()
+
+    return run
+
+
+def _trl(data: HeadData) -> Callable[[], None]:
+    from trl.kernels import ChunkedLogProbFunction
+
+    def run() -> None:
+        found = ChunkedLogProbFunction.apply(
+            *data.leaves(), None, data.targets, 1.0, 32768, None, 1.0, ("entropy",)
+        )
+        clipped(found[0], data.old_logprobs, data.per_token, len(data.targets)).backward()
+
+    return run
+
+
+def _without_grad(variants: Variants) -> Variants:
+    return {name: torch.no_grad()(variant) for name, variant in variants.items()}
