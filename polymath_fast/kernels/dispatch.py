@@ -22,7 +22,7 @@ FILES = {"reference": "reference", "cpu": "_cpu", "triton": "_triton", "cuda": "
 """implementation -> module inside kernels/<operator>/"""
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "group_advantages": ("reference",),
+    "group_advantages": ("triton", "reference"),
     "token_logprobs": ("triton", "cpu", "reference"),
     "linear_logprobs": ("triton", "cpu", "reference"),
     "grpo_loss": ("triton", "cpu", "reference"),

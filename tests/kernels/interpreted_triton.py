@@ -10,6 +10,8 @@ import torch
 import triton
 from triton_checks import compare, logprobs_result, loss_result, make_batch, make_head, make_logits
 
+from polymath_fast.kernels.group_advantages import _triton as triton_advantages
+from polymath_fast.kernels.group_advantages import reference as advantages
 from polymath_fast.kernels.grpo_loss._triton import grpo_loss
 from polymath_fast.kernels.linear_grpo_loss._triton import linear_grpo_loss
 from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
@@ -31,7 +33,7 @@ LOGITS = [
 HEADS = [
     pytest.param(1, 1000, 48, BF16, False, id="one-row"),
     pytest.param(63, 1000, 47, BF16, True, id="odd-depth"),
-    pytest.param(507, 1000, 64, BF16, False, id="many-rows"),
+    pytest.param(130, 1000, 64, BF16, False, id="many-rows"),
     pytest.param(21, 1000, 48, FP16, True, id="half"),
     pytest.param(21, 1000, 48, FP32, False, id="single"),
     pytest.param(20, 49152, 32, BF16, False, id="many-tiles"),
@@ -93,6 +95,17 @@ def test_head_logprobs(count, vocab, depth, dtype, bias) -> None:
     )
 
 
+def test_head_logprobs_without_gradient() -> None:
+    tensors = make_head(507, 1000, 64, BF16, "cpu")
+    given = (tensors["hidden"], tensors["weight"], tensors["targets"])
+    logprobs, entropy = linear_logprobs(*given, None, 1.0)
+    exact = (given[0].double() @ given[1].double().T).log_softmax(-1)
+    chosen = exact.gather(-1, given[2][:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), chosen, rtol=1e-6, atol=1e-5)
+    truth = -(exact.exp() * exact).sum(-1)
+    torch.testing.assert_close(entropy.double(), truth, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize(("spec", "names"), SPECS)
 def test_head_loss(spec, names, monkeypatch) -> None:
     monkeypatch.setattr(head.Head, "_rows_that_fit", lambda self: 16)
@@ -125,8 +138,7 @@ def test_head_logprobs_recomputed_in_chunks(monkeypatch) -> None:
     )
 
 
-@pytest.mark.parametrize("tol", [1e-3, "auto"])
-@pytest.mark.parametrize("peaked", [True, False])
+@pytest.mark.parametrize(("tol", "peaked"), [(1e-3, True), ("auto", True), ("auto", False)])
 def test_vocabulary_columns_left_out(tol, peaked, monkeypatch) -> None:
     monkeypatch.setattr(head.Head, "_rows_that_fit", lambda self: 32)
     tensors = make_head(48, 900, 32, FP32, "cpu", bias=True)
@@ -323,6 +335,22 @@ def test_rows_without_gradient_are_left_out_of_the_products(monkeypatch) -> None
     assert sum(seen) == 15
     assert out.logprobs.isfinite().all()
     assert (leaves[0].grad[~mask] == 0).all() and (leaves[0].grad[mask] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("count", [0, 1, 77])
+def test_group_advantages(scale, baseline, count) -> None:
+    generator = torch.Generator().manual_seed(count)
+    rewards = torch.randint(0, 3, (count,), generator=generator).float() / 3
+    groups = torch.randint(0, 9, (count,), generator=generator)
+    rewards[groups == 4] = 0.1
+    rewards[::13] = torch.nan
+    for eps in (0.0, 1e-4):
+        ours = triton_advantages.group_advantages(rewards, groups, scale, eps, baseline)
+        truth = advantages.group_advantages(rewards, groups, scale, eps, baseline)
+        torch.testing.assert_close(ours, truth)
+        assert (ours[(groups == 4) | rewards.isnan()] == 0).all()
 
 
 def _prepared(count: int, spec: PolicyLossSpec, mask: torch.Tensor | None = None):

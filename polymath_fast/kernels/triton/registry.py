@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from polymath_fast.kernels.group_advantages import _triton as advantages
 from polymath_fast.kernels.triton import gradient_kernels, head, head_kernels, row_kernels, rows
 from polymath_fast.kernels.triton.aot import Variant
 from polymath_fast.kernels.triton.scaling import scale_kernel
@@ -26,6 +27,8 @@ def variants() -> Iterator[Variant]:
     yield from _head_variants()
     yield _target_sums(bias=False)
     yield _target_sums(bias=True)
+    for scale in ("group", "batch", "none"):
+        yield _advantages(scale)
 
 
 def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
@@ -222,3 +225,21 @@ def _target_sums(bias: bool) -> Variant:
     return Variant(
         "target-sums" + "-bias" * bias, gradient_kernels.target_sums_kernel, types, constants
     )
+
+
+def _advantages(scale: str) -> Variant:
+    types = {
+        "rewards_ptr": "*fp32:16",
+        "groups_ptr": _INT64,
+        "out_ptr": _FP32,
+        "count": "i32",
+        "eps": "fp32",
+    }
+    constants = {
+        "BY_GROUP": scale == "group",
+        "BY_BATCH": scale == "batch",
+        "OTHERS": scale == "none",
+        "ROWS": advantages.ROWS,
+        "COLUMNS": advantages.COLUMNS,
+    }
+    return Variant(f"group-advantages-{scale}", advantages.advantages_kernel, types, constants)
