@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -61,6 +62,7 @@ class VllmEngine:
         _prepare_environment(device, kv_cache_gib, threads)
         check_version()
         _quiet_llvmlite()
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         from vllm import LLM
 
         logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -77,6 +79,7 @@ class VllmEngine:
             "seed": seed,
             "enforce_eager": device == "cpu",
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
         if device != "cpu" and kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
