@@ -16,6 +16,9 @@ from polymath_fast.kernels.cpu.products import products_for
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 
+LOGITS_BYTES = 24 * 2**20
+"""of fp32 logits at a time; about a last-level cache"""
+
 
 class Head:
     """One pass over rows of an LM head.
@@ -40,7 +43,7 @@ class Head:
         self._bias = (torch.empty(0) if bias is None else bias.float().contiguous()).numpy()
         count = hidden.shape[0]
         self.found = torch.empty(4, count, dtype=torch.float64)
-        self.block = rows_that_fit(self.products.logits_bytes, 4 * self.vocab, count)
+        self.block = rows_that_fit(LOGITS_BYTES, 4 * self.vocab, count)
 
     @property
     def logprobs(self) -> torch.Tensor:

@@ -26,8 +26,6 @@ class Products(Protocol):
 
     slope_dtype: torch.dtype
     """of the gradient with respect to the logits"""
-    logits_bytes: int
-    """of fp32 logits worth having at a time"""
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """out (R, V) fp32 = hidden (R, H) @ weight.T"""
@@ -63,7 +61,6 @@ class TileProducts:
     """Our own bf16 products: AVX512-BF16 tiles with fp32 sums."""
 
     slope_dtype = torch.bfloat16
-    logits_bytes = 24 * 2**20  # about a last-level cache
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
@@ -104,8 +101,6 @@ class TileProducts:
 
 class TorchProducts:
     """torch's products in fp32; bf16 weights on a matrix unit keep bf16 factors and fp32 sums."""
-
-    logits_bytes = 64 * 2**20  # more rows, because torch lays the weight out anew for each product
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
