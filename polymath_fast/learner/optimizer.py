@@ -12,52 +12,70 @@ import torch
 from torch import Tensor, nn
 
 from polymath_fast.config import Config
+from polymath_fast.learner.flat_storage import FlatStorage, decayed, merged, trained
 
 _NORM_CHUNK = 1 << 20  # elements whose squares are summed in float32 before float64 takes over
+_STATE = ("master", "exp_avg", "exp_avg_sq")
 
 
 class FlatAdamW:
     """Owns the model's parameters: afterwards they are views of one flat buffer.
 
     Gradients of all backward passes since the last `step` or `zero_grad` add up in float32.
+
+    Args:
+        model: its parameters that require gradients are trained; matrices are decayed.
+        config: hyperparameters.
+        storage: where the weights are to lie, for example in the memory an engine samples from;
+            a buffer of its own when left out. The weights of `model` are copied there. What
+            `tensors` returns does not depend on it, so a run may be resumed in another storage.
     """
 
-    def __init__(self, model: nn.Module, config: Config):
+    def __init__(self, model: nn.Module, config: Config, storage: FlatStorage | None = None):
         self.config = config
         self.updates = 0
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        # Decayed weights first, so that each of the two parameter groups is one range.
-        named.sort(key=lambda item: item[1].dim() < 2)
-        self.names = [name for name, _ in named]
-        params = [p for _, p in named]
-        decayed = sum(p.numel() for p in params if p.dim() >= 2)
-        self.live = torch.cat([p.data.reshape(-1) for p in params])
+        params = trained(model)
+        self.storage = storage or FlatStorage.of(model)
+        self.storage.adopt(model)
+        self.live = self.storage.live
         self.master = self.live.float()
         self.grad = torch.zeros_like(self.master)
-        self._adopt(params)
-        halves = [slice(0, decayed), slice(decayed, None)]
-        self._masters = [self.master[half] for half in halves]
-        for master, half in zip(self._masters, halves, strict=True):
-            master.grad = self.grad[half]
-        self._adamw = torch.optim.AdamW(
+        self.exp_avg = torch.zeros_like(self.master)
+        self.exp_avg_sq = torch.zeros_like(self.master)
+        spans = self.storage.spans()
+        self._spans = [spans[name] for name in params]
+        for param, (start, stop) in zip(params.values(), self._spans, strict=True):
+            target = self.grad[start:stop].view(param.shape)
+            param.register_post_accumulate_grad_hook(_adder(target))
+        segments = merged((*spans[name], decayed(p)) for name, p in params.items())
+        self._adamw = self._torch_adamw(list(segments))
+
+    def _torch_adamw(self, segments: list[tuple[int, int, bool]]) -> torch.optim.AdamW:
+        groups: dict[bool, list[Tensor]] = {True: [], False: []}
+        self._masters = {}
+        for start, stop, decay in segments:
+            master = self.master[start:stop]
+            master.grad = self.grad[start:stop]
+            groups[decay].append(master)
+            self._masters[start, stop] = master
+        config = self.config
+        adamw = torch.optim.AdamW(
             [
-                {"params": [self._masters[0]], "weight_decay": config.weight_decay},
-                {"params": [self._masters[1]], "weight_decay": 0.0},
+                {"params": groups[True], "weight_decay": config.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
             ],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             fused=True,
         )
-
-    def _adopt(self, params: list[nn.Parameter]) -> None:
-        offset = 0
-        for param in params:
-            span = slice(offset, offset + param.numel())
-            param.data = self.live[span].view(param.shape)
-            target = self.grad[span].view(param.shape)
-            param.register_post_accumulate_grad_hook(_adder(target))
-            offset = span.stop
+        for (start, stop), master in self._masters.items():
+            adamw.state[master] = {
+                "step": torch.zeros((), device=master.device),
+                "exp_avg": self.exp_avg[start:stop],
+                "exp_avg_sq": self.exp_avg_sq[start:stop],
+            }
+        return adamw
 
     def zero_grad(self) -> None:
         """Forget the gradients gathered so far."""
@@ -84,35 +102,39 @@ class FlatAdamW:
             for group in self._adamw.param_groups:
                 group["lr"] = learning_rate
             self._adamw.step()
-            self.live.copy_(self.master)
+            for start, stop in self._masters:
+                self.live[start:stop].copy_(self.master[start:stop])
             self.updates += 1
         self.zero_grad()
         return norm, finite
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold: (parameters,) float32 master, first and second moment."""
-        states = [self._adamw.state[master] for master in self._masters]
-        moments = {
-            name: torch.cat([s[name] if s else torch.zeros_like(m) for s, m in pairs])
-            for name in ("exp_avg", "exp_avg_sq")
-            for pairs in [list(zip(states, self._masters, strict=True))]
-        }
-        return {"master": self.master, **moments}
+        """What a checkpoint must hold: (parameters,) float32 master, first and second moment.
+
+        Parameters come in the order of `trained`, without gaps, whatever the storage.
+        """
+        return {name: self._gathered(getattr(self, name)) for name in _STATE}
 
     def load(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Continue exactly where `tensors` were taken, `updates` updates into the run."""
-        self.master.copy_(tensors["master"])
-        self.live.copy_(self.master)
         self.updates = updates
-        start = 0
-        for master in self._masters:
-            span = slice(start, start + master.numel())
-            self._adamw.state[master] = {
-                "step": torch.tensor(float(updates), device=master.device),
-                "exp_avg": tensors["exp_avg"][span].to(master.device, copy=True),
-                "exp_avg_sq": tensors["exp_avg_sq"][span].to(master.device, copy=True),
-            }
-            start = span.stop
+        for name in _STATE:
+            self._scatter(tensors[name], getattr(self, name))
+        for (start, stop), master in self._masters.items():
+            self._adamw.state[master]["step"].fill_(updates)
+            self.live[start:stop].copy_(master)
+
+    def _gathered(self, flat: Tensor) -> Tensor:
+        ends = [0, *(stop for _, stop in self._spans)]
+        if ends == [*(start for start, _ in self._spans), flat.numel()]:
+            return flat
+        return torch.cat([flat[start:stop].cpu() for start, stop in self._spans])
+
+    def _scatter(self, source: Tensor, flat: Tensor) -> None:
+        offset = 0
+        for start, stop in self._spans:
+            flat[start:stop].copy_(source[offset : offset + stop - start])
+            offset += stop - start
 
 
 def _adder(target: Tensor):
