@@ -107,6 +107,16 @@ class LossSettings:
     """estimator of that divergence"""
     entropy_coef: Annotated[float, Range(ge=-10, le=10, works=0)] = 0.0
     """weight of the entropy bonus"""
+    importance_sampling_mode: (
+        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
+    ) = None
+    """weigh the loss by the probability under the learner divided by that under the sampler, of
+    each token or of the whole completion, truncated to (TIS) or masked outside of (MIS) the two
+    bounds below; costs no extra pass"""
+    importance_sampling_clip_max: Annotated[float, Range(gt=0, works=3)] = 3.0
+    """upper bound of that weight; inf for none"""
+    importance_sampling_clip_min: Annotated[float, Range(gt=0, le=1e6, works=0.5)] | None = None
+    """lower bound of that weight"""
     mask_truncated_completions: bool = False
     """leave completions that hit the length limit out of the loss"""
 

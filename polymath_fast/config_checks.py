@@ -176,10 +176,38 @@ def _check_loss(config: Config) -> None:
             f"--delta is {config.delta}; it bounds ratios above the clip range, so it must be "
             f"greater than {upper:g} (1 + epsilon); {upper + 2:g} works"
         )
+    _check_correction(config)
     if config.warmup_steps >= config.max_steps:
         raise UserError(
             f"--warmup-steps is {config.warmup_steps} of {config.max_steps} steps, so the learning "
             f"rate would never be reached; it must be less than --max-steps; 0 works"
+        )
+
+
+def _check_correction(config: Config) -> None:
+    mode = config.importance_sampling_mode
+    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    for name in ("importance_sampling_clip_max", "importance_sampling_clip_min"):
+        value = getattr(config, name)
+        if mode is None and value != type(config).__dataclass_fields__[name].default:
+            raise UserError(
+                f"{flag(name)} is {value}, which nothing reads without --importance-sampling-mode; "
+                "leave it out, or add --importance-sampling-mode token_truncate"
+            )
+    if mode is not None and low is None and math.isinf(high):
+        raise UserError(
+            f"--importance-sampling-mode {mode} needs a bound; --importance-sampling-clip-max 3 "
+            "works"
+        )
+    if low is not None and low >= high:
+        raise UserError(
+            f"--importance-sampling-clip-min is {low:g}; it must be less than "
+            f"--importance-sampling-clip-max ({high:g}); {high / 6:g} works"
+        )
+    if config.loss_type == "vespo" and (mode or "").startswith("sequence"):
+        raise UserError(
+            f"--importance-sampling-mode is {mode}, but --loss-type vespo takes weights of tokens; "
+            "token_truncate works"
         )
 
 

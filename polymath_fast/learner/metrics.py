@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from polymath_fast.config import Config
 from polymath_fast.kernels import PolicyLossOutput
+from polymath_fast.learner.mismatch import Mismatch
 from polymath_fast.learner.packing import PackedBatch
 
 
 class UpdateMetrics:
     """Gathers per-token means over micro-batches and what each update reported."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
+        self._mismatch = Mismatch(config)
         self._sums: dict[str, torch.Tensor] = {}
         self._maxima: dict[str, torch.Tensor] = {}
         self._norms: list[float] = []
@@ -30,10 +33,7 @@ class UpdateMetrics:
         region = out.metrics.get("clip_ratio/region")
         weighted["policy/clip_ratio"] = region * tokens if region is not None else tokens * 0
         if not self._norms and not self._skipped:  # the sampler's weights: before any update
-            difference = (out.logprobs - batch.sampling_logprobs).abs()
-            weighted["difference"] = difference.sum()
-            weighted["difference tokens"] = tokens
-            self._raise("sampling/logprob_diff_max", difference.max())
+            self._mismatch.add(out.logprobs, batch.sampling_logprobs, batch.cu_seqlens)
         self._raise("policy/ratio_max", out.metrics["ratio/max"])
         for name, value in weighted.items():
             self._sums[name] = self._sums.get(name, 0) + value
@@ -49,13 +49,12 @@ class UpdateMetrics:
         """Means over tokens, maxima, the mean gradient norm; non-finite updates are counted."""
         sums = {name: float(value) for name, value in self._sums.items()}
         tokens = max(1.0, sums.pop("tokens"))
-        difference = sums.pop("difference") / max(1.0, sums.pop("difference tokens"))
         loss = sums.pop("policy/loss") / max(1, len(self._norms) + self._skipped)
         norms = self._norms or [float("nan")]
         return {
             **{name: value / tokens for name, value in sums.items()},
             **{name: float(value) for name, value in self._maxima.items()},
-            "sampling/logprob_diff_mean": difference,
+            **self._mismatch.result(),
             "policy/loss": loss,
             "policy/grad_norm": sum(norms) / len(norms),
             "update/nonfinite": float(self._skipped),

@@ -13,6 +13,7 @@ from torch import Tensor
 from polymath_fast.config import Config
 from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss, linear_logprobs
 from polymath_fast.learner.metrics import UpdateMetrics
+from polymath_fast.learner.mismatch import finite_or_none
 from polymath_fast.learner.optimizer import FlatAdamW, learning_rate_at
 from polymath_fast.learner.packing import PackedBatch, TrainingRow, pack, split_rows
 from polymath_fast.learner.policy import Policy
@@ -42,7 +43,7 @@ class Learner:
         Rows without influence on the gradient never enter the model; the divisors count them.
         """
         config = self.config
-        metrics = UpdateMetrics()
+        metrics = UpdateMetrics(config)
         needed = [row for row in rows if self._matters(row)]
         if not needed:
             return {"update/skipped": 1.0}
@@ -82,6 +83,7 @@ class Learner:
                 batch.cu_seqlens,
                 old_logprobs=batch.old_logprobs,
                 ref_logprobs=batch.ref_logprobs,
+                sampling_logprobs=batch.sampling_logprobs,
                 bias=head.bias,
                 spec=spec,
             )
@@ -150,6 +152,9 @@ def loss_spec(config: Config, divisors: Divisors | None = None) -> PolicyLossSpe
         kl_estimator=config.kl_estimator,
         entropy_coef=config.entropy_coef,
         max_completion_length=config.max_completion_length,
+        importance_sampling_mode=config.importance_sampling_mode,
+        importance_sampling_clip_max=finite_or_none(config.importance_sampling_clip_max),
+        importance_sampling_clip_min=config.importance_sampling_clip_min,
     )
     if divisors is None:
         return spec

@@ -157,6 +157,22 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("--loss-type cispo", ["needs --epsilon-high", "5.0 works"]),
         ("--loss-type sapo --epsilon 0.1", ["--epsilon is 0.1", "sapo does not read"]),
         ("--loss-type reinforce --delta 9", ["--delta is 9.0", "reinforce does not read"]),
+        (
+            "--importance-sampling-clip-max 2",
+            ["--importance-sampling-clip-max is 2.0", "add --importance-sampling-mode"],
+        ),
+        (
+            "--importance-sampling-mode token_mask --importance-sampling-clip-max inf",
+            ["token_mask needs a bound", "--importance-sampling-clip-max 3 works"],
+        ),
+        (
+            "--importance-sampling-mode token_mask --importance-sampling-clip-min 3",
+            ["--importance-sampling-clip-min is 3", "less than", "0.5 works"],
+        ),
+        (
+            "--importance-sampling-mode sequence_mask --loss-type vespo",
+            ["vespo takes weights of tokens", "token_truncate works"],
+        ),
         ("--beta -0.1", ["--beta is -0.1"]),
         ("--max-grad-norm 0", ["--max-grad-norm is 0.0"]),
         ("--adam-beta1 1", ["--adam-beta1 is 1.0", "less than 1"]),

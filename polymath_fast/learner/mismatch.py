@@ -1,0 +1,76 @@
+"""How far the learner's log-probs are from the sampler's, and what that does to the batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from polymath_fast.config import Config
+from polymath_fast.kernels.policy_loss import importance_weights
+
+_LARGEST = 1e8  # of an importance weight, so that its square stays finite in float32
+
+
+class Mismatch:
+    """Sums over the tokens of one batch, on the device until `result`.
+
+    Sampler and learner hold the same weights, so the differences are rounding; more of it means
+    stale weights, another temperature or another tokenisation.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._mode = config.importance_sampling_mode
+        self._bounds = {
+            "clip_max": finite_or_none(config.importance_sampling_clip_max),
+            "clip_min": config.importance_sampling_clip_min,
+        }
+        self._sums: dict[str, Tensor] = {}
+        self._largest: Tensor | None = None
+
+    def add(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor) -> None:
+        """Take in (N,) log-probs of the learner before its update, and of the sampler; NaN, where
+        the sampler could not say, counts as equal."""
+        log_ratio = (logprobs - sampling_logprobs).nan_to_num(nan=0.0)
+        ratio, distance = log_ratio.exp(), log_ratio.abs()
+        raw = ratio
+        sums = {
+            "tokens": torch.ones_like(ratio).sum(),
+            "logprob_diff_mean": distance.sum(),
+            "kl_k1": -log_ratio.sum(),
+            "kl_k3": (ratio - 1 - log_ratio).sum(),
+            "ratio_outside": ((ratio < 0.5) | (ratio > 2)).sum(),
+        }
+        if self._mode is not None:
+            level, how = self._mode.split("_")
+            known = (logprobs, sampling_logprobs, cu_seqlens)
+            raw = importance_weights(*known, mode=f"{level}_truncate", clip_max=None)
+            kept = importance_weights(*known, mode=self._mode, **self._bounds)
+            changed = kept != raw
+            if level == "sequence":
+                changed = changed.repeat_interleave(cu_seqlens.diff())
+            sums["masked_ratio" if how == "mask" else "truncated_ratio"] = changed.sum()
+        raw = raw.clamp(max=_LARGEST)
+        sums |= {"weights": raw.sum(), "squares": raw.square().sum()}
+        sums["count"] = torch.ones_like(raw).sum()
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+        largest = torch.cat([distance, distance.new_zeros(1)]).max()
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
+    def result(self) -> dict[str, float]:
+        """Means over tokens, and the effective sample size as a share (Kish 1965)."""
+        sums = {name: float(value) for name, value in self._sums.items()}
+        tokens, count = sums.pop("tokens"), sums.pop("count")
+        total, squares = sums.pop("weights"), sums.pop("squares")
+        return {
+            **{f"sampling/{name}": value / max(1.0, tokens) for name, value in sums.items()},
+            "sampling/logprob_diff_max": float(self._largest),
+            "sampling/effective_sample_size": total**2 / max(count * squares, 1e-30),
+        }
+
+
+def finite_or_none(bound: float) -> float | None:
+    """A bound as the operators take it: None is none."""
+    return bound if math.isfinite(bound) else None
