@@ -1,7 +1,7 @@
 """The LM head on a CPU, forwards: log-probs and entropies, block of rows by block of rows.
 
-A block is multiplied out to fp32 logits in a buffer that stays near the processor's last cache, and
-one compiled pass takes log-probs and entropies from it. Logits live until the next block.
+A block is multiplied out to fp32 logits in a buffer, and one
+compiled pass takes log-probs and entropies from it. Logits live until the next block.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from polymath_fast.kernels.cpu.products import products_for
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 
-LOGITS_BYTES = 24 * 2**20
-"""of fp32 logits at a time; about a last-level cache"""
+LOGITS_BYTES = 72 * 2**20
+"""of fp32 logits at a time: enough rows to pay for reading the weight once a block"""
 
 
 class Head:

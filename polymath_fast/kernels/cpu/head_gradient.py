@@ -15,7 +15,7 @@ from polymath_fast.kernels.cpu.products import bits, padded_rows
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 
-SLOPES_BYTES = 192 * 2**20
+SLOPES_BYTES = 176 * 2**20
 """of gradient rows at a time; more of them means fewer sums over the weight's gradient"""
 
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]

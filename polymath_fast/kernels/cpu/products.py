@@ -87,7 +87,7 @@ class TileProducts:
             packed = self._pairs = _pack_rows("weight_pairs", self._weight)
         else:
             packed = self._pairs
-        tasks = split(count, tiles.ROWS, per_thread=2)
+        tasks = split(count, tiles.ROWS, per_thread=4)
         words = _pairs(slopes)[:, : packed.shape[1]]
         parallel(bf16.hidden_gradient, tasks, words, packed, out.numpy())
 

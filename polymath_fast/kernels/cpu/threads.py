@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_TASKS_PER_THREAD = 4
+_TASKS_PER_THREAD = 8
 
 
 def split(

@@ -23,10 +23,12 @@ from polymath_fast.kernels.cpu.threads import parallel, split
 
 ROUNDING = 2.6e-3
 """relative error that rounding a gradient to bf16 makes anyway"""
-_BUDGETS = (ROUNDING / 2, ROUNDING / 4, ROUNDING / 8)
+_BUDGETS = (ROUNDING / 2, ROUNDING / 8, ROUNDING / 32, ROUNDING / 128)
 """shares of the gradient's mass that "auto" tries to leave out, greediest first"""
 _SAMPLE = 64
-"""rows on which "auto" looks up how long the gradient is"""
+"""rows on which "auto" looks up how long the gradient of `hidden` is"""
+_HEAVIEST = 256
+"""columns on which it looks up how long the weight's gradient is at least"""
 _MARGIN = 0.8
 """part of the allowed error that may be planned for, because that length is an estimate"""
 _WORTH_IT = 0.5
@@ -92,12 +94,16 @@ def choose_by_error(
     ordered, order = mass.double().sort()
     reached = ordered.cumsum(0) / ordered.sum()
     allowed = _MARGIN * ROUNDING * _expected_norm(slopes, hidden.shape[1], lengths, products)
+    heaviest = slopes[:, order[-_HEAVIEST:]].float()
+    weight_allowed = _MARGIN * ROUNDING * float((heaviest.T @ hidden.float()).double().norm())
     for budget in _BUDGETS:
         keep = torch.ones(vocab, dtype=torch.bool)
         keep[order[reached <= budget]] = False
         if keep.sum() > _WORTH_IT * vocab:
             return None
         columns = _columns(keep, mass)
+        if float(mass[columns.dropped].double().norm()) > weight_allowed:
+            continue
         if float(_row_masses(raw, _of_dropped(columns, lengths)).norm()) <= allowed:
             return columns
     return None
