@@ -33,13 +33,16 @@ def test_parameters_are_counted_as_published(family: str) -> None:
 def test_activations_are_what_autograd_keeps(family: str) -> None:
     folder = resolve_model(f"random:{family}")
     policy = Policy(folder, dtype=torch.bfloat16)
-    row = TrainingRow(
-        prompt_ids=tuple(range(40)),
-        token_ids=list(range(60)),
-        sampling_logprobs=[0.0] * 60,
-        advantage=1.0,
-    )
-    batch = pack([row] * 6)
+    rows = [
+        TrainingRow(
+            prompt_ids=tuple(range(40)),
+            token_ids=list(range(first, first + 60)),
+            sampling_logprobs=[0.0] * 60,
+            advantage=1.0,
+        )
+        for first in range(6)
+    ]
+    batch = pack(rows)
     weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept = {}
 

@@ -7,7 +7,7 @@ import torch
 from polymath_fast.config import Config
 from polymath_fast.kernels import PolicyLossOutput
 from polymath_fast.learner.mismatch import Mismatch
-from polymath_fast.learner.packing import PackedBatch
+from polymath_fast.learner.packing import PackedBatch, token_counts
 
 
 class UpdateMetrics:
@@ -33,7 +33,8 @@ class UpdateMetrics:
         region = out.metrics.get("clip_ratio/region")
         weighted["policy/clip_ratio"] = region * tokens if region is not None else tokens * 0
         if not self._norms and not self._skipped:  # the sampler's weights: before any update
-            self._mismatch.add(out.logprobs, batch.sampling_logprobs, batch.cu_seqlens)
+            sampler = batch.sampling_logprobs
+            self._mismatch.add(out.logprobs, sampler, batch.cu_seqlens, batch.multiplicity)
         self._raise("policy/ratio_max", out.metrics["ratio/max"])
         for name, value in weighted.items():
             self._sums[name] = self._sums.get(name, 0) + value
@@ -68,7 +69,8 @@ class UpdateMetrics:
         if batch.old_logprobs is None:
             return out.loss.detach() * 0
         log_ratio = out.logprobs - batch.old_logprobs
-        return (torch.exp(-log_ratio) - 1 + log_ratio).mean()
+        counts = token_counts(batch.cu_seqlens, batch.multiplicity, len(log_ratio))
+        return ((torch.exp(-log_ratio) - 1 + log_ratio) * counts).sum() / counts.sum()
 
     def _raise(self, name: str, value: torch.Tensor) -> None:
         seen = self._maxima.get(name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polymath_fast.config import Config
 from polymath_fast.kernels.policy_loss import importance_weights
+from polymath_fast.learner.packing import token_counts
 
 _LARGEST = 1e8  # of an importance weight, so that its square stays finite in float32
 
@@ -29,31 +30,41 @@ class Mismatch:
         self._sums: dict[str, Tensor] = {}
         self._largest: Tensor | None = None
 
-    def add(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor) -> None:
+    def add(
+        self,
+        logprobs: Tensor,
+        sampling_logprobs: Tensor,
+        cu_seqlens: Tensor,
+        multiplicity: Tensor | None = None,
+    ) -> None:
         """Take in (N,) log-probs of the learner before its update, and of the sampler; NaN, where
-        the sampler could not say, counts as equal."""
+        the sampler could not say, counts as equal. `multiplicity` (B,): None = all once."""
         log_ratio = (logprobs - sampling_logprobs).nan_to_num(nan=0.0)
         ratio, distance = log_ratio.exp(), log_ratio.abs()
-        raw = ratio
-        sums = {
-            "tokens": torch.ones_like(ratio).sum(),
-            "logprob_diff_mean": distance.sum(),
-            "kl_k1": -log_ratio.sum(),
-            "kl_k3": (ratio - 1 - log_ratio).sum(),
-            "ratio_outside": ((ratio < 0.5) | (ratio > 2)).sum(),
+        counts = token_counts(cu_seqlens, multiplicity, len(ratio))
+        of_tokens = {
+            "logprob_diff_mean": distance,
+            "kl_k1": -log_ratio,
+            "kl_k3": ratio - 1 - log_ratio,
+            "ratio_outside": (ratio < 0.5) | (ratio > 2),
         }
+        weights, weight_counts = ratio, counts
         if self._mode is not None:
             level, how = self._mode.split("_")
             known = (logprobs, sampling_logprobs, cu_seqlens)
-            raw = importance_weights(*known, mode=f"{level}_truncate", clip_max=None)
-            kept = importance_weights(*known, mode=self._mode, **self._bounds)
-            changed = kept != raw
+            weights = importance_weights(*known, mode=f"{level}_truncate", clip_max=None)
+            changed = importance_weights(*known, mode=self._mode, **self._bounds) != weights
             if level == "sequence":
-                changed = changed.repeat_interleave(cu_seqlens.diff())
-            sums["masked_ratio" if how == "mask" else "truncated_ratio"] = changed.sum()
-        raw = raw.clamp(max=_LARGEST)
-        sums |= {"weights": raw.sum(), "squares": raw.square().sum()}
-        sums["count"] = torch.ones_like(raw).sum()
+                changed = token_counts(cu_seqlens, changed.float(), len(ratio))
+                weight_counts = torch.ones_like(weights) if multiplicity is None else multiplicity
+            of_tokens["masked_ratio" if how == "mask" else "truncated_ratio"] = changed
+        weights = weights.clamp(max=_LARGEST)
+        sums = {name: (values * counts).sum() for name, values in of_tokens.items()} | {
+            "tokens": counts.sum(),
+            "weights": (weights * weight_counts).sum(),
+            "squares": (weights.square() * weight_counts).sum(),
+            "count": weight_counts.sum(),
+        }
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0) + value
         largest = torch.cat([distance, distance.new_zeros(1)]).max()

@@ -1,7 +1,8 @@
 """Ragged completions of shared prompts as one row of tokens, without padding.
 
 A packed row holds, for every distinct prompt, [prompt | completion_1 | ... | completion_B]. The
-last token of a completion predicts nothing, so it is a target but never an input.
+last token of a completion predicts nothing, so it is a target but never an input. Completions of
+one prompt with the same inputs share the rows of the model: their targets read the same states.
 
 Legend: T rows that enter the model, N completion tokens (targets), B completions.
 """
@@ -9,10 +10,13 @@ Legend: T rows that enter the model, N completion tokens (targets), B completion
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
+
+TARGETS_PER_ROW = 4  # most targets of a micro-batch for each row of the model it may hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,13 @@ class TrainingRow:
     """(length,) log-probs before the first update on this batch; None = on policy"""
     ref_logprobs: Sequence[float] | None = None
     """(length,) log-probs of the reference model"""
+    multiplicity: int = 1
+    """how many completions of the batch this row stands for, see `merge_duplicates`"""
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Completion tokens that enter the model."""
+        return tuple(self.token_ids[:-1])
 
 
 @dataclass(frozen=True)
@@ -59,30 +70,88 @@ class PackedBatch:
     targets: Tensor  # (N,) int64
     cu_seqlens: Tensor  # (B + 1,) int32 over the N targets
     advantages: Tensor  # (B,) float32
+    multiplicity: Tensor | None  # (B,) float32; None: every completion counts once
     sampling_logprobs: Tensor  # (N,) float32
     old_logprobs: Tensor | None  # (N,) float32
     ref_logprobs: Tensor | None  # (N,) float32
 
 
+def merge_duplicates(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+    """Rows that are equal in everything the loss reads become one row with their multiplicity."""
+    merged: dict[tuple, list[TrainingRow]] = {}
+    for row in rows:
+        values = (row.token_ids, row.sampling_logprobs, row.old_logprobs, row.ref_logprobs)
+        key = tuple(None if value is None else tuple(value) for value in values)
+        merged.setdefault((row.prompt_ids, row.advantage, row.trained, *key), []).append(row)
+    return [
+        replace(same[0], multiplicity=sum(row.multiplicity for row in same))
+        for same in merged.values()
+    ]
+
+
 def split_rows(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[list[int]]:
     """Indices of `rows` for each micro-batch: at most `max_tokens` rows of the model each.
 
-    A prompt counts once for all its completions in a micro-batch. Order is kept. A completion that
-    is longer than `max_tokens` by itself gets a micro-batch of its own.
+    A prompt counts once for all its completions in a micro-batch, and so do completions with the
+    same inputs; both are brought together. A completion that is longer than `max_tokens` by itself
+    gets a micro-batch of its own. Targets are bounded as well, to `TARGETS_PER_ROW` x `max_tokens`.
     """
     chunk: list[int] = []
-    used, prompts = 0, set()
-    for index, row in enumerate(rows):
-        cost = len(row.token_ids) - 1 + (0 if row.prompt_ids in prompts else len(row.prompt_ids))
-        if chunk and used + cost > max_tokens:
+    used, targets, seen = 0, 0, set()
+    for index in _together(rows):
+        row = rows[index]
+        cost, targets = _new_rows(row, seen), targets + len(row.token_ids)
+        if chunk and (used + cost > max_tokens or targets > TARGETS_PER_ROW * max_tokens):
             yield chunk
-            chunk, used, prompts = [], 0, set()
-            cost = len(row.token_ids) - 1 + len(row.prompt_ids)
+            chunk, used, targets, seen = [], 0, len(row.token_ids), set()
+            cost = _new_rows(row, seen)
         chunk.append(index)
         used += cost
-        prompts.add(row.prompt_ids)
+        seen |= {row.prompt_ids, (row.prompt_ids, row.inputs)}
     if chunk:
         yield chunk
+
+
+def _new_rows(row: TrainingRow, seen: set) -> int:
+    """Rows of the model that `row` adds to a micro-batch which holds `seen`."""
+    own = 0 if (row.prompt_ids, row.inputs) in seen else len(row.token_ids) - 1
+    return own + (0 if row.prompt_ids in seen else len(row.prompt_ids))
+
+
+def _together(rows: Sequence[TrainingRow]) -> list[int]:
+    """Indices of `rows`, same prompts and within them same inputs side by side; else in order."""
+    first: dict = {}
+    for index, row in enumerate(rows):
+        first.setdefault(row.prompt_ids, index)
+        first.setdefault((row.prompt_ids, row.inputs), index)
+    return sorted(
+        range(len(rows)),
+        key=lambda i: (first[rows[i].prompt_ids], first[rows[i].prompt_ids, rows[i].inputs], i),
+    )
+
+
+def shared_token_ratio(rows: Sequence[TrainingRow]) -> tuple[float, float]:
+    """Shares of the completions' inputs that need no row of their own: because the completion is
+    there already, and because another one of its prompt begins alike (a prefix tree; includes the
+    former)."""
+    total = sum(len(row.inputs) * row.multiplicity for row in rows)
+    if not total:
+        return 0.0, 0.0
+    distinct = sorted({(row.prompt_ids, row.inputs) for row in rows})
+    kept = sum(len(inputs) for _, inputs in distinct)
+    branches = kept - sum(
+        _common_length(one, other)
+        for (prompt, one), (next_prompt, other) in pairwise(distinct)
+        if prompt == next_prompt
+    )
+    return 1 - kept / total, 1 - branches / total
+
+
+def _common_length(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y),
+        min(len(one), len(other)),
+    )
 
 
 def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> PackedBatch:
@@ -91,18 +160,21 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
     positions: list[int] = []
     hidden_rows: list[int] = []
     blocks: list[PromptBlock] = []
-    for prompt, members in _runs(rows):
+    for prompt, members in groupby(rows, key=lambda row: row.prompt_ids):
         start, length = len(input_ids), len(prompt)
         input_ids += prompt
         positions += range(length)
-        offsets = [0]
+        places: dict[tuple[int, ...], int] = {}
         for row in members:
-            first = len(input_ids)
-            inputs = row.token_ids[:-1]
+            inputs = row.inputs
+            if inputs not in places:
+                places[inputs] = len(input_ids)
+                input_ids += inputs
+                positions += range(length, length + len(inputs))
+            first = places[inputs]
             hidden_rows += [start + length - 1, *range(first, first + len(inputs))]
-            input_ids += inputs
-            positions += range(length, length + len(inputs))
-            offsets.append(offsets[-1] + len(inputs))
+        offsets = [place - start - length for place in places.values()]
+        offsets.append(len(input_ids) - start - length)
         blocks.append(PromptBlock(start, length, torch.tensor(offsets, dtype=torch.int32)))
     lengths = torch.tensor([len(row.token_ids) for row in rows], dtype=torch.int32)
     cu_seqlens = torch.zeros(len(rows) + 1, dtype=torch.int32)
@@ -124,18 +196,17 @@ def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> Pac
         targets=flat([token for row in rows for token in row.token_ids], torch.int64),
         cu_seqlens=cu_seqlens.to(device),
         advantages=flat([row.advantage for row in rows], torch.float32),
+        multiplicity=flat([row.multiplicity for row in rows], torch.float32)
+        if any(row.multiplicity > 1 for row in rows)
+        else None,
         sampling_logprobs=flat([x for row in rows for x in row.sampling_logprobs], torch.float32),
         old_logprobs=optional("old_logprobs"),
         ref_logprobs=optional("ref_logprobs"),
     )
 
 
-def _runs(rows: Sequence[TrainingRow]) -> Iterator[tuple[tuple[int, ...], list[TrainingRow]]]:
-    members: list[TrainingRow] = []
-    for row in rows:
-        if members and row.prompt_ids != members[0].prompt_ids:
-            yield members[0].prompt_ids, members
-            members = []
-        members.append(row)
-    if members:
-        yield members[0].prompt_ids, members
+def token_counts(cu_seqlens: Tensor, multiplicity: Tensor | None, count: int) -> Tensor:
+    """(count,) float32: how many completions of the batch each token stands for."""
+    if multiplicity is None:
+        return torch.ones(count, device=cu_seqlens.device)
+    return multiplicity.repeat_interleave(cu_seqlens.diff(), output_size=count)

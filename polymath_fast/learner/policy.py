@@ -73,6 +73,24 @@ def _check_supported(config: object) -> None:
         )
 
 
+class _SharedRows(torch.autograd.Function):
+    """states (T, H), rows (N,) -> (N, H). The gradients of all targets that read one row, such as
+    the first tokens of every completion, add up in float32 at least."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = states.shape
+        return states.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
+        return total.index_add_(0, rows, grad.to(wide)).to(grad.dtype), None
+
+
 class Policy:
     """Weights, forward pass and export of the trained model."""
 
@@ -109,7 +127,7 @@ class Policy:
             use_cache=False,
             packed=batch,
         ).last_hidden_state  # (1, T, H)
-        return states[0].index_select(0, batch.hidden_rows)
+        return _SharedRows.apply(states[0], batch.hidden_rows)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, live weight) of every parameter, a tied head under both its names.

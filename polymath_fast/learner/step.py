@@ -15,7 +15,14 @@ from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss, linear_logpr
 from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.mismatch import finite_or_none
 from polymath_fast.learner.optimizer import FlatAdamW, learning_rate_at
-from polymath_fast.learner.packing import PackedBatch, TrainingRow, pack, split_rows
+from polymath_fast.learner.packing import (
+    PackedBatch,
+    TrainingRow,
+    merge_duplicates,
+    pack,
+    shared_token_ratio,
+    split_rows,
+)
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout.types import RolloutBatch
 
@@ -58,7 +65,12 @@ class Learner:
             self._accumulate(part, divisors, metrics)
             norm, updated = self.optimizer.step(learning_rate_at(step, config))
             metrics.add_update(norm, updated)
-        return metrics.result() | {"learning_rate": learning_rate_at(step, config)}
+        duplicates, tree = shared_token_ratio(needed)
+        return metrics.result() | {
+            "learning_rate": learning_rate_at(step, config),
+            "packing/duplicate_token_ratio": duplicates,
+            "packing/shared_token_ratio": tree,
+        }
 
     def save(self, folder: Path) -> None:
         """Write the live weights as a Hugging Face folder."""
@@ -73,6 +85,7 @@ class Learner:
     ) -> None:
         spec = loss_spec(self.config, divisors)
         head = self.policy.head
+        rows = merge_duplicates(rows)
         for chunk in split_rows(rows, self.config.tokens_per_microbatch):
             batch = pack([rows[i] for i in chunk], self.policy.device)
             out = linear_grpo_loss(
@@ -84,6 +97,7 @@ class Learner:
                 old_logprobs=batch.old_logprobs,
                 ref_logprobs=batch.ref_logprobs,
                 sampling_logprobs=batch.sampling_logprobs,
+                multiplicity=batch.multiplicity,
                 bias=head.bias,
                 spec=spec,
             )
@@ -95,15 +109,13 @@ class Learner:
         self, rows: Sequence[TrainingRow], policy: Policy, field: str
     ) -> list[TrainingRow]:
         """The rows with `policy`'s log-probs of their tokens in `field`."""
-        filled = []
+        filled = list(rows)
         for chunk in split_rows(rows, self.config.tokens_per_microbatch):
-            part = [rows[i] for i in chunk]
-            batch = pack(part, policy.device)
-            logprobs = self._logprobs(policy, batch).cpu().split([len(r.token_ids) for r in part])
-            filled += [
-                replace(row, **{field: values.tolist()})
-                for row, values in zip(part, logprobs, strict=True)
-            ]
+            batch = pack([rows[i] for i in chunk], policy.device)
+            lengths = batch.cu_seqlens.diff().tolist()
+            logprobs = self._logprobs(policy, batch).cpu().split(lengths)
+            for index, values in zip(chunk, logprobs, strict=True):
+                filled[index] = replace(rows[index], **{field: values.tolist()})
         return filled
 
     def _logprobs(self, policy: Policy, batch: PackedBatch) -> Tensor:

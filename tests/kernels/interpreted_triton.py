@@ -117,6 +117,17 @@ def test_head_loss(spec, names, monkeypatch) -> None:
     )
 
 
+def test_head_loss_with_multiplicity() -> None:
+    times = {"multiplicity": torch.tensor([2.0, 1.0, 3.0, 1.0])}
+    compare(
+        lambda name, tensors: loss_result(
+            "linear_grpo_loss", name, tensors, make_batch(21, "cpu") | times, PolicyLossSpec()
+        ),
+        make_head(21, 1000, 48, BF16, "cpu"),
+        BF16,
+    )
+
+
 def test_head_loss_of_one_chunk() -> None:
     batch = make_batch(63, "cpu", "old_logprobs")
     spec = PolicyLossSpec(loss_type="cispo", epsilon_high=5.0)

@@ -359,6 +359,56 @@ def test_only_wanted_gradients_are_made() -> None:
     assert not out.loss.requires_grad
 
 
+MULTIPLIED = [
+    PolicyLossSpec(loss_type="dapo", entropy_coef=0.02, beta=0.1),
+    PolicyLossSpec(loss_type="gspo", normalizer=9.0),
+]
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("spec", MULTIPLIED, ids=["dapo", "gspo"])
+def test_multiplicity_stands_for_copies(spec: PolicyLossSpec, impl: str) -> None:
+    head = make_head(20, 16, 50, FP32)
+    inputs = _inputs(head, spec)
+    times = torch.tensor([2, 1, 3, 1, 2])[: len(inputs["advantages"])]
+    out, gradients = _run(head, spec, inputs | {"multiplicity": times.float()}, impl=impl)
+    bounds = inputs["cu_seqlens"].tolist()
+    order = torch.tensor([b for b, n in enumerate(times.tolist()) for _ in range(n)])
+    spans = [torch.arange(bounds[b], bounds[b + 1]) for b in order.tolist()]
+    rows = torch.cat(spans)
+    copies = Head(head.hidden[rows], head.weight, None, head.targets[rows])
+    repeated = {
+        name: value[rows] if len(value) == len(head.targets) else value[order]
+        for name, value in inputs.items()
+        if name != "cu_seqlens"
+    }
+    lengths = torch.tensor([0, *map(len, spans)])
+    truth, exact = _run(copies, spec, repeated | {"cu_seqlens": lengths.cumsum(0).int()}, impl=impl)
+    assert_close(out.loss, truth.loss, rtol=1e-5, atol=1e-7)
+    summed = torch.zeros_like(head.hidden).index_add_(0, rows, exact[0])
+    assert distance(gradients[0], summed.double()) < 1e-5
+    assert distance(gradients[1], exact[1].double()) < 1e-5
+    for name, value in truth.metrics.items():
+        assert_close(out.metrics[name].float(), value.float(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("spec", "multiplicity", "message"),
+    [
+        (PolicyLossSpec(), torch.ones(3), "one number a completion"),
+        (PolicyLossSpec(), torch.ones(5, dtype=torch.int64), "must be float"),
+        (PolicyLossSpec(loss_type="grpo"), torch.ones(5), "normalizer"),
+        (PolicyLossSpec(top_entropy_quantile=0.5), torch.ones(5), "repeat the completions"),
+    ],
+)
+def test_multiplicity_that_cannot_be(
+    spec: PolicyLossSpec, multiplicity: Tensor, message: str
+) -> None:
+    head = make_head(20, 16, 50, FP32)
+    with pytest.raises(ValueError, match=message):
+        _run(head, spec, _inputs(head) | {"multiplicity": multiplicity})
+
+
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_double_backward_is_refused(impl: str) -> None:
     head = make_head(5, 16, 50)

@@ -25,6 +25,7 @@ def linear_grpo_loss(
     sampling_logprobs: torch.Tensor | None = None,
     importance_weights: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    multiplicity: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     spec: PolicyLossSpec | None = None,
     vocab_tol: float | Literal["auto"] = 0.0,
@@ -44,6 +45,9 @@ def linear_grpo_loss(
             two metrics.
         importance_weights: (B,) or (N,) multiply the policy term; detached.
         mask: (N,) bool, True on trained tokens; None = all.
+        multiplicity: (B,) float, how often a completion counts in loss and metrics, as if it were
+            there so many times; None = once. Where losses are summed up by completion, the spec
+            must hold `normalizer`.
         bias: (V,); differentiable.
         spec: options of the loss; None = `PolicyLossSpec()`. Its docstring says how to split a step
             over several calls.
@@ -78,6 +82,7 @@ def linear_grpo_loss(
         sampling_logprobs=sampling_logprobs,
         importance_weights=importance_weights,
         mask=mask,
+        multiplicity=multiplicity,
     )
     if vocab_tol != "auto" and not (isinstance(vocab_tol, int | float) and 0 <= vocab_tol < 1):
         raise ValueError(f"vocab_tol={vocab_tol!r}: must be 'auto' or a number from 0 to below 1")

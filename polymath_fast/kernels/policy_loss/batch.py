@@ -12,6 +12,7 @@ from polymath_fast.kernels.policy_loss.spec import (
     SEQUENCE_SUM,
     SEQUENCE_SUM_NORM,
     TOKEN_MEAN,
+    TOKEN_SUM,
     PolicyLossSpec,
 )
 
@@ -29,6 +30,7 @@ class PolicyBatch:
     ref_logprobs: torch.Tensor | None  # (N,)
     sampling_logprobs: torch.Tensor | None  # (N,) as the rollout engine reported them
     importance_weights: torch.Tensor | None  # (N,) multiply the policy term
+    multiplicity: torch.Tensor | None  # (N,) how often a token counts; None: once
 
     def rows(self, start: int, stop: int) -> PolicyBatch:
         """The same for tokens [start, stop); completions that reach over an end are cut there."""
@@ -55,6 +57,7 @@ def prepare(
     sampling_logprobs: torch.Tensor | None = None,
     importance_weights: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    multiplicity: torch.Tensor | None = None,
 ) -> PolicyBatch:
     """Check shapes and devices, spread per-completion values over tokens, weigh the tokens.
 
@@ -66,6 +69,11 @@ def prepare(
     cu_seqlens = _check_cu_seqlens(cu_seqlens, count, device)
     completions = cu_seqlens.numel() - 1
     _check_inputs(spec, old_logprobs, ref_logprobs, sampling_logprobs, importance_weights)
+    if multiplicity is not None and spec.top_entropy_quantile < 1:
+        raise ValueError(
+            f"top_entropy_quantile={spec.top_entropy_quantile} ranks the tokens of the call, which "
+            "multiplicity would hide; repeat the completions instead"
+        )
     if mask is None:
         mask = torch.ones(count, dtype=torch.bool, device=device)
     elif mask.dtype != torch.bool or mask.shape != (count,) or mask.device != device:
@@ -88,8 +96,14 @@ def prepare(
         value = value.detach().to(dtype)
         return value[ids] if spread and value.shape == (completions,) else value
 
+    if multiplicity is not None and multiplicity.shape != (completions,):
+        raise ValueError(
+            f"multiplicity must be ({completions},), got {tuple(multiplicity.shape)}; "
+            "one number a completion"
+        )
     by_token = spec.formula != "vespo"
-    weights, entropy_weights = _all_weights(spec, mask, cu_seqlens, ids, dtype)
+    multiplicity = per_token("multiplicity", multiplicity, True)
+    weights, entropy_weights = _all_weights(spec, mask, cu_seqlens, ids, dtype, multiplicity)
     return PolicyBatch(
         cu_seqlens=cu_seqlens,
         advantages=per_token("advantages", advantages, True),
@@ -100,6 +114,7 @@ def prepare(
         ref_logprobs=per_token("ref_logprobs", ref_logprobs, False),
         sampling_logprobs=per_token("sampling_logprobs", sampling_logprobs, False),
         importance_weights=per_token("importance_weights", importance_weights, by_token),
+        multiplicity=multiplicity,
     )
 
 
@@ -135,22 +150,27 @@ def _all_weights(
     cu_seqlens: torch.Tensor,
     ids: torch.Tensor,
     dtype: torch.dtype,
+    multiplicity: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(N,) weight of each token's loss and, with an entropy bonus, of its entropy."""
     trained = mask.to(dtype)
+    counted = trained if multiplicity is None else trained * multiplicity
 
     def weights(how: str, divisor: float | None) -> torch.Tensor:
         completions = max(cu_seqlens.numel() - 1, 1)
+        if divisor is None and multiplicity is not None and how not in (TOKEN_MEAN, TOKEN_SUM):
+            # empty completions have no token that says how often they count
+            raise ValueError(f"multiplicity with {how} needs the spec's normalizer")
         if how == TOKEN_MEAN:
-            return trained / (divisor or trained.sum().clamp(min=1))
+            return counted / (divisor or counted.sum().clamp(min=1))
         if how == SEQUENCE_MEAN:
             lengths = sequence_sum(trained, cu_seqlens).clamp(min=1)
-            return trained / (lengths[ids] * (divisor or completions))
+            return counted / (lengths[ids] * (divisor or completions))
         if how == SEQUENCE_SUM_NORM:
-            return trained / ((divisor or completions) * spec.max_completion_length)
+            return counted / ((divisor or completions) * spec.max_completion_length)
         if how == SEQUENCE_SUM:
-            return trained / (divisor or completions)
-        return trained / (divisor or 1)
+            return counted / (divisor or completions)
+        return counted / (divisor or 1)
 
     by_loss = weights(spec.token_aggregation, spec.normalizer)
     if not spec.entropy_coef:

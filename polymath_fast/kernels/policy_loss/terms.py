@@ -208,10 +208,12 @@ def summarize(
     Means weigh every trained token alike, so calls combine exactly: weigh each by its "tokens".
     """
     mask = batch.mask
-    tokens = mask.sum()
+    counted = mask if batch.multiplicity is None else mask * batch.multiplicity
+    tokens = counted.sum()
 
     def mean(values: torch.Tensor) -> torch.Tensor:
-        return torch.where(mask, values.to(logprobs.dtype), 0).sum() / tokens.clamp(min=1)
+        values = torch.where(mask, values.to(logprobs.dtype), 0)
+        return (values * counted).sum() / tokens.clamp(min=1)
 
     def largest(values: torch.Tensor) -> torch.Tensor:
         return values.max() if values.numel() else values.new_zeros(())
