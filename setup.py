@@ -14,8 +14,18 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SOURCES = sorted(Path(__file__).parent.glob("csrc/*.cu"))
+ROOT = Path(__file__).resolve().parent
+SOURCES = sorted(ROOT.glob("csrc/*.cu"))
 ARCHS = os.environ.get("POLYMATH_FAST_CUDA_ARCHS", "80;90;100").split(";")
+
+
+def command(nvcc: str, source: Path, library: Path) -> list[str]:
+    """Machine code for every architecture, and PTX of the newest for those to come."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    newest = max(ARCHS, key=lambda arch: int(arch.rstrip("af")))
+    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    options = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", "--threads=0"]
+    return [nvcc, *options, *codes, "-o", str(library), str(source)]
 
 
 class BuildWithCuda(build_py):
@@ -26,13 +36,16 @@ class BuildWithCuda(build_py):
         nvcc = shutil.which("nvcc")
         if not SOURCES or nvcc is None or os.environ.get("POLYMATH_FAST_SKIP_CUDA") == "1":
             return
-        target = Path(self.build_lib) / "polymath_fast" / "lib"
+        # An editable install imports the package from the checkout, not from build_lib.
+        top = ROOT if self.editable_mode else Path(self.build_lib)
+        target = top / "polymath_fast" / "lib"
         target.mkdir(parents=True, exist_ok=True)
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
         for source in SOURCES:
-            library = target / f"lib{source.stem}.so"
-            command = [nvcc, "-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", *codes]
-            subprocess.run([*command, "-o", str(library), str(source)], check=True)
+            # Linked under another name first: a running process may have the old file mapped.
+            unfinished = target / f"{source.stem}.{os.getpid()}.tmp"
+            subprocess.run(command(nvcc, source, unfinished), check=True)
+            unfinished.replace(target / f"lib{source.stem}.so")
 
 
-setup(cmdclass={"build_py": BuildWithCuda})
+if __name__ == "__main__":
+    setup(cmdclass={"build_py": BuildWithCuda})

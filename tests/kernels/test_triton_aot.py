@@ -33,6 +33,7 @@ FEW = {
     "target-sums-bias",
     "hidden-rows-bf16",
     "group-advantages-batch",
+    "weight-sync-fp32-bf16",
 }
 """what is compiled in every run of the tests; the rest is marked slow"""
 MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -70,18 +70,24 @@ def resources(compiled: Any) -> dict[str, int | str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        report = subprocess.run(
-            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    usage = _USAGE.search(report)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage:\n{report}")
-    registers, stack, _, local = (int(number) for number in usage.groups())
-    return {
-        "registers": registers,
-        "stack": stack,
-        "local": local,
+        found = usage(usage_report(Path(cubin.name)))
+    return found | {
         "shared": compiled.metadata.shared,
         "matrix": next((unit for unit in _UNITS if unit in ptx), ""),
     }
+
+
+def usage_report(binary: Path) -> str:
+    """What cuobjdump says about the kernels of a cubin or of a library."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [tool, "-res-usage", binary]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def usage(report: str) -> dict[str, int]:
+    """Registers, stack and local bytes of the first kernel in a report."""
+    found = _USAGE.search(report)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{report}")
+    registers, stack, _, local = (int(number) for number in found.groups())
+    return {"registers": registers, "stack": stack, "local": local}

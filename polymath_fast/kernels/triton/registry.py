@@ -13,6 +13,7 @@ from polymath_fast.kernels.group_advantages import _triton as advantages
 from polymath_fast.kernels.triton import gradient_kernels, head, head_kernels, row_kernels, rows
 from polymath_fast.kernels.triton.aot import Variant
 from polymath_fast.kernels.triton.scaling import scale_kernel
+from polymath_fast.kernels.weight_sync import _triton as sync
 
 _FLOATS = {"bf16": 8, "fp16": 8, "fp32": 4}
 """Triton's dtype -> entries in 16 bytes"""
@@ -29,6 +30,8 @@ def variants() -> Iterator[Variant]:
     yield _target_sums(bias=True)
     for scale in ("group", "batch", "none"):
         yield _advantages(scale)
+    for src, dst in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp16"), ("bf16", "fp16")):
+        yield _weight_sync(src, dst)
 
 
 def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
@@ -243,3 +246,13 @@ def _advantages(scale: str) -> Variant:
         "COLUMNS": advantages.COLUMNS,
     }
     return Variant(f"group-advantages-{scale}", advantages.advantages_kernel, types, constants)
+
+
+def _weight_sync(src: str, dst: str) -> Variant:
+    by_name = {value.name: value for value in sync.TYPES.values()}
+    constants = {"SRC": by_name[src], "DST": by_name[dst]}
+    constants |= {"CHUNK": sync.CHUNK, "BLOCK": sync.BLOCK}
+    types = {"table_ptr": _INT64, "segments": "i32"}
+    return Variant(
+        f"weight-sync-{src}-{dst}", sync.weight_sync_kernel, types, constants, sync.WARPS
+    )
