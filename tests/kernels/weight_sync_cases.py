@@ -1,4 +1,4 @@
-"""Copies that every implementation of `weight_sync` must make, and what torch's copy_ makes of them.
+"""Copies that every implementation of `weight_sync` must make as torch's copy_ does.
 
 Shared by the files that run them on a CPU, in Triton's interpreter and on a GPU.
 """
