@@ -89,33 +89,62 @@ def merge_duplicates(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
     ]
 
 
-def split_rows(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[list[int]]:
+def split_rows(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[list[list[int]]]:
     """Indices of `rows` for each micro-batch: at most `max_tokens` rows of the model each.
 
-    A prompt counts once for all its completions in a micro-batch, and so do completions with the
-    same inputs; both are brought together. A completion that is longer than `max_tokens` by itself
-    gets a micro-batch of its own. Targets are bounded as well, to `TARGETS_PER_ROW` x `max_tokens`.
+    Yields lists of micro-batches. Several in one list are completions of one prompt that do not fit
+    together: the prompt is to be computed once for all of them, and is held meanwhile. Else a
+    micro-batch holds its prompts, each once. Completions with the same inputs count once, and are
+    brought together, as prompts are. A completion that does not fit by itself gets a micro-batch of
+    its own. Targets are bounded as well, to `TARGETS_PER_ROW` x `max_tokens`.
     """
-    chunk: list[int] = []
-    used, targets, seen = 0, 0, set()
-    for index in _together(rows):
-        row = rows[index]
-        cost, targets = _new_rows(row, seen), targets + len(row.token_ids)
-        if chunk and (used + cost > max_tokens or targets > TARGETS_PER_ROW * max_tokens):
-            yield chunk
-            chunk, used, targets, seen = [], 0, len(row.token_ids), set()
-            cost = _new_rows(row, seen)
-        chunk.append(index)
-        used += cost
-        seen |= {row.prompt_ids, (row.prompt_ids, row.inputs)}
+    chunk, used = [], _Size()
+    for _, members in groupby(_together(rows), key=lambda index: rows[index].prompt_ids):
+        members = list(members)
+        prompt_len = len(rows[members[0]].prompt_ids)
+        parts = _parts(rows, members, max_tokens - prompt_len, TARGETS_PER_ROW * max_tokens)
+        size = sum((size for _, size in parts), _Size(rows=prompt_len))
+        whole = used + size
+        if chunk and (whole.rows > max_tokens or whole.targets > TARGETS_PER_ROW * max_tokens):
+            yield [chunk]
+            chunk, used = [], _Size()
+        if len(parts) > 1:
+            yield [part for part, _ in parts]
+        else:
+            chunk, used = chunk + members, used + size
     if chunk:
-        yield chunk
+        yield [chunk]
 
 
-def _new_rows(row: TrainingRow, seen: set) -> int:
-    """Rows of the model that `row` adds to a micro-batch which holds `seen`."""
-    own = 0 if (row.prompt_ids, row.inputs) in seen else len(row.token_ids) - 1
-    return own + (0 if row.prompt_ids in seen else len(row.prompt_ids))
+@dataclass(frozen=True)
+class _Size:
+    """What a micro-batch is measured by."""
+
+    rows: int = 0
+    targets: int = 0
+
+    def __add__(self, other: _Size) -> _Size:
+        return _Size(self.rows + other.rows, self.targets + other.targets)
+
+
+def _parts(
+    rows: Sequence[TrainingRow], members: Sequence[int], max_rows: int, max_targets: int
+) -> list[tuple[list[int], _Size]]:
+    """Completions of one prompt, cut so that the rows and targets of each part fit."""
+    parts: list[tuple[list[int], _Size]] = [([], _Size())]
+    previous = None
+    for index in members:
+        row = rows[index]
+        part, used = parts[-1]
+        new = 0 if row.inputs == previous else len(row.inputs)
+        size = used + _Size(new, len(row.token_ids))
+        if part and (size.rows > max_rows or size.targets > max_targets):
+            part, size = [], _Size(len(row.inputs), len(row.token_ids))
+            parts.append((part, size))
+        part.append(index)
+        parts[-1] = part, size
+        previous = row.inputs
+    return parts
 
 
 def _together(rows: Sequence[TrainingRow]) -> list[int]:
@@ -154,28 +183,39 @@ def _common_length(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     )
 
 
-def pack(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> PackedBatch:
-    """Lay rows out as one packed batch; rows with the same prompt must stand next to each other."""
+def pack(
+    rows: Sequence[TrainingRow],
+    device: torch.device | str = "cpu",
+    *,
+    prompt_apart: bool = False,
+) -> PackedBatch:
+    """Lay rows out as one packed batch; rows with the same prompt must stand next to each other.
+
+    With `prompt_apart` the rows have one prompt, which is computed elsewhere: it is no part of
+    `input_ids`, and `hidden_rows` counts from its last state, which is row 0.
+    """
     input_ids: list[int] = []
     positions: list[int] = []
     hidden_rows: list[int] = []
     blocks: list[PromptBlock] = []
     for prompt, members in groupby(rows, key=lambda row: row.prompt_ids):
         start, length = len(input_ids), len(prompt)
-        input_ids += prompt
-        positions += range(length)
+        last = 0 if prompt_apart else start + length - 1
+        if not prompt_apart:
+            input_ids += prompt
+            positions += range(length)
+        begin = len(input_ids)
         places: dict[tuple[int, ...], int] = {}
         for row in members:
             inputs = row.inputs
             if inputs not in places:
-                places[inputs] = len(input_ids)
+                places[inputs] = len(input_ids) - begin
                 input_ids += inputs
                 positions += range(length, length + len(inputs))
-            first = places[inputs]
-            hidden_rows += [start + length - 1, *range(first, first + len(inputs))]
-        offsets = [place - start - length for place in places.values()]
-        offsets.append(len(input_ids) - start - length)
-        blocks.append(PromptBlock(start, length, torch.tensor(offsets, dtype=torch.int32)))
+            first = last + 1 + places[inputs]
+            hidden_rows += [last, *range(first, first + len(inputs))]
+        offsets = torch.tensor([*places.values(), len(input_ids) - begin], dtype=torch.int32)
+        blocks.append(PromptBlock(start, length, offsets))
     lengths = torch.tensor([len(row.token_ids) for row in rows], dtype=torch.int32)
     cu_seqlens = torch.zeros(len(rows) + 1, dtype=torch.int32)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
@@ -210,3 +250,9 @@ def token_counts(cu_seqlens: Tensor, multiplicity: Tensor | None, count: int) ->
     if multiplicity is None:
         return torch.ones(count, device=cu_seqlens.device)
     return multiplicity.repeat_interleave(cu_seqlens.diff(), output_size=count)
+
+
+def pack_prompt(prompt_ids: Sequence[int], device: torch.device | str = "cpu") -> PackedBatch:
+    """A prompt without completions."""
+    row = TrainingRow(prompt_ids=prompt_ids, token_ids=(), sampling_logprobs=(), advantage=0.0)
+    return pack([row], device)

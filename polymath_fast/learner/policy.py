@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import prefix_attention
-from polymath_fast.learner.packing import PackedBatch
+from polymath_fast.learner.packing import PackedBatch, pack_prompt
+from polymath_fast.learner.shared_prompt import SharedPrompt
 
 ATTENTION = "polymath_fast"
 SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
@@ -26,19 +27,28 @@ def shared_prompt_attention(
     *,
     scaling: float,
     packed: PackedBatch | None = None,
+    shared_prompt: SharedPrompt | None = None,
     decode: object | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention of the packed learner pass (`packed=`) or of the embedded sampler (`decode=`).
 
     query (B, Hq, T, D), key and value (B, Hkv, T, D) -> (B, T, Hq, D), as transformers' attention
-    registry wants it. Both keywords travel through the model's own forward, so no model is patched.
+    registry wants it. With `shared_prompt` the rows are that prompt's or, once it is complete, its
+    completions'. The keywords travel through the model's own forward, so no model is patched.
     """
     if decode is not None:
         return decode.attend(module.layer_idx, query, key, value, scaling), None
     if packed is None:
         raise RuntimeError(f"{ATTENTION!r} attention runs only inside Policy and its samplers")
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    if shared_prompt is not None and shared_prompt.complete:
+        k, v = shared_prompt.extend(module.layer_idx, k, v)
+        (block,) = packed.blocks
+        out = prefix_attention(q, k, v, block.prompt_len, block.cu_seqlens, scale=scaling)
+        return out.unsqueeze(0), None
+    if shared_prompt is not None:
+        shared_prompt.keep(module.layer_idx, k, v)
     outs = []
     for block in packed.blocks:
         rows = slice(block.start, block.end)
@@ -119,15 +129,34 @@ class Policy:
         """The LM head; its weight is (V, H) and may be the embedding itself."""
         return self.model.get_output_embeddings()
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """(N, H) hidden states; row i predicts `batch.targets[i]`."""
-        states = self.model.get_decoder()(
+    def hidden(self, batch: PackedBatch, prompt: SharedPrompt | None = None) -> Tensor:
+        """(N, H) hidden states; row i predicts `batch.targets[i]`.
+
+        With `prompt`, from `share`, the batch must have been packed with `prompt_apart`.
+        """
+        states = self._states(batch, prompt)
+        if prompt is not None:
+            states = torch.cat([prompt.last, states])
+        return _SharedRows.apply(states, batch.hidden_rows)
+
+    def share(self, prompt_ids: Sequence[int]) -> SharedPrompt:
+        """Compute a prompt for several calls of `hidden`; its `backward` must follow theirs."""
+        prompt = SharedPrompt(len(prompt_ids))
+        states = self._states(pack_prompt(prompt_ids, self.device), prompt)
+        prompt.finish(states[-1:])
+        return prompt
+
+    def _states(self, batch: PackedBatch, prompt: SharedPrompt | None) -> Tensor:
+        """(T, H) states of every row after the last norm."""
+        if not batch.input_ids.numel():
+            return prompt.last[:0]
+        return self.model.get_decoder()(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
             packed=batch,
-        ).last_hidden_state  # (1, T, H)
-        return _SharedRows.apply(states[0], batch.hidden_rows)
+            shared_prompt=prompt,
+        ).last_hidden_state[0]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, live weight) of every parameter, a tied head under both its names.

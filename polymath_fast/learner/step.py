@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,10 +86,9 @@ class Learner:
         spec = loss_spec(self.config, divisors)
         head = self.policy.head
         rows = merge_duplicates(rows)
-        for chunk in split_rows(rows, self.config.tokens_per_microbatch):
-            batch = pack([rows[i] for i in chunk], self.policy.device)
+        for _, batch, hidden in self._microbatches(self.policy, rows):
             out = linear_grpo_loss(
-                self.policy.hidden(batch),
+                hidden,
                 head.weight,
                 batch.targets,
                 batch.advantages,
@@ -104,23 +103,39 @@ class Learner:
             out.loss.backward()
             metrics.add_microbatch(out, batch)
 
+    def _microbatches(
+        self, policy: Policy, rows: Sequence[TrainingRow]
+    ) -> Iterator[tuple[list[int], PackedBatch, Tensor]]:
+        """Indices of rows, the rows as a batch, and its (N, H) hidden states under `policy`.
+
+        A prompt whose completions need several micro-batches is computed once for all of them, and
+        its gradient follows their last: call backward for each batch before taking the next one.
+        """
+        for parts in split_rows(rows, self.config.tokens_per_microbatch):
+            apart = len(parts) > 1
+            prompt = policy.share(rows[parts[0][0]].prompt_ids) if apart else None
+            for part in parts:
+                batch = pack([rows[i] for i in part], policy.device, prompt_apart=apart)
+                yield part, batch, policy.hidden(batch, prompt)
+            if prompt is not None:
+                prompt.backward()
+
     @torch.no_grad()
     def _with_logprobs(
         self, rows: Sequence[TrainingRow], policy: Policy, field: str
     ) -> list[TrainingRow]:
         """The rows with `policy`'s log-probs of their tokens in `field`."""
         filled = list(rows)
-        for chunk in split_rows(rows, self.config.tokens_per_microbatch):
-            batch = pack([rows[i] for i in chunk], policy.device)
+        for chunk, batch, hidden in self._microbatches(policy, rows):
             lengths = batch.cu_seqlens.diff().tolist()
-            logprobs = self._logprobs(policy, batch).cpu().split(lengths)
+            logprobs = self._logprobs(policy, batch, hidden).cpu().split(lengths)
             for index, values in zip(chunk, logprobs, strict=True):
                 filled[index] = replace(rows[index], **{field: values.tolist()})
         return filled
 
-    def _logprobs(self, policy: Policy, batch: PackedBatch) -> Tensor:
+    def _logprobs(self, policy: Policy, batch: PackedBatch, hidden: Tensor) -> Tensor:
         logprobs, _ = linear_logprobs(
-            policy.hidden(batch),
+            hidden,
             policy.head.weight,
             batch.targets,
             bias=policy.head.bias,

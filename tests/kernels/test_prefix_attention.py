@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from polymath_fast.kernels import prefix_attention
+from polymath_fast.kernels.prefix_attention import _cpu as cpu
 
 # relative error of the output and of dq, dk, dv against float64
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
@@ -62,6 +63,25 @@ def test_reference_is_ordinary_attention():
         torch.testing.assert_close(out[rows], alone)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference", "padded"])
+@pytest.mark.parametrize(("lengths", "prompt_len"), [([5, 1, 0, 17], 7), ([3], 1)])
+def test_queries_of_the_completions_alone(lengths, prompt_len, impl, monkeypatch):
+    """The prompt's keys and values are given, its own output is known: the other rows are equal."""
+    if impl == "padded":  # what an implementation does that wants every row
+        monkeypatch.delattr(cpu, "QUERIES_OF_COMPLETIONS")
+    q, k, v, cu_seqlens = inputs(lengths, prompt_len)
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    grad[:prompt_len] = 0
+    truth = run("reference", torch.float64, q, k, v, prompt_len, cu_seqlens, grad)
+    name = "reference" if impl == "reference" else "cpu"
+    tail = slice(prompt_len, None)
+    found = run(name, torch.float32, q[tail], k, v, prompt_len, cu_seqlens, grad[tail])
+    truth = [truth[0][tail], truth[1][tail], *truth[2:]]
+    for name, x, y in zip(("out", "dq", "dk", "dv"), found, truth, strict=True):
+        assert x.shape == y.shape
+        assert (x.double() - y).norm() <= 1e-6 * y.norm(), name
+
+
 def test_completions_do_not_see_each_other():
     q, k, v, cu_seqlens = inputs([4, 6], 5)
     before = prefix_attention(q, k, v, 5, cu_seqlens)
@@ -100,7 +120,9 @@ def test_strided_inputs():
         (lambda a: a | {"cu_seqlens": torch.tensor([0, 7, 4])}, "never fall"),
         (lambda a: a | {"cu_seqlens": torch.tensor([1, 10])}, "start at 0"),
         (lambda a: a | {"k": a["k"].bfloat16()}, "differ"),
-        (lambda a: a | {"k": a["k"][:, :, :8]}, "same T and D"),
+        (lambda a: a | {"k": a["k"][:, :, :8]}, "want .T, Hq, D."),
+        (lambda a: a | {"k": a["k"][1:], "v": a["v"][1:]}, "14 rows of k and 15 of q"),
+        (lambda a: a | {"q": a["q"][3:]}, "15 rows of k and 12 of q"),
         (lambda a: a | {"q": a["q"][:, :5]}, "5 query heads"),
         (lambda a: a | {"impl": "triton"}, "prefix_attention has only"),
     ],

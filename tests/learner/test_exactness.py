@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import padded
 import pytest
 import torch
 
 from polymath_fast.config import Config
+from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.packing import TrainingRow
 from polymath_fast.learner.policy import Policy
-from polymath_fast.learner.step import Learner
+from polymath_fast.learner.step import Divisors, Learner
+from polymath_fast.models import resolve_model
 
 PROMPTS = [(5, 9, 17, 33, 70), (8, 21)]
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "sapo", "reinforce", "cispo")
@@ -106,6 +110,26 @@ def test_duplicates_of_several_updates(tiny_model):
     assert [row.token_ids for row in filled] == [row.token_ids for row in rows]
     found = torch.tensor([x for row in filled for x in row.old_logprobs])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny-qwen2", "tiny-qwen3"])
+def test_a_split_prompt_is_computed_once_forward_and_backward(family):
+    folder = resolve_model(f"random:{family}", notify=lambda text: None)
+    settings = Config(tokens_per_microbatch=20, max_completion_length=12, beta=0.05)
+    rows = [replace(row, ref_logprobs=[-6.0] * len(row.token_ids)) for row in some_rows()]
+    learner = Learner(Policy(folder, dtype=torch.float32), settings)
+    entered, gradient = [], learner.optimizer.grad
+    learner.policy.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: entered.append(args[0][0].tolist())
+    )
+    trained = [row for row in rows if row.trained]
+    trained_tokens = sum(len(row.token_ids) for row in trained)
+    learner._accumulate(trained, Divisors(trained_tokens, len(rows)), UpdateMetrics(settings))
+    _, truth, _ = padded.update(folder, rows, settings)
+    padded.assert_gradient(learner, gradient, truth)
+    assert len(entered) > 4
+    for prompt in PROMPTS:
+        assert sum(ids[: len(prompt)] == list(prompt) for ids in entered) == 1
 
 
 def test_a_thousand_identical_completions_cost_one(tiny_model):

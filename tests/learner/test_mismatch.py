@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_weights_from_a_pass_of_their_own(tiny_model, mo
         (1.0, True),
     )[1]
     passes = []
-    policy.hidden = lambda batch: (passes.append(1), Policy.hidden(policy, batch))[1]
+    policy.hidden = lambda *args: (passes.append(1), Policy.hidden(policy, *args))[1]
     learner.update(rows, 0)
     assert len(passes) == 1
     learner.optimizer.zero_grad()

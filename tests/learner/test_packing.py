@@ -58,11 +58,12 @@ def test_optional_logprobs_are_absent_or_packed():
 @pytest.mark.parametrize(
     ("max_tokens", "expected"),
     [
-        (100, [[0, 1, 2, 3]]),
+        (100, [[[0, 1, 2, 3]]]),
         # prompt 4 + (3 - 1) + (3 - 1) = 8 rows fit, a third completion of that prompt does not
-        (8, [[0, 1], [2], [3]]),
-        (6, [[0], [1], [2], [3]]),
-        (1, [[0], [1], [2], [3]]),  # a completion is never cut
+        (8, [[[0, 1], [2]], [[3]]]),
+        (10, [[[0, 1, 2]], [[3]]]),
+        (6, [[[0], [1], [2]], [[3]]]),
+        (1, [[[0], [1], [2]], [[3]]]),  # a completion is never cut
     ],
 )
 def test_split_counts_a_prompt_once(max_tokens, expected):
@@ -79,14 +80,14 @@ def test_split_brings_prompts_and_equal_inputs_together():
         row(one, [7, 9]),
         row(two, [4]),
     ]
-    assert list(split_rows(rows, 100)) == [[0, 3, 2, 1, 4]]
+    assert list(split_rows(rows, 100)) == [[[0, 3, 2, 1, 4]]]
     # [1, 2 | 7] serves rows 0 and 3; [1, 2 | 5 5]; [3 | 7] serves 1, and 4 needs no row of its own
-    assert list(split_rows(rows, 4)) == [[0, 3], [2], [1, 4]]
+    assert list(split_rows(rows, 4)) == [[[0, 3], [2]], [[1, 4]]]
 
 
 def test_split_bounds_targets_that_share_rows():
     rows = [row([1], [2] * 10)] * 9
-    assert list(split_rows(rows, 10)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert list(split_rows(rows, 10)) == [[[0, 1, 2, 3], [4, 5, 6, 7], [8]]]
 
 
 def test_equal_inputs_share_the_rows_of_the_model():
@@ -102,6 +103,15 @@ def test_equal_inputs_share_the_rows_of_the_model():
     assert batch.targets.tolist() == [7, 8, 3, 7, 8, 4, 7, 7, 8, 3]
     assert batch.blocks[0].cu_seqlens.tolist() == [0, 2, 2]
     assert batch.multiplicity is None
+
+
+def test_a_prompt_that_is_computed_elsewhere():
+    rows = [row([1, 2], [7, 8, 3]), row([1, 2], [6]), row([1, 2], [7, 8, 4])]
+    batch = pack(rows, prompt_apart=True)
+    assert batch.input_ids.tolist() == [[7, 8]]
+    assert batch.position_ids.tolist() == [[2, 3]]
+    assert batch.hidden_rows.tolist() == [0, 1, 2, 0, 0, 1, 2]  # 0 is the prompt's last state
+    assert (batch.blocks[0].prompt_len, batch.blocks[0].cu_seqlens.tolist()) == (2, [0, 2, 2])
 
 
 def test_only_what_the_loss_cannot_tell_apart_is_merged():

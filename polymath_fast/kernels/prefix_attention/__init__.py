@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from polymath_fast.kernels import dispatch
@@ -23,7 +24,9 @@ def prefix_attention(
     itself, never to another completion. T = prompt_len + cu_seqlens[-1] rows.
 
     Args:
-        q: (T, Hq, D), any of bfloat16, float16, float32, float64; strided views are fine.
+        q: (T, Hq, D), any of bfloat16, float16, float32, float64; strided views are fine. Or
+            (T - prompt_len, Hq, D), the completions' rows alone, where the prompt's own output is
+            known already.
         k: (T, Hkv, D), Hq a multiple of Hkv, same dtype and device as q.
         v: (T, Hkv, D).
         prompt_len: rows of the prompt, at least 1.
@@ -33,7 +36,7 @@ def prefix_attention(
         impl: "auto", "reference" or "cpu".
 
     Returns:
-        (T, Hq, D) in q's dtype, differentiable in q, k and v.
+        q's shape and dtype, differentiable in q, k and v.
 
     Raises:
         ValueError: shapes, dtypes or offsets do not fit, or `impl` cannot run here.
@@ -44,14 +47,19 @@ def prefix_attention(
     _check(q, k, v, prompt_len, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     implementation = dispatch.resolve("prefix_attention", q, impl)
+    missing = k.shape[0] - q.shape[0]
+    if missing and not getattr(implementation, "QUERIES_OF_COMPLETIONS", False):
+        # Rows nobody reads have no gradient: the price is the prompt's attention to itself.
+        q = torch.cat([q.new_zeros(missing, *q.shape[1:]), q])
+        return implementation.prefix_attention(q, k, v, prompt_len, cu_seqlens, scale)[missing:]
     return implementation.prefix_attention(q, k, v, prompt_len, cu_seqlens, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, prompt_len: int, cu_seqlens: Tensor) -> None:
-    if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or k.shape[::2] != q.shape[::2]:
+    if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or k.shape[2] != q.shape[2]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want (T, Hq, D), "
-            "(T, Hkv, D), (T, Hkv, D) with the same T and D"
+            "(T, Hkv, D), (T, Hkv, D) with the same D"
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
@@ -64,7 +72,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, prompt_len: int, cu_seqlens: Tensor)
         raise ValueError(
             "cu_seqlens must lie on the CPU, start at 0 and never fall, e.g. [0, 5, 9]"
         )
-    if prompt_len < 1 or prompt_len + offsets[-1] != q.shape[0]:
+    rows = prompt_len + offsets[-1]
+    if prompt_len < 1 or rows != k.shape[0] or q.shape[0] not in (rows, offsets[-1]):
         raise ValueError(
-            f"prompt_len {prompt_len} + {offsets[-1]} completion rows != {q.shape[0]} rows of q"
+            f"prompt_len {prompt_len} + {offsets[-1]} completion rows do not fit {k.shape[0]} rows "
+            f"of k and {q.shape[0]} of q: k needs all of them, q all or the completions' alone"
         )

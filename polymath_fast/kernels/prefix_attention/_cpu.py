@@ -17,6 +17,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _SPREAD = 1.25  # longest over shortest completion of a bucket, beyond _SLACK rows of difference
 _SLACK = 16
+QUERIES_OF_COMPLETIONS = True  # q may lack the rows of the prompt
 
 
 @lru_cache(maxsize=16)
@@ -57,20 +58,22 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 class PrefixAttention(torch.autograd.Function):
-    """q (T, Hq, D), k and v (T, Hkv, D) -> out (T, Hq, D)."""
+    """q (T, Hq, D) or, without the prompt's, (T - P, Hq, D); k, v (T, Hkv, D) -> out like q."""
 
     @staticmethod
     def forward(ctx, q, k, v, prompt_len: int, bounds: tuple[int, ...], scale: float):
         out = q.new_empty(q.shape)
         wide = _accumulator(q.dtype)
-        lse = q.new_empty(q.shape[:2], dtype=wide)  # (T, Hq)
-        for rows, real in _buckets(prompt_len, bounds):
-            batch = (x[rows].transpose(1, 2) for x in (q, k, v))  # (b, H, L, D)
+        lse = q.new_empty(q.shape[:2], dtype=wide)  # like q, (., Hq)
+        missing = k.shape[0] - q.shape[0]
+        for rows, real in _causal_buckets(prompt_len, bounds, missing):
+            own = rows - missing
+            batch = (x.transpose(1, 2) for x in (q[own], k[rows], v[rows]))  # (b, H, L, D)
             piece, piece_lse = _flash(*batch, 0.0, True, scale=scale)
-            out[rows[real]] = piece.transpose(1, 2)[real]
-            lse[rows[real]] = piece_lse.transpose(1, 2)[real]
-        if q.shape[0] > prompt_len:
-            tail, head = slice(prompt_len, None), slice(0, prompt_len)
+            out[own[real]] = piece.transpose(1, 2)[real]
+            lse[own[real]] = piece_lse.transpose(1, 2)[real]
+        tail, head = slice(prompt_len - missing, None), slice(0, prompt_len)
+        if len(q[tail]):
             shared, shared_lse = _flash(
                 _heads_first(q[tail]), _heads_first(k[head]), _heads_first(v[head]), 0.0, False,
                 scale=scale,
@@ -89,14 +92,17 @@ class PrefixAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         wide = _accumulator(q.dtype)
         grads = [torch.zeros_like(x, dtype=wide) for x in (q, k, v)]
-        for rows, real in _buckets(ctx.prompt_len, ctx.bounds):
-            grad = (grad_out[rows] * real[:, :, None, None]).transpose(1, 2)
-            batch = (x[rows].transpose(1, 2) for x in (q, k, v, out, lse))
+        missing = k.shape[0] - q.shape[0]
+        for rows, real in _causal_buckets(ctx.prompt_len, ctx.bounds, missing):
+            own = rows - missing
+            grad = (grad_out[own] * real[:, :, None, None]).transpose(1, 2)
+            taken = (q[own], k[rows], v[rows], out[own], lse[own])
+            batch = (x.transpose(1, 2) for x in taken)
             pieces = _flash_backward(grad, *batch, 0.0, True, scale=ctx.scale)
-            for total, piece in zip(grads, pieces, strict=True):
-                total[rows[real]] = piece.transpose(1, 2)[real].to(wide)
-        if q.shape[0] > ctx.prompt_len:
-            tail, head = slice(ctx.prompt_len, None), slice(0, ctx.prompt_len)
+            for total, piece, where in zip(grads, pieces, (own, rows, rows), strict=True):
+                total[where[real]] = piece.transpose(1, 2)[real].to(wide)
+        tail, head = slice(ctx.prompt_len - missing, None), slice(0, ctx.prompt_len)
+        if len(q[tail]):
             pieces = _flash_backward(
                 *map(_heads_first, (grad_out[tail], q[tail], k[head], v[head], out[tail])),
                 lse[tail].transpose(0, 1).unsqueeze(0), 0.0, False, scale=ctx.scale,
@@ -104,6 +110,13 @@ class PrefixAttention(torch.autograd.Function):
             for total, piece, part in zip(grads, pieces, (tail, head, head), strict=True):
                 total[part] += piece[0].transpose(0, 1)
         return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None, None
+
+
+def _causal_buckets(
+    prompt_len: int, bounds: tuple[int, ...], missing: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Segments that attend to themselves; not the prompt, the first one, when it asks nothing."""
+    return _buckets(prompt_len, bounds)[1 if missing else 0 :]
 
 
 def prefix_attention(
