@@ -1,4 +1,4 @@
-"""The inner loop of the bf16 matrix products: an 8 x 48 tile of fp32 sums held in registers.
+"""The inner loop of the bf16 matrix products: a tile of fp32 sums held in registers.
 
 AVX512-BF16 multiplies pairs of bf16 and adds both products to an fp32 lane. torch's own bf16
 product rounds its result to bf16, which costs log-probs five digits; here the fp32 sums come out.
@@ -6,6 +6,7 @@ product rounds its result to bf16, which costs log-probs five digits; here the f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -50,28 +51,38 @@ def available() -> bool:
     return bool(features.get("avx512bf16")) and bool(features.get("avx512bw"))
 
 
-@intrinsic
-def dot_tile(typing_context, a, row_step, pair_step, b, pairs, out, out_step, add):
-    """out (8, 48) fp32 = or += sum over pairs of a's rows times b's columns.
+def _make_dot_tile(rows: int, vectors: int) -> Callable[..., None]:
+    """The intrinsic for tiles of `rows` x 16 `vectors`; 24 sums leave registers for operands."""
 
-    Addresses and steps are in bytes. The pair p of row m of `a` is the 32-bit word at
-    a + m * row_step + p * pair_step; `b` is packed as (pairs, 48) words; row m of `out` starts at
-    out + m * out_step.
-    """
-    signature = types.void(
-        types.uintp,
-        types.intp,
-        types.intp,
-        types.uintp,
-        types.intp,
-        types.uintp,
-        types.intp,
-        types.boolean,
-    )
-    return signature, _emit_dot_tile
+    @intrinsic
+    def dot_tile(typing_context, a, row_step, pair_step, b, pairs, out, out_step, add):
+        """out (rows, columns) fp32 = or += sum over pairs of a's rows times b's columns.
+
+        Addresses and steps are in bytes. The pair p of row m of `a` is the 32-bit word at
+        a + m * row_step + p * pair_step; `b` is packed as (pairs, columns) words; row m of `out`
+        starts at out + m * out_step.
+        """
+        signature = types.void(
+            types.uintp,
+            types.intp,
+            types.intp,
+            types.uintp,
+            types.intp,
+            types.uintp,
+            types.intp,
+            types.boolean,
+        )
+
+        def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+            _emit_dot_tile(builder, args, rows, vectors)
+            return context.get_dummy_value()
+
+        return signature, emit
+
+    return dot_tile
 
 
-def _emit_dot_tile(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+def _emit_dot_tile(builder: ir.IRBuilder, args: Any, row_count: int, vectors: int) -> None:
     a, row_step, pair_step, b, pairs, out, out_step, add = args
     dot = builder.module.globals.get(_DOT) or ir.Function(
         builder.module, ir.FunctionType(_floats, [_floats, _pairs, _pairs]), _DOT
@@ -80,11 +91,11 @@ def _emit_dot_tile(context: Any, builder: ir.IRBuilder, signature: Any, args: An
     def address(base: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
         return builder.inttoptr(builder.add(base, _i64(offset)), kind.as_pointer())
 
-    rows = [builder.add(a, builder.mul(row_step, _i64(row))) for row in range(ROWS)]
+    rows = [builder.add(a, builder.mul(row_step, _i64(row))) for row in range(row_count)]
     places = [
         address(builder.add(out, builder.mul(out_step, _i64(row))), 4 * LANES * vector, _floats)
-        for row in range(ROWS)
-        for vector in range(VECTORS)
+        for row in range(row_count)
+        for vector in range(vectors)
     ]
     before = builder.block
     loop = builder.append_basic_block("pairs")
@@ -97,20 +108,20 @@ def _emit_dot_tile(context: Any, builder: ir.IRBuilder, signature: Any, args: An
     sums = [builder.phi(_floats) for _ in places]
     for value in sums:
         value.add_incoming(ir.Constant(_floats, [0.0] * LANES), before)
-    columns = builder.add(b, builder.mul(pair, _i64(4 * COLUMNS)))
+    columns = builder.add(b, builder.mul(pair, _i64(4 * LANES * vectors)))
     right = [
         builder.bitcast(builder.load(address(columns, 4 * LANES * vector, _words), align=4), _pairs)
-        for vector in range(VECTORS)
+        for vector in range(vectors)
     ]
     step = builder.mul(pair, pair_step)
     updated = []
-    for row in range(ROWS):
+    for row in range(row_count):
         word = builder.load(address(builder.add(rows[row], step), 0, _i32), align=4)
         left = builder.insert_element(ir.Constant(_words, ir.Undefined), word, _i32(0))
         left = builder.shuffle_vector(left, left, ir.Constant(_words, [0] * LANES))
         left = builder.bitcast(left, _pairs)
-        for vector in range(VECTORS):
-            total = sums[row * VECTORS + vector]
+        for vector in range(vectors):
+            total = sums[row * vectors + vector]
             updated.append(builder.call(dot, [total, left, right[vector]]))
     following = builder.add(pair, _i64(1))
     pair.add_incoming(following, loop)
@@ -127,7 +138,12 @@ def _emit_dot_tile(context: Any, builder: ir.IRBuilder, signature: Any, args: An
         with otherwise:
             for value, place in zip(updated, places, strict=True):
                 builder.store(value, place, align=4)
-    return context.get_dummy_value()
+
+
+dot_tile = _make_dot_tile(ROWS, VECTORS)
+"""8 x 48: the fewest loads a product, for large matrices"""
+square_tile = _make_dot_tile(6, 4)
+"""6 x 64: no waste on heads of 64 or 128"""
 
 
 @intrinsic
@@ -148,3 +164,13 @@ def _emit_zip_words(context: Any, builder: ir.IRBuilder, signature: Any, args: A
     place = builder.inttoptr(out, _words.as_pointer())
     builder.store(builder.or_(parts[0], upper), place, align=4)
     return context.get_dummy_value()
+
+
+@intrinsic
+def word_at(typing_context, address):
+    """The 32-bit word at an address."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], _i32.as_pointer()), align=4)
+
+    return types.uint32(types.uintp), emit

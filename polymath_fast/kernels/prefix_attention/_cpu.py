@@ -1,4 +1,5 @@
-"""CPU: flash-attention pieces of torch, merged by log-sum-exp, with an exact backward.
+"""CPU: flash-attention pieces of torch, merged by log-sum-exp, with an exact backward; bf16 on
+processors with AVX512-BF16 in compiled tiles, see `tiles`.
 
 The prompt's keys and values are read in place by all completions at once; nothing is repeated and
 no (T, T) mask exists. Completions of like length attend to themselves in one call. Each piece's
@@ -12,6 +13,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from polymath_fast.kernels.prefix_attention import tiles
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -124,4 +127,6 @@ def prefix_attention(
 ) -> Tensor:
     """See `polymath_fast.kernels.prefix_attention`."""
     bounds = tuple((prompt_len + cu_seqlens).tolist())
+    if tiles.fits(q, scale):
+        return tiles.TileAttention.apply(q, k, v, prompt_len, bounds, scale)
     return PrefixAttention.apply(q, k, v, prompt_len, bounds, scale)
