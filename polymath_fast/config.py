@@ -119,6 +119,13 @@ class LossSettings:
     """lower bound of that weight"""
     mask_truncated_completions: bool = False
     """leave completions that hit the length limit out of the loss"""
+    on_saturation: Literal["skip", "resample", "entropy"] = "skip"
+    """when the rewards of every group are equal: skip the update, draw more completions, or train
+    an entropy bonus alone"""
+    max_resamples: Annotated[int, Range(ge=1, le=1000, works=4)] = 4
+    """with resample: how often the groups of a step are asked again at most"""
+    saturation_entropy_coef: Annotated[float, Range(ge=-10, le=10, works=0.001)] = 0.001
+    """with entropy: weight of that bonus"""
 
 
 @dataclass(frozen=True, kw_only=True)

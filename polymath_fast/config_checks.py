@@ -177,6 +177,7 @@ def _check_loss(config: Config) -> None:
             f"greater than {upper:g} (1 + epsilon); {upper + 2:g} works"
         )
     _check_correction(config)
+    _check_saturation(config)
     if config.warmup_steps >= config.max_steps:
         raise UserError(
             f"--warmup-steps is {config.warmup_steps} of {config.max_steps} steps, so the learning "
@@ -208,6 +209,27 @@ def _check_correction(config: Config) -> None:
         raise UserError(
             f"--importance-sampling-mode is {mode}, but --loss-type vespo takes weights of tokens; "
             "token_truncate works"
+        )
+
+
+def _check_saturation(config: Config) -> None:
+    for name, needed in (("max_resamples", "resample"), ("saturation_entropy_coef", "entropy")):
+        value = getattr(config, name)
+        default = type(config).__dataclass_fields__[name].default
+        if value != default and config.on_saturation != needed:
+            raise UserError(
+                f"{flag(name)} is {value}, which nothing reads without --on-saturation {needed}; "
+                "leave it out, or add that"
+            )
+    if config.on_saturation == "entropy" and not config.saturation_entropy_coef:
+        raise UserError(
+            "--saturation-entropy-coef is 0, so --on-saturation entropy would train nothing; "
+            "0.001 works"
+        )
+    if config.on_saturation == "entropy" and config.entropy_coef:
+        raise UserError(
+            f"--on-saturation entropy has no effect with --entropy-coef {config.entropy_coef:g}, "
+            "which trains the entropy of every batch; leave one of them out"
         )
 
 

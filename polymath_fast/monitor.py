@@ -49,6 +49,7 @@ class Monitor:
         self.run_dir = Path(run_dir)
         self.total_steps = total_steps
         self.non_finite = 0
+        self._said: set[str] = set()
         self._every = config.log_completions_every
         self._console = console or view.make_console()
         settings = dataclasses.asdict(config)
@@ -68,6 +69,12 @@ class Monitor:
     def note(self, text: str) -> None:
         """Show one line of text, escaped. Any thread may call it."""
         self._console.print(Text(view.printable(text)), soft_wrap=True)
+
+    def note_once(self, where: str, text: str) -> None:
+        """`note`, unless this process said `text` before."""
+        if text not in self._said:
+            self._said.add(text)
+            self.note(f"{where}: {text}; said once")
 
     def phase(self, name: str) -> None:
         """Say what the run is doing now ("generate", "learn", ...); shown on the live line only."""
@@ -114,6 +121,8 @@ class Monitor:
             facts["reward"] = f"{first:.3f} -> {last:.3f} ({steps})"
         for name, scores in run_data.held_out(rows).items():
             facts[f"held-out {name}"] = _before_after(scores)
+        if skipped := sum(bool(row.get("update/skipped")) for row in rows):
+            facts["no update"] = f"{skipped} steps had nothing to learn from"
         if self.non_finite:
             facts["not finite"] = f"{self.non_finite} metric value(s), written as null"
         facts["model"] = checkpoint or "no checkpoint was saved"

@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from polymath_fast import assembly, checkpoint, config, rng
+from polymath_fast import assembly, checkpoint, config, rng, saturation
 from polymath_fast.assembly import Parts
+from polymath_fast.clock import Clock
 from polymath_fast.config import Config
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.interrupt import Interrupt
 from polymath_fast.monitor import peak_memory_gib
+from polymath_fast.rewards import RewardResult
+from polymath_fast.rollout.types import RolloutBatch
 
 NONFINITE_LIMIT = 3  # batches in a row without a finite gradient after which a run stops
 
@@ -70,12 +71,16 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     from polymath_fast.learner.step import training_rows
     from polymath_fast.rollout import collect
 
-    clock = Clock(parts)
+    clock = Clock(parts.monitor)
     samples = collect.samples_of_step(parts.inputs.samples, step, settings)
-    with clock("generate"):
-        batch = collect.sample_groups(parts.engine, samples, step, settings)
-    with clock("score"):
-        scores = collect.score_groups(batch, parts.inputs.rewards, parts.inputs.tokenizer)
+    batch, scores, attempts = RolloutBatch(groups=[]), RewardResult.empty(), 0
+    while saturation.asks_again(settings, batch, attempts):
+        with clock("generate"):
+            drawn = collect.sample_groups(parts.engine, samples, step, settings, attempts)
+        with clock("score"):
+            scores += collect.score_groups(drawn, parts.inputs.rewards, parts.inputs.tokenizer)
+        batch.groups += drawn.groups
+        attempts += 1
     with clock("learn"):
         rewards = [math.nan if r is None else r for group in batch.groups for r in group.rewards]
         advantages = group_advantages(
@@ -93,8 +98,11 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     metrics = collect.rollout_metrics(batch) | scores.metrics | learned | clock.metrics()
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
     metrics["memory/peak_gib"] = peak_memory_gib()
+    metrics["rollout/resampled"] = attempts - 1
     for note in scores.notes:
         parts.monitor.note(note)
+    if note := saturation.note(settings, learned):
+        parts.monitor.note_once(f"step {step}", note)
     parts.monitor.log_step(step, metrics)
     parts.monitor.log_completions(step, collect.completion_rows(batch, scores))
     return metrics
@@ -152,27 +160,6 @@ def finish(
     report = write_report(parts.run_dir)
     parts.monitor.summary(checkpoint=saved, report=report, interrupted=interrupt.requested)
     return interrupt.exit_code
-
-
-class Clock:
-    """Seconds of the phases of one step, shown on the live line while they run."""
-
-    def __init__(self, parts: Parts):
-        self._monitor = parts.monitor
-        self._started = time.perf_counter()
-        self._phases: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time the block as `phase`."""
-        self._monitor.phase(phase)
-        started = time.perf_counter()
-        yield
-        self._phases[f"time/{phase}"] = time.perf_counter() - started
-
-    def metrics(self) -> dict[str, float]:
-        """time/<phase> for each phase and time/step for all since the clock was made."""
-        return {"time/step": time.perf_counter() - self._started, **self._phases}
 
 
 def _due(step: int, every: int) -> bool:

@@ -49,9 +49,10 @@ class Learner:
 
         Rows without influence on the gradient never enter the model; the divisors count them.
         """
-        config = self.config
+        config = self._config_for(rows)
         metrics = UpdateMetrics(config)
-        needed = [row for row in rows if self._matters(row)]
+        regularised = config.beta != 0 or config.entropy_coef != 0
+        needed = [row for row in rows if row.trained and (row.advantage != 0 or regularised)]
         if not needed:
             return {"update/skipped": 1.0}
         if config.updates_per_batch > 1:
@@ -61,8 +62,9 @@ class Learner:
         share = config.updates_per_batch
         trained = sum(len(row.token_ids) for row in rows if row.trained)
         divisors = Divisors(tokens=max(1, trained // share), completions=max(1, len(rows) // share))
+        spec = loss_spec(config, divisors)
         for part in _minibatches(needed, share, f"{config.seed}-{step}"):
-            self._accumulate(part, divisors, metrics)
+            self._accumulate(part, spec, metrics)
             norm, updated = self.optimizer.step(learning_rate_at(step, config))
             metrics.add_update(norm, updated)
         duplicates, tree = shared_token_ratio(needed)
@@ -70,20 +72,29 @@ class Learner:
             "learning_rate": learning_rate_at(step, config),
             "packing/duplicate_token_ratio": duplicates,
             "packing/shared_token_ratio": tree,
+            "update/entropy_only": float(config is not self.config),
         }
 
     def save(self, folder: Path) -> None:
         """Write the live weights as a Hugging Face folder."""
         self.policy.save(folder)
 
-    def _matters(self, row: TrainingRow) -> bool:
-        regularised = self.config.beta != 0 or self.config.entropy_coef != 0
-        return row.trained and (row.advantage != 0 or regularised)
+    def _config_for(self, rows: Sequence[TrainingRow]) -> Config:
+        """With --on-saturation entropy, rows without any advantage are trained on their entropy."""
+        config = self.config
+        if config.on_saturation != "entropy" or any(row.advantage for row in rows if row.trained):
+            return config
+        bonus = config.saturation_entropy_coef
+        return replace(
+            config,
+            on_saturation="skip",
+            entropy_coef=bonus,
+            saturation_entropy_coef=Config.saturation_entropy_coef,
+        )
 
     def _accumulate(
-        self, rows: Sequence[TrainingRow], divisors: Divisors, metrics: UpdateMetrics
+        self, rows: Sequence[TrainingRow], spec: PolicyLossSpec, metrics: UpdateMetrics
     ) -> None:
-        spec = loss_spec(self.config, divisors)
         head = self.policy.head
         rows = merge_duplicates(rows)
         for _, batch, hidden in self._microbatches(self.policy, rows):

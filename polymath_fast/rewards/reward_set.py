@@ -33,6 +33,28 @@ class RewardResult:
     notes: list[str]
     """one sentence per reward that failed on some completions"""
 
+    def __add__(self, other: RewardResult) -> RewardResult:
+        """Both batches as one; metrics are weighed by the number of completions."""
+        if not self.total:
+            return other
+        sizes = len(self.total), len(other.total)
+        metrics = {}
+        for name in self.metrics | other.metrics:
+            pairs = zip((self.metrics, other.metrics), sizes, strict=True)
+            known = [(each[name], size) for each, size in pairs if name in each]
+            metrics[name] = sum(v * size for v, size in known) / sum(size for _, size in known)
+        return RewardResult(
+            total=self.total + other.total,
+            per_reward={n: self.per_reward[n] + other.per_reward[n] for n in self.per_reward},
+            metrics=metrics,
+            notes=self.notes + other.notes,
+        )
+
+    @classmethod
+    def empty(cls) -> RewardResult:
+        """Of no completions."""
+        return cls(total=[], per_reward={}, metrics={}, notes=[])
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardCheck:

@@ -32,13 +32,15 @@ def samples_of_step(samples: Sequence[Sample], step: int, config: Config) -> lis
     return chosen
 
 
-def sample_groups(engine: Engine, samples: Sequence[Sample], step: int, config: Config):
+def sample_groups(
+    engine: Engine, samples: Sequence[Sample], step: int, config: Config, attempt: int = 0
+) -> RolloutBatch:
     """Ask each sample for `num_generations` completions; a prompt asked several times is one
-    request, so that the engine computes it once."""
+    request, so that the engine computes it once. Another `attempt` draws others."""
     sampling = SamplingOptions(
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
-        seed=derived_seed(config.seed, "rollout", step),
+        seed=derived_seed(config.seed, f"rollout/{attempt}" if attempt else "rollout", step),
     )
     times = Counter(sample.prompt_ids for sample in samples)
     pools: dict[tuple[int, ...], list[Completion]] = {}

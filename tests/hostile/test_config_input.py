@@ -173,6 +173,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             "--importance-sampling-mode sequence_mask --loss-type vespo",
             ["vespo takes weights of tokens", "token_truncate works"],
         ),
+        ("--max-resamples 9", ["--max-resamples is 9", "--on-saturation resample"]),
+        (
+            "--on-saturation entropy --saturation-entropy-coef 0",
+            ["--saturation-entropy-coef is 0", "0.001 works"],
+        ),
+        (
+            "--on-saturation entropy --entropy-coef 0.01",
+            ["no effect with --entropy-coef 0.01", "leave one of them out"],
+        ),
         ("--beta -0.1", ["--beta is -0.1"]),
         ("--max-grad-norm 0", ["--max-grad-norm is 0.0"]),
         ("--adam-beta1 1", ["--adam-beta1 is 1.0", "less than 1"]),

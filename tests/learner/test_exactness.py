@@ -12,7 +12,7 @@ from polymath_fast.config import Config
 from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.packing import TrainingRow
 from polymath_fast.learner.policy import Policy
-from polymath_fast.learner.step import Divisors, Learner
+from polymath_fast.learner.step import Divisors, Learner, loss_spec
 from polymath_fast.models import resolve_model
 
 PROMPTS = [(5, 9, 17, 33, 70), (8, 21)]
@@ -124,7 +124,8 @@ def test_a_split_prompt_is_computed_once_forward_and_backward(family):
     )
     trained = [row for row in rows if row.trained]
     trained_tokens = sum(len(row.token_ids) for row in trained)
-    learner._accumulate(trained, Divisors(trained_tokens, len(rows)), UpdateMetrics(settings))
+    spec = loss_spec(settings, Divisors(trained_tokens, len(rows)))
+    learner._accumulate(trained, spec, UpdateMetrics(settings))
     _, truth, _ = padded.update(folder, rows, settings)
     padded.assert_gradient(learner, gradient, truth)
     assert len(entered) > 4

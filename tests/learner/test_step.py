@@ -134,6 +134,19 @@ def test_nothing_to_learn_is_said_and_changes_nothing(tiny_model, rows):
     assert torch.equal(before, made.optimizer.live)
 
 
+def test_a_saturated_batch_may_train_its_entropy_alone(tiny_model, rows):
+    flat = [replace(row, advantage=0.0) for row in rows]
+    settings = config(on_saturation="entropy", saturation_entropy_coef=0.01, learning_rate=0.0)
+    made = learner(tiny_model, settings)
+    metrics = made.update(flat, 0)
+    assert (metrics["update/entropy_only"], metrics["update/skipped"]) == (1.0, 0.0)
+    found = gradient(tiny_model, settings, flat)
+    assert relative(found, gradient(tiny_model, config(entropy_coef=0.01), flat)) < 1e-6
+    # with an advantage somewhere there is no bonus
+    assert made.update(rows, 1)["update/entropy_only"] == 0.0
+    assert relative(gradient(tiny_model, settings, rows), gradient(tiny_model, config(), rows)) == 0
+
+
 def test_rows_of_a_batch():
     sample = Sample("q", "a", "q", PROMPT)
 
