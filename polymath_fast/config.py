@@ -70,6 +70,9 @@ class RolloutSettings:
     """memory for vLLM's KV cache in GiB; chosen from what is free when left out"""
     num_generations: Annotated[int, Range(ge=2, le=1_000_000, works=8)] = 64
     """completions per group; advantages compare the members of a group"""
+    num_train_generations: Annotated[int, Range(ge=2, le=1_000_000, works=8)] | None = None
+    """train on that many completions of each group only, those whose rewards differ most (PODS); on
+    all when left out"""
     groups_per_step: Annotated[int, Range(ge=1, le=1_000_000, works=1)] = 8
     """groups per step; a single sample is asked in every group"""
     max_completion_length: Annotated[int, Range(ge=1, le=10_000_000, works=1024)] = 1024

@@ -247,6 +247,12 @@ def _check_evaluation(config: Config) -> None:
 
 
 def _check_sizes(config: Config) -> None:
+    if config.num_train_generations and config.num_train_generations > config.num_generations:
+        raise UserError(
+            f"--num-train-generations is {config.num_train_generations}; it must be at most "
+            f"--num-generations ({config.num_generations}); {max(2, config.num_generations // 4)} "
+            "works"
+        )
     if config.tokens_per_microbatch < config.max_completion_length:
         raise UserError(
             f"--tokens-per-microbatch is {config.tokens_per_microbatch}; one completion must fit, "

@@ -6,7 +6,6 @@ with its group, take one gradient step, hand the weights to the sampler. `--help
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -68,6 +67,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     import torch
 
     from polymath_fast.kernels import group_advantages
+    from polymath_fast.learner.downsampling import train_rewards
     from polymath_fast.learner.step import training_rows
     from polymath_fast.rollout import collect
 
@@ -82,12 +82,12 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         batch.groups += drawn.groups
         attempts += 1
     with clock("learn"):
-        rewards = [math.nan if r is None else r for group in batch.groups for r in group.rewards]
+        rewards = train_rewards(batch, settings)
         advantages = group_advantages(
             torch.tensor(rewards), settings.num_generations, scale=settings.scale_rewards
-        )
+        ).tolist()
         rows = training_rows(
-            batch, advantages.tolist(), mask_truncated=settings.mask_truncated_completions
+            batch, rewards, advantages, mask_truncated=settings.mask_truncated_completions
         )
         learned = parts.learner.update(rows, step - 1)
     with clock("sync"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -156,15 +157,19 @@ class Learner:
 
 
 def training_rows(
-    batch: RolloutBatch, advantages: Sequence[float], *, mask_truncated: bool
+    batch: RolloutBatch,
+    rewards: Sequence[float],
+    advantages: Sequence[float],
+    *,
+    mask_truncated: bool,
 ) -> list[TrainingRow]:
-    """The completions of a batch as rows to learn from; ones without a reward are left out."""
+    """The completions of a batch as rows to learn from; those whose reward is NaN are left out."""
     rows = []
-    flat = iter(advantages)
+    flat = zip(rewards, advantages, strict=True)
     for group in batch.groups:
-        for completion, reward in zip(group.completions, group.rewards, strict=True):
-            advantage = next(flat)
-            if reward is None or not completion.token_ids:
+        for completion in group.completions:
+            reward, advantage = next(flat)
+            if math.isnan(reward) or not completion.token_ids:
                 continue
             rows.append(
                 TrainingRow(

@@ -130,6 +130,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("--num-generations 1 --scale-rewards batch", ["at least 2"]),
         ("--num-generations -1", ["--num-generations is -1"]),
         (f"--num-generations {HUGE}", ["at most"]),
+        ("--num-train-generations 1", ["--num-train-generations is 1", "at least 2"]),
+        (
+            "--num-generations 8 --num-train-generations 9",
+            ["--num-train-generations is 9", "at most --num-generations (8)", "2 works"],
+        ),
         ("--temperature 0", ["--temperature is 0.0", "at least 0.01", "1 works"]),
         ("--temperature -0.5", ["--temperature is -0.5"]),
         ("--temperature nan", ["--temperature is nan", "at least 0.01"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -163,7 +164,8 @@ def test_rows_of_a_batch():
         completions=[completion([1, 2]), completion([3]), completion([4, 5], "length")],
         rewards=[1.0, None, 0.0],
     )
-    rows = training_rows(RolloutBatch(groups=[group]), [0.5, 0.0, -0.5], mask_truncated=True)
+    rewards, advantages = [1.0, math.nan, 0.0], [0.5, 0.0, -0.5]
+    rows = training_rows(RolloutBatch(groups=[group]), rewards, advantages, mask_truncated=True)
     assert [(list(r.token_ids), r.advantage, r.trained) for r in rows] == [
         ([1, 2], 0.5, True),
         ([4, 5], -0.5, False),
