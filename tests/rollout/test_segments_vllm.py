@@ -69,7 +69,5 @@ def test_a_learner_that_is_not_the_engine_s_model(
     with pytest.raises(UserError, match="12288 of the 16384 elements of model.layers.0.mlp"):
         record(model.load_weights, wide, targets)
     short = {n: w for n, w in weights.items() if n != "model.layers.1.self_attn.k_proj.bias"}
-    with pytest.raises(
-        UserError, match="layers.1.self_attn.qkv_proj.bias .element 128 of 192"
-    ):
+    with pytest.raises(UserError, match="layers.1.self_attn.qkv_proj.bias .element 128 of 192"):
         record(model.load_weights, short, targets)

@@ -1,0 +1,64 @@
+"""Messages between two processes: JSON with its length in front. Nothing that comes is executed."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from typing import Any
+
+from polymath_fast.errors import EngineError, UserError
+
+MAX_MESSAGE = 1 << 24
+
+
+class Channel:
+    """Messages over a connected socket, with a limit on how long the other side may take."""
+
+    def __init__(self, connection: socket.socket, timeout: float) -> None:
+        """`timeout`: seconds that a message may take to come or go."""
+        self._socket = connection
+        self._socket.settimeout(timeout)
+
+    def send(self, kind: str, **content: Any) -> None:
+        """Raises EngineError when the other side is gone."""
+        body = json.dumps({"kind": kind, **content}).encode()
+        try:
+            self._socket.sendall(struct.pack("<I", len(body)) + body)
+        except OSError as error:
+            raise EngineError(f"the other process is gone ({error})") from error
+
+    def receive(self, *kinds: str) -> dict[str, Any]:
+        """The next message. Raises EngineError when it does not come, or is none of `kinds`."""
+        (size,) = struct.unpack("<I", self._exactly(4))
+        if size > MAX_MESSAGE:
+            raise EngineError(f"a message of {size} bytes; {MAX_MESSAGE} are the most")
+        try:
+            message = json.loads(self._exactly(size))
+            kind = message["kind"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise EngineError(f"the other process sent no message of ours: {error!r}") from None
+        if kind == "refused":
+            raise UserError(f"the other process refused: {message.get('reason')}")
+        if kind not in kinds:
+            raise EngineError(f"the other process sent {kind!r}, expected {' or '.join(kinds)}")
+        return message
+
+    def close(self) -> None:
+        """Say no more."""
+        self._socket.close()
+
+    def _exactly(self, size: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < size:
+            try:
+                part = self._socket.recv(size - len(parts))
+            except TimeoutError:
+                seconds = self._socket.gettimeout()
+                raise EngineError(f"the other process was silent for {seconds:g} s") from None
+            except OSError as error:
+                raise EngineError(f"the other process is gone ({error})") from error
+            if not part:
+                raise EngineError("the other process ended, or closed the connection")
+            parts += part
+        return bytes(parts)

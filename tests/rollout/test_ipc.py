@@ -1,0 +1,282 @@
+"""Two processes and one set of weights: messages, order, refusals, and a process that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ipc_child import FileDriver
+from torch import Tensor
+
+from polymath_fast.errors import EngineError, UserError
+from polymath_fast.rollout import ipc
+from polymath_fast.rollout.channel import MAX_MESSAGE, Channel
+from polymath_fast.rollout.ipc import WeightReceiver, WeightSender
+
+CHILD = Path(__file__).with_name("ipc_child.py")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    pair = socket.socketpair()
+    yield pair
+    for one in pair:
+        one.close()
+
+
+def weights_on(driver: Any) -> dict[str, Tensor]:
+    """Two fp32 matrices and a vector in shared memory, off its start."""
+    memory = driver.bytes_at(driver.allocate(4096), 4096).view(torch.float32)
+    return {
+        "a": memory[64:128].view(8, 8),
+        "b": memory[128:192].view(4, 16),
+        "c": memory[256:259],
+    }
+
+
+def together(learner: Callable[[], None], engine: Callable[[], None]) -> list[BaseException]:
+    """Run both, one in a thread; what they raised."""
+    raised: list[BaseException] = []
+
+    def run(part: Callable[[], None]) -> None:
+        try:
+            part()
+        except (UserError, EngineError, RuntimeError) as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, args=(engine,))
+    thread.start()
+    run(learner)
+    thread.join(20)
+    assert not thread.is_alive()
+    return raised
+
+
+def test_versions_and_the_order_of_events(
+    sockets: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    ours, theirs = FileDriver(tmp_path), FileDriver(tmp_path)
+    weights, seen = weights_on(ours), []
+
+    def learner() -> None:
+        sender = WeightSender(Channel(sockets[0], 10), weights, ours)
+        for version in (1, 5):
+            for weight in weights.values():
+                weight.fill_(version)
+            sender.push(version)
+        sender.close()
+
+    def engine() -> None:
+        receiver = WeightReceiver(Channel(sockets[1], 10), theirs)
+        for _ in range(2):
+            version = receiver.wait()
+            seen.append((version, {n: t.unique().tolist() for n, t in receiver.tensors.items()}))
+            receiver.taken()
+        assert receiver.tensors["b"].shape == (4, 16) and receiver.version == 5
+        receiver.close()
+
+    assert together(learner, engine) == []
+    assert seen == [(v, {"a": [v], "b": [v], "c": [v]}) for v in (1.0, 5.0)]
+    # 1: an event of one's own, 2: the other's; each records before the other waits
+    assert ours.calls[:4] == ["record 1", "wait 2"] * 2
+    assert theirs.calls[:4] == ["wait 2", "record 1"] * 2
+    assert "close" in theirs.calls
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        ({"protocol": 2}, "version 2 of the protocol"),
+        ({"device": "another GPU"}, "on GPU another GPU, this engine runs on a GPU"),
+        ({"size": 8}, "learner's a lies outside its memory"),
+        ({"offset": -8}, "outside its memory"),
+        ({"places": {"a": [0, [2], "int8"]}}, "not understood.*int8"),
+        ({"places": {"a": [1, [2], "float32"]}}, "a lies outside"),
+        ({"places": [1]}, "not understood"),
+        ({"memory": "AAAA"}, "the handle memory has 3 bytes"),
+        ({"memory": 7}, "no handle as memory"),
+    ],
+)
+def test_an_offer_that_cannot_be_taken_is_refused_on_both_sides(
+    sockets: tuple[socket.socket, socket.socket],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    patch: dict[str, Any],
+    message: str,
+) -> None:
+    driver = FileDriver(tmp_path)
+    weights = weights_on(driver)
+    send = Channel.send
+
+    def changed(self: Channel, kind: str, **content: Any) -> None:
+        send(self, kind, **(content | patch if kind == "weights" else content))
+
+    monkeypatch.setattr(Channel, "send", changed)
+    raised = together(
+        lambda: WeightSender(Channel(sockets[0], 10), weights, driver),
+        lambda: WeightReceiver(Channel(sockets[1], 10), driver),
+    )
+    assert len(raised) == 2
+    for error in raised:
+        with pytest.raises((UserError, EngineError), match=message):
+            raise error
+
+
+def test_memory_that_cannot_be_shared_is_refused(
+    sockets: tuple[socket.socket, socket.socket],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = FileDriver(tmp_path)
+    weights = weights_on(driver)
+    channel = Channel(sockets[0], 10)
+    with pytest.raises(ValueError, match="in 2 allocations"):
+        WeightSender(channel, weights | {"d": torch.zeros(4)}, driver)
+    with pytest.raises(ValueError, match="a is torch.float32"):
+        WeightSender(channel, {"a": weights["a"].t()}, driver)
+    with pytest.raises(ValueError, match="no weights"):
+        WeightSender(channel, {}, driver)
+    monkeypatch.setattr(driver, "shareable", lambda address: False)
+    with pytest.raises(UserError, match="unset expandable_segments"):
+        WeightSender(channel, weights, driver)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "ended, or closed"),
+        (b"\x05\x00", "ended, or closed"),
+        (struct.pack("<I", MAX_MESSAGE + 1), "are the most"),
+        (struct.pack("<I", 3) + b"abc", "no message of ours"),
+        (struct.pack("<I", 2) + b"[]", "no message of ours"),
+        (struct.pack("<I", 14) + b'{"kind":"what"', "no message of ours"),
+        (struct.pack("<I", 15) + b'{"kind":"what"}', "sent 'what', expected weights"),
+    ],
+)
+def test_noise_is_an_engine_error(
+    sockets: tuple[socket.socket, socket.socket], data: bytes, message: str
+) -> None:
+    sockets[0].sendall(data)
+    sockets[0].close()
+    with pytest.raises(EngineError, match=message):
+        Channel(sockets[1], 10).receive("weights")
+
+
+def test_silence_is_an_engine_error(sockets: tuple[socket.socket, socket.socket]) -> None:
+    with pytest.raises(EngineError, match=r"silent for 0\.05 s"):
+        Channel(sockets[1], 0.05).receive("version")
+
+
+@pytest.mark.parametrize("version", [1, 0, "2", None])
+def test_versions_only_rise(
+    sockets: tuple[socket.socket, socket.socket], tmp_path: Path, version: Any
+) -> None:
+    driver = FileDriver(tmp_path)
+    receiver = WeightReceiver.__new__(WeightReceiver)
+    receiver._channel, receiver._driver, receiver.version = Channel(sockets[1], 10), driver, 1
+    Channel(sockets[0], 10).send("version", version=version)
+    with pytest.raises(EngineError, match="after version 1"):
+        receiver.wait()
+
+
+def start_child(theirs: socket.socket, driver: str, versions: int) -> subprocess.Popen:
+    fd = theirs.fileno()
+    command = [sys.executable, str(CHILD), str(fd), driver, str(versions)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(command, pass_fds=[fd], env=environment)
+    theirs.close()
+    return child
+
+
+def train(driver: Any, name: str, ours: socket.socket, theirs: socket.socket) -> None:
+    """Three versions to a child; the weights change again right after each push."""
+    child = start_child(theirs, name, 3)
+    try:
+        channel = Channel(ours, 60)
+        weights = weights_on(driver)
+        sender = WeightSender(channel, weights, driver)
+        for version in (1, 2, 3):
+            for weight in weights.values():
+                weight.fill_(version)
+            sender.push(version)
+            for weight in weights.values():
+                weight.fill_(100.0)
+            answer = channel.receive("sums")
+            expected = {n: float(version * w.numel()) for n, w in weights.items()}
+            assert (answer["version"], answer["sums"]) == (version, expected)
+        assert child.wait(60) == 0
+        with pytest.raises(EngineError, match="the other process"):
+            sender.push(4)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_two_processes(sockets: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
+    train(FileDriver(tmp_path), str(tmp_path), *sockets)
+
+
+@pytest.mark.gpu
+def test_two_processes_on_one_gpu(sockets: tuple[socket.socket, socket.socket]) -> None:
+    from polymath_fast.rollout.cuda_driver import CudaDriver
+
+    train(CudaDriver(), "cuda", *sockets)
+
+
+@pytest.mark.gpu
+def test_expandable_segments_are_told_from_memory_that_can_be_shared() -> None:
+    code = (
+        "import torch\n"
+        "from polymath_fast.rollout.cuda_driver import CudaDriver\n"
+        "driver = CudaDriver()\n"
+        "inside = torch.zeros(1 << 20, device='cuda').data_ptr()\n"
+        "print(driver.shareable(inside), driver.shareable(driver.allocate(1 << 20)))"
+    )
+    for setting, expected in (("True", "False True"), ("False", "True True")):
+        allocator = {"PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:{setting}"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | allocator
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert run.stdout.strip() == expected, run.stderr
+
+
+def test_a_child_that_is_killed_is_an_engine_error(
+    sockets: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    driver = FileDriver(tmp_path)
+    child = start_child(sockets[1], str(tmp_path), 3)
+    try:
+        sender = WeightSender(Channel(sockets[0], 60), weights_on(driver), driver)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        with pytest.raises(EngineError, match="the other process"):
+            sender.push(1)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_no_driver_is_a_user_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    from polymath_fast.rollout.cuda_driver import CudaDriver
+
+    with pytest.raises(UserError, match="no CUDA device 0"):
+        CudaDriver()
+
+
+def test_a_place_knows_its_size() -> None:
+    assert ipc.Place(0, (2, 3), "bfloat16").size == 12
+    assert ipc.Place(8, (), "float32").inside(12) and not ipc.Place(8, (2,), "float32").inside(12)
