@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import prefix_attention
+from polymath_fast.learner import fused_layers
 from polymath_fast.learner.packing import PackedBatch, pack_prompt
 from polymath_fast.learner.shared_prompt import SharedPrompt
 
@@ -122,6 +123,7 @@ class Policy:
                 self.model_dir, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True
             )
         self.model.to(device).eval()  # eval: no dropout, so ratio == 1 on policy
+        self.unfused = fused_layers.fuse(self.model, shared_prompt_attention)
         self.device = torch.device(device)
 
     @property

@@ -136,6 +136,29 @@ class TorchProducts:
             out.add_(partial) if add else out.copy_(partial)
 
 
+def packed_rows(hidden: torch.Tensor) -> np.ndarray | None:
+    """`hidden` (N, H) as `add_weight_gradient` reads it, in scratch memory; None: as it is."""
+    if hidden.dtype != torch.bfloat16 or not tiles.available() or _has_matrix_unit():
+        return None
+    return _pack_rows("hidden_pairs", hidden)
+
+
+def add_weight_gradient(
+    slopes: torch.Tensor,
+    hidden: torch.Tensor,
+    packed: np.ndarray | None,
+    out: torch.Tensor,
+    add: bool,
+) -> None:
+    """out (A, H) fp32 = or += slopes (N, A).T @ hidden (N, H), which `packed_rows` has packed."""
+    if packed is not None:
+        tasks = split(len(out), bf16.GROUP)
+        parallel(bf16.weight_gradient, tasks, bits(slopes), packed, out.numpy(), add)
+        return
+    partial = torch.mm(slopes.t(), hidden)
+    out.add_(partial) if add else out.copy_(partial)
+
+
 @contextmanager
 def _fp32_products(precision: str) -> Iterator[None]:
     """How oneDNN multiplies fp32 matrices: "ieee", or "bf16" factors with fp32 sums."""

@@ -1,0 +1,82 @@
+"""Matrix products of linear layers that share their input, on whatever this processor does best.
+
+Weights that lie side by side in memory, as in a flat parameter buffer, are multiplied as one.
+N rows, H inputs, A outputs of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from polymath_fast.kernels.cpu.products import add_weight_gradient, packed_rows
+from polymath_fast.kernels.cpu.workspace import buffer
+
+
+def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> Tensor:
+    """(N, sum of A) outputs of all layers, side by side; a new tensor."""
+    biases = [bias for bias in biases if bias is not None]
+    stacked = _stacked(weights)
+    if stacked is not None and biases:
+        return torch.addmm(torch.cat(biases), x, stacked.t())
+    if stacked is not None:
+        return torch.mm(x, stacked.t())
+    out = torch.cat([torch.mm(x, weight.t()) for weight in weights], dim=1)
+    return out.add_(torch.cat(biases)) if biases else out
+
+
+def input_gradient(upstream: Tensor, weights: Sequence[Tensor], name: str) -> Tensor:
+    """(N, H) = upstream (N, sum of A) @ all weights, in the scratch memory called `name`."""
+    shape = (len(upstream), weights[0].shape[1])
+    out = buffer(name, shape, upstream.dtype)
+    stacked = _stacked(weights)
+    if stacked is not None:
+        return torch.mm(upstream, stacked, out=out)
+    for number, (weight, columns) in enumerate(zip(weights, _columns(weights), strict=True)):
+        part = upstream[:, columns]
+        torch.addmm(out, part, weight, out=out) if number else torch.mm(part, weight, out=out)
+    return out
+
+
+def weight_gradients(upstream: Tensor, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """upstream (N, sum of A).T @ x (N, H), a part for each weight, in the weights' dtype.
+
+    A weight with a `gradient_sink` gets its part added there in float32, and None is returned: the
+    sink is a function that returns the (A, H) float32 tensor and whether it holds anything yet.
+    """
+    found: list[Tensor | None] = []
+    packed = None
+    for weight, columns in zip(weights, _columns(weights), strict=True):
+        sink = getattr(weight, "gradient_sink", None)
+        part = upstream[:, columns]
+        if sink is None:
+            found.append(torch.mm(part.t(), x))
+            continue
+        packed = packed_rows(x) if packed is None else packed
+        add_weight_gradient(part, x, packed, *sink())
+        found.append(None)
+    return found
+
+
+def _columns(weights: Sequence[Tensor]) -> list[slice]:
+    bounds = accumulate((weight.shape[0] for weight in weights), initial=0)
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor | None:
+    """All weights as the one matrix that they are in memory; None where they are not."""
+    first, rows = weights[0], 0
+    for weight in weights:
+        expected = first.data_ptr() + rows * first.stride(0) * first.element_size()
+        if not weight.is_contiguous() or weight.data_ptr() != expected:
+            return None
+        rows += weight.shape[0]
+    if len(weights) == 1:
+        return first
+    end = first.storage_offset() + rows * first.stride(0)
+    if end * first.element_size() > first.untyped_storage().nbytes():
+        return None  # neighbours by chance: separate allocations
+    return first.detach().as_strided((rows, first.shape[1]), first.stride())

@@ -1,0 +1,220 @@
+"""Row passes of a decoder layer: RMSNorm, rotary embedding, SwiGLU, and their gradients.
+
+Values are fp32 or the uint16 bits of bf16; arithmetic is fp32, rounded once at the end of a pass.
+Ranges are of rows. N rows, H hidden, D head size, I width of the MLP.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from polymath_fast.kernels.cpu import scalar
+from polymath_fast.kernels.cpu.scalar import exp, maximum
+
+_FAST = {"reassoc", "nsz", "contract", "arcp"}
+_LOWEST = np.float32(-80.0)  # the exponential of its opposite is still finite
+
+
+@njit(nogil=True, cache=True)
+def rms_norm(start, stop, x, weight, eps, out):
+    """out (N, H) = x / rms(x) * weight (H,). Source: arXiv 1910.07467, equation 4."""
+    for i in range(start, stop):
+        _norm(x[i], weight, _inverse_rms(x[i], eps), out[i])
+
+
+@njit(nogil=True, cache=True)
+def rms_norm_gradient(start, stop, x, weight, eps, upstream, residual, out, slots, d_weight):
+    """out (N, H) = residual (N, H) + gradient of x; d_weight[slots[start]] (H,) fp32 += its own."""
+    into = d_weight[slots[start]]
+    for i in range(start, stop):
+        scale = _inverse_rms(x[i], eps)
+        _norm_gradient(x[i], weight, scale, upstream[i], residual[i], out[i], into)
+
+
+@njit(nogil=True, cache=True)
+def rotate(start, stop, stacked, heads, cos, sin, norms, eps, out):
+    """Heads [0, heads) of stacked (N, all heads, D), normalised if asked, then rotated, into out,
+    which may be `stacked`; the other heads are copied.
+
+    cos, sin (N, D); norms (heads, D): weights of each head's RMSNorm, or (0, D): none. Source:
+    arXiv 2104.09864, equation 34, with the halves of a head as pairs.
+    """
+    half = stacked.shape[2] // 2
+    row = np.empty(stacked.shape[2], np.float32)
+    for i in range(start, stop):
+        for head in range(heads):
+            source = stacked[i, head]
+            if norms.shape[0]:
+                _norm_wide(source, norms[head], _inverse_rms(source, eps), row)
+            else:
+                _widen(source, row)
+            _rotate_row(row, cos[i], sin[i], half, out[i, head])
+        for head in range(heads, stacked.shape[1]):
+            out[i, head] = stacked[i, head]
+
+
+@njit(nogil=True, cache=True)
+def rotate_gradient(
+    start, stop, stacked, heads, cos, sin, norms, eps, d_q, d_k, d_v, out, slots, d_norms
+):
+    """out (N, all heads, D): gradient of `stacked` from those of its rotated queries and keys and
+    of its values; d_norms[slots[start]] (heads, D) fp32 += that of the norm's weights."""
+    queries, keys = d_q.shape[1], d_k.shape[1]
+    size = stacked.shape[2]
+    row = np.empty(size, np.float32)
+    nothing = np.zeros(size, np.float32)
+    for i in range(start, stop):
+        for head in range(heads):
+            if head < queries:
+                _rotate_back(d_q[i, head], cos[i], sin[i], size // 2, row)
+            else:
+                _rotate_back(d_k[i, head - queries], cos[i], sin[i], size // 2, row)
+            if norms.shape[0]:
+                source = stacked[i, head]
+                scale = _inverse_rms(source, eps)
+                into = d_norms[slots[start], head]
+                _norm_gradient(source, norms[head], scale, row, nothing, out[i, head], into)
+            else:
+                _narrow(row, out[i, head])
+        for head in range(keys):
+            out[i, queries + keys + head] = d_v[i, head]
+
+
+@njit(nogil=True, cache=True)
+def swiglu(start, stop, gate_up, out):
+    """out (N, I) = silu(gate) * up for gate_up (N, 2 I). Source: arXiv 2002.05202, equation 6."""
+    width = out.shape[1]
+    sigmoid = np.empty(width, np.float32)
+    for i in range(start, stop):
+        _sigmoid(gate_up[i, :width], sigmoid)
+        _swiglu(gate_up[i, :width], gate_up[i, width:], sigmoid, out[i])
+
+
+@njit(nogil=True, cache=True)
+def swiglu_gradient(start, stop, gate_up, upstream, d_gate_up):
+    """d_gate_up (N, 2 I) from upstream (N, I), which becomes what `swiglu` had put out."""
+    # one output a loop: a loop with three of them is too tangled for the compiler to vectorise
+    width = upstream.shape[1]
+    sigmoid = np.empty(width, np.float32)
+    for i in range(start, stop):
+        gate, up = gate_up[i, :width], gate_up[i, width:]
+        _sigmoid(gate, sigmoid)
+        _d_gate(gate, up, sigmoid, upstream[i], d_gate_up[i, :width])
+        _swiglu(gate, upstream[i], sigmoid, d_gate_up[i, width:])
+        _swiglu(gate, up, sigmoid, upstream[i])
+
+
+def _value(stored):
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_value)
+def _compiled_value(stored):
+    if stored == types.uint16:
+        return lambda stored: scalar.from_bfloat16(stored)
+    return lambda stored: stored
+
+
+def _put(out, index, value):
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_put)
+def _compiled_put(out, index, value):
+    if out.dtype == types.uint16:
+
+        def put(out, index, value):
+            out[index] = scalar.bfloat16(value)
+    else:
+
+        def put(out, index, value):
+            out[index] = value
+
+    return put
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _inverse_rms(row, eps):
+    total = np.float32(0)
+    for j in range(row.size):
+        value = _value(row[j])
+        total += value * value
+    return np.float32(1) / np.sqrt(total / np.float32(row.size) + eps)
+
+
+@njit(nogil=True, cache=True)
+def _norm(row, weight, scale, out):
+    for j in range(row.size):
+        _put(out, j, _value(row[j]) * scale * _value(weight[j]))
+
+
+@njit(nogil=True, cache=True)
+def _norm_wide(row, weight, scale, out):
+    for j in range(row.size):
+        out[j] = _value(row[j]) * scale * _value(weight[j])
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _norm_gradient(row, weight, scale, upstream, residual, out, d_weight):
+    dot = np.float32(0)
+    for j in range(row.size):
+        x = _value(row[j]) * scale
+        g = _value(upstream[j])
+        d_weight[j] += g * x
+        dot += g * _value(weight[j]) * x
+    dot /= np.float32(row.size)
+    for j in range(row.size):
+        x = _value(row[j]) * scale
+        slope = scale * (_value(upstream[j]) * _value(weight[j]) - dot * x)
+        _put(out, j, _value(residual[j]) + slope)
+
+
+@njit(nogil=True, cache=True)
+def _widen(row, out):
+    for j in range(row.size):
+        out[j] = _value(row[j])
+
+
+@njit(nogil=True, cache=True)
+def _narrow(row, out):
+    for j in range(row.size):
+        _put(out, j, row[j])
+
+
+@njit(nogil=True, cache=True)
+def _rotate_row(row, cos, sin, half, out):
+    low, high = out[:half], out[half:]
+    for j in range(half):
+        _put(low, j, row[j] * _value(cos[j]) - row[j + half] * _value(sin[j]))
+    for j in range(half):
+        _put(high, j, row[j + half] * _value(cos[j + half]) + row[j] * _value(sin[j + half]))
+
+
+@njit(nogil=True, cache=True)
+def _rotate_back(row, cos, sin, half, out):
+    low, high = out[:half], out[half:]
+    for j in range(half):
+        low[j] = _value(row[j]) * _value(cos[j]) + _value(row[j + half]) * _value(sin[j + half])
+    for j in range(half):
+        high[j] = _value(row[j + half]) * _value(cos[j + half]) - _value(row[j]) * _value(sin[j])
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # else each / is a branch
+def _sigmoid(row, out):
+    for j in range(row.size):
+        out[j] = np.float32(1) / (np.float32(1) + exp(-maximum(_value(row[j]), _LOWEST)))
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _swiglu(gate, up, sigmoid, out):
+    for j in range(gate.size):
+        _put(out, j, _value(gate[j]) * sigmoid[j] * _value(up[j]))
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _d_gate(gate, up, sigmoid, upstream, out):
+    for j in range(gate.size):
+        slope = sigmoid[j] * (np.float32(1) + _value(gate[j]) * (np.float32(1) - sigmoid[j]))
+        _put(out, j, _value(upstream[j]) * _value(up[j]) * slope)
