@@ -52,6 +52,22 @@ def test_error_is_that_of_rounding(prompt_len, lengths, heads, size):
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
 
 
+@pytest.mark.parametrize(("prompt_len", "lengths"), [(7, [5, 1, 70]), (64, [3]), (5, [0, 0])])
+def test_queries_of_the_completions_alone(prompt_len, lengths):
+    """The prompt's keys and values come from elsewhere; its rows have no query."""
+    torch.manual_seed(0)
+    bounds = tuple(itertools.accumulate(lengths, initial=prompt_len))
+    q, k, v, grad = (torch.randn(bounds[-1], 2, 32).bfloat16() for _ in range(4))
+    grad[:prompt_len] = 0
+    whole = gradients(tiles.TileAttention.apply, (q, k, v), prompt_len, bounds, grad)
+    alone = (q[prompt_len:], k, v)
+    part = gradients(tiles.TileAttention.apply, alone, prompt_len, bounds, grad[prompt_len:])
+    for both, some in zip(whole[:2], part[:2], strict=True):
+        assert torch.equal(both[prompt_len:], some)
+    for both, some in zip(whole[2:], part[2:], strict=True):
+        torch.testing.assert_close(both, some)
+
+
 def test_rows_may_lie_anywhere():
     """Query, key and value rows as slices of one wide row, as a stacked projection leaves them."""
     torch.manual_seed(0)

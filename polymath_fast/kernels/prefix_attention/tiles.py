@@ -37,26 +37,28 @@ class _Work:
     """rows of the longest segment"""
 
 
-def _work(prompt_len: int, bounds: tuple[int, ...], key_heads: int) -> _Work:
-    """bounds (B + 1,): key rows at which completions begin; the prompt is a segment of its own."""
+def _work(prompt_len: int, bounds: tuple[int, ...], key_heads: int, query_rows: int) -> _Work:
+    """bounds (B + 1,): key rows at which completions begin; the prompt is a segment of its own,
+    unless there are queries of the completions alone."""
     edges = np.array([0, *bounds], dtype=np.int64)
     lengths = np.diff(edges)
-    table = np.stack([edges[:-1], lengths, edges[:-1], np.arange(len(lengths)) > 0], axis=1)
-    table = np.ascontiguousarray(table[lengths > 0])
+    queries = edges[:-1] + query_rows - bounds[-1]
+    table = np.stack([queries, lengths, edges[:-1], np.arange(len(lengths)) > 0], axis=1)
+    table = np.ascontiguousarray(table[(lengths > 0) & (queries >= 0)])
     ranges = split(len(table) * key_heads)
     slots = np.zeros(len(table) * key_heads + 1, np.int64)
     for number, (start, _) in enumerate(ranges):
         slots[start] = number
-    return _Work(table, ranges, slots, int(lengths.max()))
+    return _Work(table, ranges, slots, int(table[:, 1].max(initial=0)))
 
 
 class TileAttention(torch.autograd.Function):
-    """q (T, Hq, D), k and v (T, Hkv, D), all bf16 -> out (T, Hq, D)."""
+    """q (T or T - P, Hq, D), k and v (T, Hkv, D), all bf16 -> out like q."""
 
     @staticmethod
     def forward(ctx, q, k, v, prompt_len: int, bounds: tuple[int, ...], scale: float):
         q, k, v = (_rows_in_place(x) for x in (q, k, v))
-        work = _work(prompt_len, bounds, k.shape[1])
+        work = _work(prompt_len, bounds, k.shape[1], len(q))
         keys, _ = _packed("keys", k, prompt_len)
         _, values = _packed("values", v, prompt_len)
         out = torch.empty(q.shape, dtype=q.dtype)
