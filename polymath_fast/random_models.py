@@ -67,6 +67,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "tiny": _shape("llama", 64, 2, 4, 2, 128, 320, True, **_TINY),
     "tiny-qwen2": _shape("qwen2", 64, 2, 4, 2, 128, 320, True, **_TINY),
     "tiny-qwen3": _shape("qwen3", 64, 2, 4, 2, 128, 320, False, **_TINY),
+    "tiny-gemma": _shape("gemma", 64, 2, 4, 1, 128, 320, True, **_TINY),
     "smollm2-135m": _shape(
         "llama", 576, 30, 9, 3, 1536, 49152, True, max_position_embeddings=8192, **_rope(1e5)
     ),

@@ -116,7 +116,8 @@ def test_a_second_call_builds_nothing(smollm2: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("family", "model_type"), [("tiny", "llama"), ("tiny-qwen2", "qwen2"), ("tiny-qwen3", "qwen3")]
+    ("family", "model_type"),
+    [("tiny", "llama"), ("tiny-qwen2", "qwen2"), ("tiny-qwen3", "qwen3"), ("tiny-gemma", "gemma")],
 )
 def test_tiny_families_are_quick_and_say_something(
     family: str, model_type: str, own_cache: Path

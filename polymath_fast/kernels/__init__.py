@@ -22,6 +22,7 @@ _PUBLIC = {
     "grpo_loss": "grpo_loss",
     "linear_grpo_loss": "linear_grpo_loss",
     "prefix_attention": "prefix_attention",
+    "prefix_attention_blocks": "prefix_attention",
     "weight_sync": "weight_sync",
     "SegmentTable": "weight_sync",
     "policy_loss": "policy_loss",

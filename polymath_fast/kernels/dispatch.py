@@ -13,13 +13,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 import torch
 
-FILES = {"reference": "reference", "cpu": "_cpu", "triton": "_triton", "cuda": "_cuda"}
+FILES = {
+    "reference": "reference",
+    "cpu": "_cpu",
+    "triton": "_triton",
+    "cuda": "_cuda",
+    "flash": "_flash",
+}
 """implementation -> module inside kernels/<operator>/"""
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -28,7 +35,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear_logprobs": ("triton", "cpu", "reference"),
     "grpo_loss": ("triton", "cpu", "reference"),
     "linear_grpo_loss": ("triton", "cpu", "reference"),
-    "prefix_attention": ("cpu", "reference"),
+    "prefix_attention": ("flash", "triton", "cpu", "reference"),
     "weight_sync": ("cuda", "triton", "cpu", "reference"),
 }
 """operator -> what exists for it, fastest first"""
@@ -62,6 +69,7 @@ def choose(
     default: str | None = None,
     capability: tuple[int, int] | None = None,
     built: bool | None = None,
+    flash_attn: bool | None = None,
 ) -> tuple[str, str]:
     """The implementation of `op` that runs on these inputs, and the reason in words.
 
@@ -72,6 +80,7 @@ def choose(
         default: what `use` or POLYMATH_FAST_IMPL asked for; binding where `op` has it.
         capability: CUDA compute capability of the device, None when it has none.
         built: whether csrc/<op>.cu has been compiled; None looks for the file.
+        flash_attn: whether that library is installed; None looks for it.
 
     Raises:
         ValueError: an implementation was asked for that does not exist or cannot run here.
@@ -83,13 +92,13 @@ def choose(
     if asked == "auto" and default is not None and default in existing:
         asked = default
     if asked != "auto":
-        refusal = _refusal(op, asked, device, dtype, capability, built)
+        refusal = _refusal(op, asked, device, dtype, capability, built, flash_attn)
         if refusal:
             raise ValueError(f"{op}: impl={asked!r} is not possible here: {refusal}; use 'auto'")
         return asked, f"asked for {asked!r}"
     refusals = []
     for candidate in existing:
-        refusal = _refusal(op, candidate, device, dtype, capability, built)
+        refusal = _refusal(op, candidate, device, dtype, capability, built, flash_attn)
         if refusal is None:
             because = "; ".join(refusals) or f"the fastest one for {device.type} tensors"
             return candidate, because
@@ -143,6 +152,7 @@ def _refusal(
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
     built: bool | None,
+    flash_attn: bool | None,
 ) -> str | None:
     """Why `impl` of `op` cannot run on these inputs; None when it can."""
     if impl not in IMPLEMENTATIONS[op]:
@@ -159,7 +169,16 @@ def _refusal(
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     if impl == "cuda" and not (library_path(op).is_file() if built is None else built):
         return f"csrc/{op}.cu is not compiled (pip install -e . with nvcc on the PATH does it)"
+    if impl == "flash" and dtype == torch.float32:
+        return "float32 inputs (bfloat16 and float16 work)"
+    if impl == "flash" and not (_has_flash_attn() if flash_attn is None else flash_attn):
+        return "flash-attn is not installed (pip install 'polymath-fast[flash-attn]')"
     return None
+
+
+@functools.cache
+def _has_flash_attn() -> bool:
+    return find_spec("flash_attn") is not None
 
 
 def _check_name(impl: str, where: str) -> None:

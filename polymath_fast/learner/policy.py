@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from polymath_fast.errors import UserError
-from polymath_fast.kernels import prefix_attention
+from polymath_fast.kernels import prefix_attention_blocks
 from polymath_fast.learner import fused_layers
 from polymath_fast.learner.packing import PackedBatch, pack_prompt
 from polymath_fast.learner.shared_prompt import SharedPrompt
 
 ATTENTION = "polymath_fast"
-SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
+SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "gemma")
+_OTHER_ATTENTION = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 def shared_prompt_attention(
@@ -30,7 +31,7 @@ def shared_prompt_attention(
     packed: PackedBatch | None = None,
     shared_prompt: SharedPrompt | None = None,
     decode: object | None = None,
-    **_: object,
+    **more: object,
 ) -> tuple[Tensor, None]:
     """Attention of the packed learner pass (`packed=`) or of the embedded sampler (`decode=`).
 
@@ -42,23 +43,19 @@ def shared_prompt_attention(
         return decode.attend(module.layer_idx, query, key, value, scaling), None
     if packed is None:
         raise RuntimeError(f"{ATTENTION!r} attention runs only inside Policy and its samplers")
+    asked = {name: more[name] for name in _OTHER_ATTENTION if more.get(name) is not None}
+    if asked:
+        raise UserError(
+            f"{type(module).__name__} asks for attention with {asked}, which the shared-prompt "
+            "learner does not compute; use a model with plain causal attention"
+        )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, D)
     if shared_prompt is not None and shared_prompt.complete:
         k, v = shared_prompt.extend(module.layer_idx, k, v)
-        (block,) = packed.blocks
-        out = prefix_attention(q, k, v, block.prompt_len, block.cu_seqlens, scale=scaling)
-        return out.unsqueeze(0), None
-    if shared_prompt is not None:
+    elif shared_prompt is not None:
         shared_prompt.keep(module.layer_idx, k, v)
-    outs = []
-    for block in packed.blocks:
-        rows = slice(block.start, block.end)
-        outs.append(
-            prefix_attention(
-                q[rows], k[rows], v[rows], block.prompt_len, block.cu_seqlens, scale=scaling
-            )
-        )
-    return (outs[0] if len(outs) == 1 else torch.cat(outs)).unsqueeze(0), None
+    blocks = [(block.prompt_len, block.cu_seqlens) for block in packed.blocks]
+    return prefix_attention_blocks(q, k, v, blocks, scale=scaling).unsqueeze(0), None
 
 
 def _register_attention() -> None:
@@ -74,6 +71,11 @@ def _check_supported(config: object) -> None:
         raise UserError(
             f"model family {family!r} is not supported by the shared-prompt learner; "
             f"use one of {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UserError(
+            f"{family!r} with use_bidirectional_attention is no causal language model; set it to "
+            "false in config.json"
         )
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(config, "use_sliding_window", False) or kinds - {"full_attention"}:

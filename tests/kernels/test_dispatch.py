@@ -31,6 +31,23 @@ def test_auto_takes_what_can_run() -> None:
     assert "7.5 is below 8.0" in reason
 
 
+def test_a_library_runs_where_it_is_installed() -> None:
+    op, hopper = "prefix_attention", (9, 0)
+
+    def choose(dtype: torch.dtype = torch.bfloat16, **options: object) -> tuple[str, str]:
+        return dispatch.choose(op, "cuda", dtype, capability=hopper, **options)
+
+    assert choose(flash_attn=True)[0] == "flash"
+    name, reason = choose(flash_attn=False)
+    assert name == "triton" and "flash-attn is not installed" in reason
+    name, reason = choose(torch.float32, flash_attn=True)
+    assert name == "triton" and "float32" in reason
+    with pytest.raises(ValueError, match="flash-attn is not installed"):
+        choose(impl="flash", flash_attn=False)
+    with pytest.raises(ValueError, match="7.5 is below 8.0"):
+        dispatch.choose(op, "cuda", torch.float16, impl="flash", capability=(7, 5))
+
+
 @pytest.mark.usefixtures("with_triton")
 def test_asked_for_but_impossible_says_why() -> None:
     with pytest.raises(ValueError, match="the tensors are on cpu"):

@@ -2,53 +2,70 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
+from attention_checks import LAYOUTS, compare, eager, make, offsets_of, run
 
-from polymath_fast.kernels import prefix_attention
-from polymath_fast.kernels.prefix_attention import _cpu as cpu
+from polymath_fast.kernels import prefix_attention, prefix_attention_blocks
+from polymath_fast.kernels.prefix_attention import _cpu, reference
 
-# relative error of the output and of dq, dk, dv against float64
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
-
-
-def inputs(lengths, prompt_len, heads=(6, 2), head_dim=16, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    rows = prompt_len + sum(lengths)
-    shapes = [(rows, heads[0], head_dim), *[(rows, heads[1], head_dim)] * 2]
-    q, k, v = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return q, k, v, cu_seqlens
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def run(impl, dtype, q, k, v, prompt_len, cu_seqlens, grad):
-    leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
-    out = prefix_attention(*leaves, prompt_len, cu_seqlens, impl=impl)
-    out.backward(grad.to(dtype))
-    return [out.detach(), *(x.grad for x in leaves)]
+def inputs(lengths, prompt_len, heads=(6, 2), dtype=torch.float32):
+    layout = [(prompt_len, lengths)]
+    return *make(layout, heads, 16, dtype)[:3], offsets_of(layout)[0][1]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    ("lengths", "prompt_len"),
-    [
-        ([5, 1, 0, 17], 7),  # ragged, one token, an empty completion
-        ([3], 1),  # a prompt of one token
-        ([], 9),  # no completion at all
-        ([0, 0], 4),  # only empty ones
-        ([33] * 6, 65),  # more rows than one block of the kernel
-    ],
-)
-def test_agrees_with_float64(lengths, prompt_len, dtype):
-    q, k, v, cu_seqlens = inputs(lengths, prompt_len, dtype=dtype)
-    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
-    found = run("cpu", dtype, q, k, v, prompt_len, cu_seqlens, grad)
-    truth = run("reference", torch.float64, q, k, v, prompt_len, cu_seqlens, grad)
-    for name, x, y in zip(("out", "dq", "dk", "dv"), found, truth, strict=True):
-        error = (x.double() - y).norm() / y.norm()
-        assert error < TOLERANCE[dtype], f"{name}: {error:.1e}"
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_agrees_with_float64(layout, dtype):
+    compare(_cpu.prefix_attention, layout, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("implementation", [_cpu, reference])
+def test_queries_of_the_completions_alone(implementation, layout, dtype):
+    """The prompt's keys and values are given, its own output is known: the other rows are equal."""
+    compare(implementation.prefix_attention, layout, dtype=dtype, alone=True)
+
+
+def test_a_thousand_identical_completions():
+    layout = [(6, [5] * 1024)]
+    tensors = make(layout, (2, 1), 16, torch.float32)
+    for x in tensors:
+        x[6:] = x[6:11].repeat(1024, 1, 1)
+    out, d_q, d_k, d_v = run(_cpu.prefix_attention, tensors, layout, 0.25)
+    once = run(eager, [x[:11] for x in tensors], [(6, [5])], 0.25)
+    for mine, other in zip((out, d_q, d_k, d_v), once, strict=True):
+        torch.testing.assert_close(mine[6:].view(1024, 5, *mine.shape[1:]).unique(dim=0)[0],
+                                   other[6:], rtol=1e-5, atol=1e-6)  # fmt: skip
+    alone = run(eager, [x[:6] for x in tensors], [(6, [])], 0.25)
+    for mine, other, prompt in zip((d_k, d_v), once[2:], alone[2:], strict=True):
+        total = prompt[:6] + 1024 * (other[:6] - prompt[:6])
+        torch.testing.assert_close(mine[:6], total, rtol=1e-4, atol=1e-3)
+
+
+def test_derivatives_by_finite_differences():
+    """The specification in float64 is the derivative of itself: gradcheck of autograd's way."""
+    q, k, v, cu_seqlens = inputs([2, 0, 3], 2, heads=(2, 1), dtype=torch.float64)
+    leaves = [x[..., :3].clone().requires_grad_() for x in (q, k, v)]
+    torch.autograd.gradcheck(
+        lambda *x: prefix_attention(*x, 2, cu_seqlens, impl="reference"), leaves
+    )
+
+
+def test_blocks_are_calls_side_by_side():
+    layout = LAYOUTS["several prompts"]
+    q, k, v, _ = make(layout, (4, 2), 16, torch.float32)
+    together = prefix_attention_blocks(q, k, v, offsets_of(layout))
+    start = 0
+    for prompt_len, cu_seqlens in offsets_of(layout):
+        end = start + prompt_len + int(cu_seqlens[-1])
+        alone = prefix_attention(q[start:end], k[start:end], v[start:end], prompt_len, cu_seqlens)
+        torch.testing.assert_close(together[start:end], alone)
+        start = end
 
 
 def test_reference_is_ordinary_attention():
@@ -61,25 +78,6 @@ def test_reference_is_ordinary_attention():
             *(x[rows].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True
         )[0].transpose(0, 1)
         torch.testing.assert_close(out[rows], alone)
-
-
-@pytest.mark.parametrize("impl", ["cpu", "reference", "padded"])
-@pytest.mark.parametrize(("lengths", "prompt_len"), [([5, 1, 0, 17], 7), ([3], 1)])
-def test_queries_of_the_completions_alone(lengths, prompt_len, impl, monkeypatch):
-    """The prompt's keys and values are given, its own output is known: the other rows are equal."""
-    if impl == "padded":  # what an implementation does that wants every row
-        monkeypatch.delattr(cpu, "QUERIES_OF_COMPLETIONS")
-    q, k, v, cu_seqlens = inputs(lengths, prompt_len)
-    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
-    grad[:prompt_len] = 0
-    truth = run("reference", torch.float64, q, k, v, prompt_len, cu_seqlens, grad)
-    name = "reference" if impl == "reference" else "cpu"
-    tail = slice(prompt_len, None)
-    found = run(name, torch.float32, q[tail], k, v, prompt_len, cu_seqlens, grad[tail])
-    truth = [truth[0][tail], truth[1][tail], *truth[2:]]
-    for name, x, y in zip(("out", "dq", "dk", "dv"), found, truth, strict=True):
-        assert x.shape == y.shape
-        assert (x.double() - y).norm() <= 1e-6 * y.norm(), name
 
 
 def test_completions_do_not_see_each_other():
@@ -95,10 +93,9 @@ def test_completions_do_not_see_each_other():
 
 
 def test_two_runs_are_equal_to_the_bit():
-    q, k, v, cu_seqlens = inputs([40, 3, 25], 30, dtype=torch.bfloat16)
-    grad = torch.randn(q.shape)
-    first = run("cpu", torch.bfloat16, q, k, v, 30, cu_seqlens, grad)
-    second = run("cpu", torch.bfloat16, q, k, v, 30, cu_seqlens, grad)
+    layout = [(30, [40, 3, 25])]
+    tensors = make(layout, (6, 2), 16, torch.bfloat16)
+    first, second = (run(_cpu.prefix_attention, tensors, layout, 0.3) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
@@ -124,7 +121,10 @@ def test_strided_inputs():
         (lambda a: a | {"k": a["k"][1:], "v": a["v"][1:]}, "14 rows of k and 15 of q"),
         (lambda a: a | {"q": a["q"][3:]}, "15 rows of k and 12 of q"),
         (lambda a: a | {"q": a["q"][:, :5]}, "5 query heads"),
-        (lambda a: a | {"impl": "triton"}, "prefix_attention has only"),
+        (lambda a: a | {"impl": "triton"}, "the tensors are on cpu"),
+        (lambda a: a | {"impl": "flash"}, "the tensors are on cpu"),
+        (lambda a: a | {"impl": "cuda"}, "prefix_attention has only"),
+        (lambda a: a | {"scale": -1.0}, "scale -1.0"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -29,8 +29,8 @@ def gradients(attention, tensors, prompt_len, bounds, grad):
 
 
 def exact(q, k, v, prompt_len, bounds, scale):
-    cu_seqlens = torch.tensor(bounds) - prompt_len
-    return reference.prefix_attention(q, k, v, prompt_len, cu_seqlens, scale)
+    block = (prompt_len, tuple(bound - prompt_len for bound in bounds))
+    return reference.prefix_attention(q, k, v, (block,), scale)
 
 
 @pytest.mark.parametrize(("prompt_len", "lengths", "heads", "size"), CASES)

@@ -1,4 +1,4 @@
-"""Numerics of the Triton kernels without a GPU: `interpreted_triton.py` in a process of its own.
+"""Numerics of the Triton kernels without a GPU: `interpreted_*.py`, each in a process of its own.
 
 Triton decides at import whether it interprets, so the switch must not reach this process.
 """
@@ -15,16 +15,17 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("interpreted_triton.py")
-FEWEST = 40
+FEWEST = {"interpreted_triton.py": 40, "interpreted_attention.py": 16}
 """cases; fewer mean that the file was not collected as a whole"""
 
 
-def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", FEWEST)
+def test_kernels_in_the_interpreter(cases: str, tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    path = Path(__file__).with_name(cases)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", f"--junitxml={report}", CASES],
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", f"--junitxml={report}", path],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -32,4 +33,4 @@ def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert int(suite.get("tests")) >= FEWEST and int(suite.get("skipped")) == 0
+    assert int(suite.get("tests")) >= FEWEST[cases] and int(suite.get("skipped")) == 0

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from polymath_fast.errors import UserError
 from polymath_fast.learner.packing import TrainingRow, pack
-from polymath_fast.learner.policy import Policy
+from polymath_fast.learner.policy import Policy, shared_prompt_attention
 from polymath_fast.models import resolve_model
 
 PROMPTS = [(5, 9, 17, 33, 70), (8, 21)]
@@ -59,7 +59,7 @@ def packed_loss(policy, all_rows):
     return (chosen * batch.advantages.repeat_interleave(lengths)).sum(), chosen.detach()
 
 
-@pytest.mark.parametrize("family", ["tiny", "tiny-qwen2", "tiny-qwen3"])
+@pytest.mark.parametrize("family", ["tiny", "tiny-qwen2", "tiny-qwen3", "tiny-gemma"])
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one prompt", "two prompts"])
 def test_logprobs_and_gradients_equal_the_padded_pass(family, prompts):
     folder = resolve_model(f"random:{family}", notify=lambda text: None)
@@ -92,11 +92,13 @@ def test_saved_folder_loads_in_plain_transformers(tmp_path, tiny_model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "llama, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "llama, qwen2, qwen3, gemma"),
         (
             {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
             "sliding-window attention",
         ),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "no causal language model"),
+        ({"model_type": "gemma2"}, "model family 'gemma2' is not supported"),
     ],
 )
 def test_unsupported_attention_is_refused(tmp_path, change, message):
@@ -107,3 +109,17 @@ def test_unsupported_attention_is_refused(tmp_path, change, message):
     (tmp_path / "m/config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=message):
         Policy(tmp_path / "m")
+
+
+@pytest.mark.parametrize("asked", [{"sliding_window": 16}, {"softcap": 50.0}, {"s_aux": [0.1]}])
+def test_other_attention_is_refused_where_it_is_asked_for(asked):
+    """Whatever a configuration says: what a model's own code passes on is not ignored."""
+    batch = pack(rows(PROMPTS[:1]))
+    q, k, v = (torch.randn(1, heads, batch.input_ids.shape[1], 16) for heads in (4, 2, 2))
+    plain = dict.fromkeys(asked)
+    out, _ = shared_prompt_attention(torch.nn.Identity(), q, k, v, None, scaling=0.25, packed=batch,
+                                     **plain)  # fmt: skip
+    assert out.shape == (1, q.shape[2], 4, 16)
+    with pytest.raises(UserError, match=f"Identity asks for attention with.*{[*asked][0]}"):
+        shared_prompt_attention(torch.nn.Identity(), q, k, v, None, scaling=0.25, packed=batch,
+                                **asked)  # fmt: skip

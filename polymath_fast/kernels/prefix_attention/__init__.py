@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from polymath_fast.kernels import dispatch
+from polymath_fast.kernels.prefix_attention.blocks import to_blocks
 
 
 def prefix_attention(
@@ -32,30 +34,47 @@ def prefix_attention(
         prompt_len: rows of the prompt, at least 1.
         cu_seqlens: (B + 1,) int32 on the CPU, completion offsets counted from the prompt's end;
             starts at 0, never falls; an empty completion is two equal offsets.
-        scale: factor on the scores; None = 1 / sqrt(D).
-        impl: "auto", "reference" or "cpu".
+        scale: factor on the scores, above 0; None = 1 / sqrt(D).
+        impl: "auto", "reference", "cpu", "triton" or "flash". "triton" takes D up to 256, up to 128
+            in float32; "flash" (the flash-attn package) multiples of 8 up to 256, not float32.
 
     Returns:
-        q's shape and dtype, differentiable in q, k and v.
+        q's shape and dtype, differentiable in q, k and v, once. Deterministic.
 
     Raises:
         ValueError: shapes, dtypes or offsets do not fit, or `impl` cannot run here.
 
-    Source: the merge by log-sum-exp of FlashAttention (arXiv 2205.14135, section 3.1) applied to a
-    shared prefix as in Hydragen (arXiv 2402.05099), with the exact backward of merged pieces.
+    Source: the online softmax of FlashAttention (arXiv 2205.14135) over a shared prefix as in
+    Hydragen (arXiv 2402.05099), with the exact backward of merged pieces.
     """
-    _check(q, k, v, prompt_len, cu_seqlens)
+    return prefix_attention_blocks(q, k, v, [(prompt_len, cu_seqlens)], scale=scale, impl=impl)
+
+
+@dispatch.untraced
+def prefix_attention_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Sequence[tuple[int, Tensor]],
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`prefix_attention` of several prompts, one block of rows after the other, in one call.
+
+    Args:
+        blocks: (prompt_len, cu_seqlens) of each; together they cover the T rows of k and v.
+        q: T rows, or those of the completions of all blocks alone.
+        k, v, scale, impl: as for `prefix_attention`. Returns and raises the same.
+    """
+    _check(q, k, v, scale)
+    packed = to_blocks(blocks, q.shape[0], k.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     implementation = dispatch.resolve("prefix_attention", q, impl)
-    missing = k.shape[0] - q.shape[0]
-    if missing and not getattr(implementation, "QUERIES_OF_COMPLETIONS", False):
-        # Rows nobody reads have no gradient: the price is the prompt's attention to itself.
-        q = torch.cat([q.new_zeros(missing, *q.shape[1:]), q])
-        return implementation.prefix_attention(q, k, v, prompt_len, cu_seqlens, scale)[missing:]
-    return implementation.prefix_attention(q, k, v, prompt_len, cu_seqlens, scale)
+    return implementation.prefix_attention(q, k, v, packed, scale)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, prompt_len: int, cu_seqlens: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or k.shape[2] != q.shape[2]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want (T, Hq, D), "
@@ -67,14 +86,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, prompt_len: int, cu_seqlens: Tensor)
         raise ValueError(
             f"q, k, v differ: {q.dtype}/{q.device}, {k.dtype}/{k.device}, {v.dtype}/{v.device}"
         )
-    offsets = cu_seqlens.tolist()
-    if cu_seqlens.device.type != "cpu" or offsets[0] != 0 or offsets != sorted(offsets):
-        raise ValueError(
-            "cu_seqlens must lie on the CPU, start at 0 and never fall, e.g. [0, 5, 9]"
-        )
-    rows = prompt_len + offsets[-1]
-    if prompt_len < 1 or rows != k.shape[0] or q.shape[0] not in (rows, offsets[-1]):
-        raise ValueError(
-            f"prompt_len {prompt_len} + {offsets[-1]} completion rows do not fit {k.shape[0]} rows "
-            f"of k and {q.shape[0]} of q: k needs all of them, q all or the completions' alone"
-        )
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale {scale} must be above 0 and finite, e.g. {q.shape[2] ** -0.5}")

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from polymath_fast.kernels.prefix_attention import tiles
+from polymath_fast.kernels.prefix_attention.blocks import Block, one_by_one
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _SPREAD = 1.25  # longest over shortest completion of a bucket, beyond _SLACK rows of difference
 _SLACK = 16
-QUERIES_OF_COMPLETIONS = True  # q may lack the rows of the prompt
 
 
 @lru_cache(maxsize=16)
@@ -123,10 +123,15 @@ def _causal_buckets(
 
 
 def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, prompt_len: int, cu_seqlens: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...], scale: float
 ) -> Tensor:
     """See `polymath_fast.kernels.prefix_attention`."""
-    bounds = tuple((prompt_len + cu_seqlens).tolist())
-    if tiles.fits(q, scale):
-        return tiles.TileAttention.apply(q, k, v, prompt_len, bounds, scale)
-    return PrefixAttention.apply(q, k, v, prompt_len, bounds, scale)
+    function = tiles.TileAttention if tiles.fits(q, scale) else PrefixAttention
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, prompt_len: int, offsets: tuple[int, ...]
+    ) -> Tensor:
+        bounds = tuple(prompt_len + offset for offset in offsets)
+        return function.apply(q, k, v, prompt_len, bounds, scale)
+
+    return one_by_one(attend, q, k, v, blocks)

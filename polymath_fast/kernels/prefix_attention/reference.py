@@ -5,25 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-QUERIES_OF_COMPLETIONS = True  # q may lack the rows of the prompt
+from polymath_fast.kernels.prefix_attention.blocks import Block, one_by_one
 
 
 def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, prompt_len: int, cu_seqlens: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...], scale: float
 ) -> Tensor:
     """Softmax attention written out, one segment at a time, in float32 (float64 for float64)."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, prompt_len: int, offsets: tuple[int, ...]
+    ) -> Tensor:
+        bounds = [0, *(prompt_len + offset for offset in offsets)]
+        return _block(q, k, v, bounds, scale)
+
+    return one_by_one(attend, q, k, v, blocks)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], scale: float) -> Tensor:
+    """bounds: where each segment starts, the prompt first, and the end."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     groups = q.shape[1] // k.shape[1]
     keys = k.to(wide).repeat_interleave(groups, dim=1)  # (T, Hq, D)
     values = v.to(wide).repeat_interleave(groups, dim=1)
     queries = q.to(wide) * scale
     missing = k.shape[0] - q.shape[0]
-    bounds = [0, *(prompt_len + cu_seqlens).tolist()]
     outs = []
     for segment, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if end <= missing:
             continue
-        context = 0 if segment == 0 else prompt_len
+        context = 0 if segment == 0 else bounds[1]
         rows = list(range(context)) + list(range(start, end))
         scores = torch.einsum("qhd,khd->hqk", queries[start - missing : end - missing], keys[rows])
         length = end - start

@@ -33,8 +33,8 @@ class Variant:
     warps: int = 4
     stages: int = 3
     capabilities: tuple[int, ...] = (80, 90, 100)
-    matrix: bool = False
-    """whether it is a matrix product, which must use the units built for them"""
+    matrix: bool | None = False
+    """whether it is a matrix product, which must use the newest units for it; None: any will do"""
     programs: int = 1
     """that must fit on a multiprocessor at once"""
     registers: int | None = None

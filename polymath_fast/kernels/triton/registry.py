@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from polymath_fast.kernels.group_advantages import _triton as advantages
 from polymath_fast.kernels.triton import gradient_kernels, head, head_kernels, row_kernels, rows
 from polymath_fast.kernels.triton.aot import Variant
+from polymath_fast.kernels.triton.attention_registry import attention_variants
 from polymath_fast.kernels.triton.scaling import scale_kernel
 from polymath_fast.kernels.weight_sync import _triton as sync
 
@@ -30,6 +31,7 @@ def variants() -> Iterator[Variant]:
     yield _target_sums(bias=True)
     for scale in ("group", "batch", "none"):
         yield _advantages(scale)
+    yield from attention_variants()
     for src, dst in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp16"), ("bf16", "fp16")):
         yield _weight_sync(src, dst)
 
