@@ -24,7 +24,9 @@ from polymath_fast.kernels import (
     linear_logprobs,
     token_logprobs,
 )
-from polymath_fast.kernels.triton import coefficients, head
+from polymath_fast.kernels.grpo_loss import _triton as logit_loss
+from polymath_fast.kernels.triton import head
+from polymath_fast.kernels.triton.tiles import Tiles
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 512
@@ -35,13 +37,13 @@ HEAD_ERROR = 2e-5
 GRADIENT_ERROR = 3e-3
 """relative to the gradient's norm; rounding the result to bf16 makes 1.7e-3"""
 TILES = (
-    head.Tiles(128, 256, 64, 8, 3),
-    head.Tiles(128, 256, 64, 8, 4),
-    head.Tiles(128, 128, 64, 4, 3),
-    head.Tiles(128, 128, 64, 8, 4),
-    head.Tiles(256, 128, 64, 8, 3),
-    head.Tiles(128, 256, 64, 8, 3, group=8),
-    head.Tiles(128, 256, 64, 8, 3, group=32),
+    Tiles(128, 256, 64, 8, 3),
+    Tiles(128, 256, 64, 8, 4),
+    Tiles(128, 128, 64, 4, 3),
+    Tiles(128, 128, 64, 8, 4),
+    Tiles(256, 128, 64, 8, 3),
+    Tiles(128, 256, 64, 8, 3, group=8),
+    Tiles(128, 256, 64, 8, 3, group=32),
 )
 
 
@@ -189,7 +191,7 @@ def _logit_variants(logits: torch.Tensor, targets: torch.Tensor, old: torch.Tens
         out.loss.backward()
 
     def split() -> None:
-        with mock.patch.object(coefficients, "_probe", _never_known):
+        with mock.patch.object(logit_loss, "known_beforehand", lambda batch, spec: None):
             run(None, True)
 
     variants: Variants = {
@@ -199,10 +201,6 @@ def _logit_variants(logits: torch.Tensor, targets: torch.Tensor, old: torch.Tens
         "triton off-policy in place": lambda: run(old, True),
     }
     return variants | gpu_rivals.logit_losses(logits, targets, old, advantages)
-
-
-def _never_known(spec: PolicyLossSpec, given: tuple[str, ...]) -> dict[float, torch.Tensor]:
-    return {a: torch.tensor([a, torch.nan]) for a in (1.0, -1.0, 0.0)}
 
 
 def time_head_small() -> dict[str, Any]:
@@ -303,12 +301,13 @@ def time_tiles() -> dict[str, Any]:
 
 
 def _product_alone(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, tiles: head.Tiles, keep: bool
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, tiles: Tiles, keep: bool
 ) -> Callable[[], None]:
     lm_head = head.Head(hidden, weight, None, targets, 1.0)
     lm_head.tiles = replace(tiles)
     index = torch.arange(len(hidden), device="cuda")
-    return lambda: lm_head.chunk(index, slice(0, len(hidden)), keep=keep) and None
+    live = torch.full((1,), len(hidden), dtype=torch.int32, device="cuda") if keep else None
+    return lambda: lm_head.chunk(index, slice(0, len(hidden)), live) and None
 
 
 def gpu_tests() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from polymath_fast.kernels.triton.autograd import with_gradients
 from polymath_fast.kernels.triton.coefficients import known_beforehand, may_have_gradient
 from polymath_fast.kernels.triton.head import Chunk, Head
 from polymath_fast.kernels.triton.head_gradient import HeadGradient
-from polymath_fast.kernels.triton.live import LiveRows, all_chunks, live_chunks
+from polymath_fast.kernels.triton.live import all_chunks, live_chunks
 
 
 def linear_grpo_loss(
@@ -84,11 +84,10 @@ def _differentiate(
         _look(head, found)
         terms = policy_terms(batch, *found, spec)
     live = may_have_gradient(batch, spec) if terms is None else _has_gradient(terms)
-    for chunk, with_gradient in live_chunks(head, LiveRows(live), others=one_pass):
+    for chunk in live_chunks(head, live, others=one_pass):
         if one_pass:
             found[:, chunk.index] = chunk.found[:2]
-        if with_gradient is not None:
-            gradient.add(with_gradient, *_slopes(with_gradient, terms, batch, spec))
+        gradient.add(chunk, *_slopes(chunk, terms, batch, spec))
 
 
 def _slopes(
@@ -115,7 +114,7 @@ def _take(batch: PolicyBatch, index: torch.Tensor) -> PolicyBatch:
         for field in fields(batch)
         if field.name != "cu_seqlens" and (value := getattr(batch, field.name)) is not None
     }
-    ends = torch.tensor([0, len(index)], device=index.device)
+    ends = len(index) * torch.arange(2, device=index.device)
     return replace(batch, cu_seqlens=ends, **values)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from polymath_fast.kernels.triton.head import Head
 from polymath_fast.kernels.triton.head_gradient import HeadGradient
-from polymath_fast.kernels.triton.live import LiveRows, all_chunks, live_chunks
+from polymath_fast.kernels.triton.live import all_chunks, live_chunks
 
 
 def linear_logprobs(
@@ -38,7 +38,8 @@ class _LinearLogprobs(torch.autograd.Function):
         count = len(hidden)
         if any(ctx.needs_input_grad) and 0 < count <= head.rows:
             index = torch.arange(count, device=hidden.device)
-            chunk = head.chunk(index, slice(0, count), keep=True)
+            live = torch.full((1,), count, dtype=torch.int32, device=hidden.device)
+            chunk = head.chunk(index, slice(0, count), live)
             ctx.kept = head, chunk
             return chunk.found[0].clone(), chunk.found[1].clone()
         found = torch.empty(2, count, device=hidden.device)
@@ -62,8 +63,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if kept:
             gradient.add(kept[1], g, g_entropy)
         else:
-            for _, chunk in live_chunks(head, LiveRows(size != 0), others=False):
-                if chunk is not None:
-                    rows = chunk.index
-                    gradient.add(chunk, g[rows], None if g_entropy is None else g_entropy[rows])
+            for chunk in live_chunks(head, size != 0, others=False):
+                rows = chunk.index
+                gradient.add(chunk, g[rows], None if g_entropy is None else g_entropy[rows])
         return *gradient.finish(), None, None

@@ -86,7 +86,9 @@ def high_entropy_mask(entropy: torch.Tensor, mask: torch.Tensor, share: float) -
     ordered = torch.where(mask, entropy, torch.inf).sort().values
     last = (mask.sum() - 1).clamp(min=0)
     position = last * (1 - share)
-    below, above = ordered[position.floor().long()], ordered[position.ceil().long()]
+    # indexing by a 0-d tensor would wait for a GPU
+    ends = torch.stack([position.floor(), position.ceil()]).long()
+    below, above = ordered.gather(0, ends)
     threshold = below + (above - below).nan_to_num(nan=0.0) * (position - position.floor())
     return mask & (entropy >= threshold)
 

@@ -8,6 +8,7 @@ row. Whether that is so is asked of the table of policy losses, not decided here
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -27,8 +28,7 @@ def known_beforehand(batch: PolicyBatch, spec: PolicyLossSpec) -> PolicyTerms | 
     """`policy_terms` with the right coefficients and no right losses; None where they need more."""
     if spec.scope == "batch":
         return None
-    found = _probe(spec, _given(batch))
-    if any((found[advantage] != found[advantage][0]).any() for advantage in (1.0, -1.0)):
+    if not _probe(spec, _given(batch)).known:
         return None
     nothing = torch.zeros_like(batch.weights)
     return policy_terms(batch, nothing, nothing, spec)
@@ -37,7 +37,7 @@ def known_beforehand(batch: PolicyBatch, spec: PolicyLossSpec) -> PolicyTerms | 
 def may_have_gradient(batch: PolicyBatch, spec: PolicyLossSpec) -> torch.Tensor:
     """(N,) bool: False only where a token's coefficients are zero whatever its log-prob."""
     live = batch.mask & (batch.weights != 0)
-    if not spec.entropy_coef and not _probe(spec, _given(batch))[0.0].any():
+    if not spec.entropy_coef and _probe(spec, _given(batch)).by_advantage:
         live = live & (batch.advantages != 0)
     return live
 
@@ -46,9 +46,25 @@ def _given(batch: PolicyBatch) -> tuple[str, ...]:
     return tuple(name for name in _OPTIONAL if getattr(batch, name) is not None)
 
 
+class _Facts(NamedTuple):
+    """What the coefficients of a spec depend on."""
+
+    known: bool
+    """on no log-prob"""
+    by_advantage: bool
+    """they are 0 where the advantage is"""
+
+
 @lru_cache(maxsize=256)
-def _probe(spec: PolicyLossSpec, given: tuple[str, ...]) -> dict[float, torch.Tensor]:
-    """Advantage -> coefficients of tokens whose log-probs are far apart, NaN where undefined."""
+def _probe(spec: PolicyLossSpec, given: tuple[str, ...]) -> _Facts:
+    """Found out on tokens whose log-probs are far apart."""
+    found = _coefficients(spec, given)
+    known = not any((found[advantage] != found[advantage][0]).any() for advantage in (1.0, -1.0))
+    return _Facts(known, by_advantage=not found[0.0].any())
+
+
+def _coefficients(spec: PolicyLossSpec, given: tuple[str, ...]) -> dict[float, torch.Tensor]:
+    """Advantage -> coefficients, NaN where undefined."""
     count = 2 * len(_PROBES)
     logprobs = torch.tensor(_PROBES, dtype=torch.float64).repeat(2)
     fixed = torch.full_like(logprobs, -1.0)

@@ -20,32 +20,11 @@ from polymath_fast.kernels.triton.head_kernels import (
     target_logits_kernel,
 )
 from polymath_fast.kernels.triton.products import product
+from polymath_fast.kernels.triton.tiles import best_rows, describable, processors, tiles_for
 
 MEMORY_SHARE = 64
 """a chunk may take this fraction of the device's memory"""
 SMALLEST_BUDGET = 2**27
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Shape of the product's tiles, and how it is run."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    group: int = 16
-
-
-TILES = {
-    "hopper": Tiles(128, 256, 64, 8, 3),
-    "ampere": Tiles(128, 128, 32, 8, 4),
-    "small": Tiles(128, 128, 32, 8, 3),
-    "interpreter": Tiles(32, 512, 32, 4, 1),
-}
-"""for compute capability 9.0 and 10.0, for 8.0, for those with 100 KB of shared memory, and for
-checks without a GPU"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +35,9 @@ class Chunk:
     hidden: torch.Tensor  # (C, H)
     targets: torch.Tensor  # (C,) int64
     found: torch.Tensor  # (4, C) fp32: log-prob, entropy, 1 - p of the target, 1 / sum of `exps`
+    live: torch.Tensor | None  # (1,) int32, how many rows, the first ones, have `exps`
     exps: torch.Tensor | None  # (C, V) p times a factor a row, 0 for the target; if asked for
+    """Zeros in rows past the live ones up to a multiple of `LIVE_STEP`, anything after those."""
 
 
 class Head:
@@ -83,25 +64,44 @@ class Head:
         self.by_exps = hidden.dtype == torch.bfloat16
         self.tiles = tiles_for(hidden.device)
         # 128-byte rows, so that the products may read them in whole lines
-        self._width = -(-self.vocab // 64) * 64
+        self.width = -(-self.vocab // 64) * 64
         self.rows = self._rows_that_fit()
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def chunk(self, index: torch.Tensor, whole: slice | None, keep: bool) -> Chunk:
+    def chunk(
+        self,
+        index: torch.Tensor,
+        whole: slice | None,
+        live: torch.Tensor | None,
+        others: bool = True,
+    ) -> Chunk:
         """The rows `index` (C,); `whole` is the same as a slice, where they are neighbours.
 
-        keep: whether to hand out `exps`, which live until the next chunk that keeps.
+        live: (1,) int32, how many of the rows, the first ones, need `exps`, which are handed out
+            until the next chunk that has any; None: no row does.
+        others: whether the rows after those need log-probs; NaN if not.
         """
         if whole is None:
             hidden, targets = self.hidden[index], self.targets[index]
         else:
             hidden, targets = self.hidden[whole], self.targets[whole]
+        others = others or live is None
         with torch.cuda.device_of(hidden):
-            found, exps = (self._exps if self.by_exps else self._logits)(hidden, targets, keep)
-        return Chunk(index, hidden, targets, found, exps)
+            found, exps = (self._exps if self.by_exps else self._logits)(
+                hidden, targets, live, others
+            )
+        return Chunk(index, hidden, targets, found, live, exps)
+
+    def release(self) -> None:
+        """Give scratch memory back, `exps` of every chunk with it."""
+        self._buffers.clear()
 
     def _exps(
-        self, hidden: torch.Tensor, targets: torch.Tensor, keep: bool
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        live: torch.Tensor | None,
+        others: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         count, tiles = len(hidden), triton.cdiv(self.vocab, self.tiles.n)
         y_target, offset = torch.empty(2, count, device=hidden.device)
@@ -122,21 +122,27 @@ class Head:
             num_warps=4,
         )
         again = torch.empty(count, dtype=torch.int8, device=hidden.device)
+        any_again = torch.zeros(1, dtype=torch.int32, device=hidden.device)
         partial = self._buffer("partial", 3 * tiles * count, torch.float32)
-        exps = self._buffer("exps", count * self._width, hidden.dtype) if keep else None
-        exps = None if exps is None else exps.view(count, self._width)
+        exps = None
+        if live is not None:
+            exps = self._buffer("exps", count * self.width, hidden.dtype).view(count, self.width)
         found = torch.empty(4, count, device=hidden.device)
         for repeat in (False, True):
-            self._product(hidden, targets, offset, again, exps, partial, repeat)
+            marks = (again, any_again if repeat else None)
+            self._product(hidden, targets, offset, *marks, live, exps, partial, others)
             finish_kernel[(triton.cdiv(count, 32),)](
                 partial,
                 y_target,
                 offset,
                 again,
+                any_again,
+                None if others else live,
                 found,
                 count,
                 tiles,
                 AGAIN=repeat,
+                OTHERS=others,
                 BLOCK_R=32,
                 BLOCK_T=32,
                 num_warps=4,
@@ -149,25 +155,32 @@ class Head:
         targets: torch.Tensor,
         offset: torch.Tensor,
         again: torch.Tensor,
+        any_again: torch.Tensor | None,
+        live: torch.Tensor | None,
         exps: torch.Tensor | None,
         partial: torch.Tensor,
-        repeat: bool,
+        others: bool,
     ) -> None:
         tiles, count = self.tiles, len(hidden)
         operands = (hidden, self.weight)
-        by_descriptor = all(_describable(operand) for operand in operands)
+        by_descriptor = all(describable(operand) for operand in operands)
         if by_descriptor:
             sizes = (tiles.m, tiles.n)
             operands = tuple(
                 TensorDescriptor.from_tensor(operand, [size, tiles.k])
                 for operand, size in zip(operands, sizes, strict=True)
             )
-        exp_gemm_kernel[(triton.cdiv(count, tiles.m) * triton.cdiv(self.vocab, tiles.n),)](
+        programs = triton.cdiv(count, tiles.m) * triton.cdiv(self.vocab, tiles.n)
+        if any_again is not None:
+            programs = min(programs, processors(hidden.device))
+        exp_gemm_kernel[(programs,)](
             *operands,
             self.bias,
             targets,
             offset,
             again,
+            any_again,
+            live,
             exps,
             partial,
             count,
@@ -175,11 +188,12 @@ class Head:
             self.depth,
             hidden.stride(0),
             self.weight.stride(0),
-            self._width,
+            self.width,
             self.temperature,
             BIAS=self.bias is not None,
             STORE=exps is not None,
-            AGAIN=repeat,
+            OTHERS=others,
+            AGAIN=any_again is not None,
             DESCRIPTORS=by_descriptor,
             WIDEN=not hidden.is_cuda,
             BLOCK_M=tiles.m,
@@ -191,7 +205,11 @@ class Head:
         )
 
     def _logits(
-        self, hidden: torch.Tensor, targets: torch.Tensor, keep: bool
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        live: torch.Tensor | None,
+        others: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         count = len(hidden)
         logits = self._buffer("logits", count * self.vocab, torch.float32)
@@ -200,24 +218,33 @@ class Head:
         if self.bias is not None:
             logits += self.bias
         found = rows.statistics(logits, targets, self.temperature)
-        if not keep:
+        if live is None:
             return found, None
         exps = logits
         if hidden.dtype != torch.float32:
-            exps = self._buffer("exps", count * self._width, hidden.dtype)
-            exps = exps.view(count, self._width)[:, : self.vocab]
+            exps = self._buffer("exps", count * self.width, hidden.dtype)
+            exps = exps.view(count, self.width)[:, : self.vocab]
         # the gradient for -T and for a target that is certain: p elsewhere, 0 for the target
-        ones = torch.full_like(found[0], -self.temperature)
+        kept = torch.arange(count, device=hidden.device) < live
         certain = found.clone()
-        certain[2] = 0
-        rows.slopes(logits, targets, certain, ones, None, self.temperature, exps)
-        found[3] = 1
+        certain[2].zero_()
+        rows.slopes(
+            logits,
+            targets,
+            certain,
+            torch.where(kept, -self.temperature, 0.0),
+            None,
+            self.temperature,
+            exps,
+        )
+        found[3].fill_(1)
         return found, exps
 
     def _rows_that_fit(self) -> int:
         cell = {torch.bfloat16: 2, torch.float16: 6, torch.float32: 4}[self.hidden.dtype]
-        fitting = chunk_bytes(self.hidden.device) // (cell * self._width)
-        return max(fitting // 256 * 256, 256)
+        most = chunk_bytes(self.hidden.device) // (cell * self.width)
+        device, count = self.hidden.device, len(self.hidden)
+        return best_rows(count, most, self.depth, processors(device), self.tiles)
 
     def _buffer(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
         held = self._buffers.get(name)
@@ -234,21 +261,3 @@ def chunk_bytes(device: torch.device) -> int:
         return SMALLEST_BUDGET
     total = torch.cuda.get_device_properties(device).total_memory
     return max(total // MEMORY_SHARE, SMALLEST_BUDGET)
-
-
-def tiles_for(device: torch.device) -> Tiles:
-    """The tiles that fit the device's shared memory and registers."""
-    if device.type != "cuda":
-        return TILES["interpreter"]
-    capability = torch.cuda.get_device_capability(device)
-    if capability[0] in (9, 10):
-        return TILES["hopper"]
-    return TILES["ampere" if capability == (8, 0) else "small"]
-
-
-def _describable(matrix: torch.Tensor) -> bool:
-    """Whether the copy engine of Hopper can fetch tiles of it."""
-    if matrix.is_cuda and torch.cuda.get_device_capability(matrix.device) < (9, 0):
-        return False
-    step = matrix.stride(0) * matrix.element_size()
-    return matrix.data_ptr() % 16 == 0 and step % 16 == 0 and matrix.stride(0) >= matrix.shape[1]

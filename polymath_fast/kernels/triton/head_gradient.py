@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from polymath_fast.kernels.triton.gradient_kernels import (
+    add_rows_kernel,
     bonus_kernel,
     column_sums_kernel,
     hidden_rows_kernel,
@@ -12,7 +13,11 @@ from polymath_fast.kernels.triton.gradient_kernels import (
     target_sums_kernel,
 )
 from polymath_fast.kernels.triton.head import Chunk, Head
-from polymath_fast.kernels.triton.products import add_product, product
+from polymath_fast.kernels.triton.products import (
+    hidden_product,
+    product,
+    weight_product,
+)
 from polymath_fast.kernels.triton.vocabulary import Columns, Vocabulary
 
 BLOCK = 1024
@@ -37,6 +42,7 @@ class HeadGradient:
     ) -> None:
         self.head, self._unit = head, unit
         self.vocabulary = Vocabulary(head.weight, vocab_tol) if vocab_tol else None
+        self._chooses = self.vocabulary is not None and self.vocabulary.room > 0
         hidden, weight = head.hidden, head.weight
         device = hidden.device
         self.d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
@@ -45,44 +51,87 @@ class HeadGradient:
         self._d_weight = torch.zeros(weight.shape, device=device) if needs[1] else None
         self._d_bias = torch.zeros(head.vocab, device=device) if needs[2] else None
         self._by_target = torch.zeros(len(hidden), device=device)
+        # where columns are chosen, the weight's gradient has some rows' targets already
+        self._by_target_left = torch.zeros_like(self._by_target) if self._chooses else None
 
     def add(self, chunk: Chunk, g: torch.Tensor, g_entropy: torch.Tensor | None) -> None:
         """g, g_entropy (C,): the loss's derivatives by log-prob and entropy of the chunk's rows."""
+        if not len(g):
+            return
         with torch.cuda.device_of(g):
             a, b = self._factors(chunk, g.float(), g_entropy)
             if self._d_bias is not None:
                 self._add_bias(chunk, a)
-            if self.vocabulary is not None and len(a):
-                largest = g.abs().amax() / self.head.temperature
-                columns = self.vocabulary.choose(chunk, a, largest)
-                if columns is not None and self._add_some(chunk, columns, a, b):
-                    return
             self._by_target[chunk.index] = b
-            if self.d_hidden is not None:
-                self._add_hidden(chunk.exps, self.head.weight, chunk, a, b)
-            if self._d_weight is not None:
-                add_product(chunk.exps.T, self._scaled_rows(chunk, a), self._d_weight)
+            if not self._chooses:
+                self._add_all(chunk, a, b, chunk.live)
+                return
+            largest = g.abs().amax() / self.head.temperature
+            good = self._add_some(chunk, self.vocabulary.choose(chunk, a, largest), a, b)
+            self._by_target_left[chunk.index] = torch.where(good, 0, b)
+            self._add_all(chunk, a, b, torch.where(good, 0, chunk.live))
 
-    def _add_some(self, chunk: Chunk, columns: Columns, a: torch.Tensor, b: torch.Tensor) -> bool:
-        """Gradients from some columns; False, and nothing added, if they are not near enough."""
-        some = hidden_norm = weight_norm = None
+    def _add_all(self, chunk: Chunk, a: torch.Tensor, b: torch.Tensor, live: torch.Tensor) -> None:
+        """Gradients from all columns, of the first `live` rows."""
+        if self.head.hidden.dtype == torch.float32:
+            self._add_single(chunk, a, b)
+            return
         if self.d_hidden is not None:
-            self._add_hidden(columns.exps, columns.weight, chunk, a, b)
+            weight = self.head.weight
+            places = (chunk.index, chunk.targets)
+            hidden_product(chunk.exps, weight, weight, live, None, a, b, *places, self.d_hidden)
+        if self._d_weight is not None:
+            scaled = self._scaled_rows(chunk, a)
+            weight_product(chunk.exps, scaled, live, None, self._d_weight, add=True)
+
+    def _add_single(self, chunk: Chunk, a: torch.Tensor, b: torch.Tensor) -> None:
+        """The same in fp32, by cuBLAS: rows without a gradient multiply zeros."""
+        if self.d_hidden is not None:
+            self._add_hidden(chunk, a, b)
+        if self._d_weight is not None:
+            self._d_weight.addmm_(chunk.exps.T, self._scaled_rows(chunk, a))
+
+    def _add_some(
+        self, chunk: Chunk, columns: Columns, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        """Gradients from some columns; 0-d bool, False if they are not near enough."""
+        hidden_norm = weight_norm = some = None
+        live, width = chunk.live, columns.width
+        if self.d_hidden is not None:
+            places = (chunk.index, chunk.targets)
+            hidden_product(
+                columns.exps,
+                columns.weight,
+                self.head.weight,
+                live,
+                width,
+                a,
+                b,
+                *places,
+                self.d_hidden,
+            )
             hidden_norm = _norm(self.d_hidden[chunk.index])
         if self._d_weight is not None:
-            some = torch.empty(len(columns.live), self.head.depth, device=a.device)
-            product(columns.exps.T, self._scaled_rows(chunk, a), some)
+            shape = (self.vocabulary.room, self.head.depth)
+            some = self.vocabulary.buffer("gradient", shape, torch.float32)
+            weight_product(columns.exps, self._scaled_rows(chunk, a), live, width, some, add=False)
             by_target, order = columns.targets.sort(stable=True)
             self._sum_targets(chunk.hidden, order, by_target, b, some, None)
-            weight_norm = _norm(some) * self._unit
-        if not self.vocabulary.accept(columns, hidden_norm, weight_norm):
-            return False
+            made = torch.arange(len(some), device=some.device) < width
+            lengths = torch.linalg.vector_norm(some, dim=1)
+            weight_norm = _norm(torch.where(made, lengths, 0)) * self._unit
+        good = self.vocabulary.accept(columns, live, hidden_norm, weight_norm)
         if some is not None:
-            self._d_weight.index_add_(0, columns.live, some)
-        if self._d_bias is not None:
-            by_target, order = chunk.targets.sort(stable=True)
-            self._sum_targets(chunk.hidden, order, by_target, b, None, self._d_bias)
-        return True
+            add_rows_kernel[(len(some),)](
+                some,
+                columns.live,
+                torch.where(good, width, 0),
+                self._d_weight,
+                self.head.depth,
+                BLOCK=BLOCK,
+                num_warps=4,
+            )
+        return good
 
     def _factors(
         self, chunk: Chunk, g: torch.Tensor, g_entropy: torch.Tensor | None
@@ -90,7 +139,8 @@ class HeadGradient:
         """a, b (C,) with: gradient by logits = a exps + b one_hot(target); makes `exps` fit."""
         logprob, entropy, rest, inverse = chunk.found
         scale = 1 / self.head.temperature
-        sound = logprob.isfinite()
+        inside = torch.arange(len(g), device=g.device) < chunk.live
+        sound = logprob.isfinite() & inside
         g = torch.where(sound, g, 0)
         if g_entropy is None:
             a = -g * inverse * scale
@@ -114,27 +164,20 @@ class HeadGradient:
             b = (g * rest - g_entropy * logprob.exp() * (logprob + entropy)) * scale
         return torch.where(sound, a, 0), torch.where(sound, b, 0)
 
-    def _add_hidden(
-        self,
-        exps: torch.Tensor,
-        weight: torch.Tensor,
-        chunk: Chunk,
-        a: torch.Tensor,
-        b: torch.Tensor,
-    ) -> None:
+    def _add_hidden(self, chunk: Chunk, a: torch.Tensor, b: torch.Tensor) -> None:
         """Writes the chunk's rows of the gradient of hidden."""
-        out, depth = self.d_hidden, self.head.depth
+        out, depth, weight = self.d_hidden, self.head.depth, self.head.weight
         summed = torch.empty(len(a), depth, device=a.device)
-        product(exps, weight, summed)
+        product(chunk.exps, weight, summed)
         hidden_rows_kernel[(len(a),)](
             summed,
-            self.head.weight,
+            weight,
             chunk.index,
             chunk.targets,
             a,
             b,
             out,
-            self.head.weight.stride(0),
+            weight.stride(0),
             out.stride(0),
             depth,
             BLOCK=BLOCK,
@@ -164,10 +207,10 @@ class HeadGradient:
             chunk.exps,
             a,
             self._unit,
+            chunk.live,
             self._d_bias,
             chunk.exps.stride(0),
             vocab,
-            len(a),
             ROWS=32,
             BLOCK=128,
             num_warps=4,
@@ -176,10 +219,19 @@ class HeadGradient:
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Gradients of hidden, weight and bias, in their dtypes; None where none is wanted."""
         head = self.head
+        head.release()
+        if self.vocabulary is not None:
+            self.vocabulary.release()
         if len(head.hidden) and (self._d_weight is not None or self._d_bias is not None):
             by_target, order = head.targets.sort(stable=True)
-            sums = (self._d_weight, self._d_bias)
-            self._sum_targets(head.hidden, order, by_target, self._by_target, *sums)
+            rows = (head.hidden, order, by_target)
+            if not self._chooses:
+                self._sum_targets(*rows, self._by_target, self._d_weight, self._d_bias)
+            else:
+                if self._d_weight is not None:
+                    self._sum_targets(*rows, self._by_target_left, self._d_weight, None)
+                if self._d_bias is not None:
+                    self._sum_targets(*rows, self._by_target, None, self._d_bias)
         d_weight = d_bias = None
         if self._d_weight is not None:
             d_weight = self._results(self._d_weight, head.weight)

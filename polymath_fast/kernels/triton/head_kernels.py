@@ -71,6 +71,8 @@ def exp_gemm_kernel(
     targets_ptr,
     offset_ptr,
     again_ptr,
+    any_ptr,
+    live_ptr,
     exps_ptr,
     partial_ptr,
     rows,
@@ -82,6 +84,7 @@ def exp_gemm_kernel(
     temperature,
     BIAS: tl.constexpr,
     STORE: tl.constexpr,
+    OTHERS: tl.constexpr,
     AGAIN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -90,73 +93,107 @@ def exp_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One tile of E and, in partial (3, tiles, rows) fp32, its rows' sums of E, E y and largest y.
+    """Tiles of E and, in partial (3, tiles, rows) fp32, their rows' sums of E, E y and largest y.
 
-    hidden (rows, depth) and weight (vocab, depth) are descriptors or pointers. AGAIN: only rows
-    that `again` marks; tiles without one end at once. WIDEN: for Triton's interpreter, which takes
-    the bits of bf16 operands of a product for integers.
+    hidden (rows, depth) and weight (vocab, depth) are descriptors or pointers. Programs take tiles
+    in turn. STORE: E of the first `live` rows, zeros in what is left of their last tile. OTHERS:
+    sums of the rows after them, too. AGAIN: only rows that `again` marks, nothing if `any` is 0.
+    WIDEN: for Triton's interpreter, which takes the bits of bf16 operands for integers.
     """
-    tile_m, tile_n = _tile(rows, vocab, BLOCK_M, BLOCK_N, GROUP_M)
-    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    wanted = row < rows
-    if AGAIN:
-        wanted = wanted & (tl.load(again_ptr + row, mask=wanted, other=0) != 0)
-        if tl.max(wanted.to(tl.int32), axis=0) == 0:
-            return
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if DESCRIPTORS:
-        for k in range(0, tl.cdiv(depth, BLOCK_K)):
-            x = hidden.load([tile_m * BLOCK_M, k * BLOCK_K])
-            w = weight.load([tile_n * BLOCK_N, k * BLOCK_K])
-            total = _dot(x, w.T, total, WIDEN)
-    else:
-        inner = tl.arange(0, BLOCK_K)
-        # rows past the end read the first ones again; what comes of it is not stored
-        x_ptrs = hidden + (row % rows).to(tl.int64)[:, None] * stride_hidden + inner[None, :]
-        w_ptrs = weight + (column % vocab).to(tl.int64)[None, :] * stride_weight + inner[:, None]
-        for k in range(0, tl.cdiv(depth, BLOCK_K)):
-            left = depth - k * BLOCK_K
-            x = tl.load(x_ptrs, mask=inner[None, :] < left, other=0.0)
-            w = tl.load(w_ptrs, mask=inner[:, None] < left, other=0.0)
-            total = _dot(x, w, total, WIDEN)
-            x_ptrs += BLOCK_K
-            w_ptrs += BLOCK_K
-    if BIAS:
-        bias = tl.load(bias_ptr + column, mask=column < vocab, other=0.0).to(tl.float32)
-        total += bias[None, :]
-    target = tl.load(targets_ptr + row, mask=wanted, other=-1).to(tl.int32)
-    offset = tl.load(offset_ptr + row, mask=wanted, other=0.0)
-    y = total * (LOG2E / temperature) - offset[:, None]
-    kept = (column < vocab)[None, :] & (column[None, :] != target[:, None])
-    y = tl.where(kept, above_floor(y), FLOOR)
-    e = tl.exp2(y)
-    place = partial_ptr + tile_n.to(tl.int64) * rows + row
-    plane = tl.cdiv(vocab, BLOCK_N).to(tl.int64) * rows
-    tl.store(place, tl.sum(e, axis=1), mask=wanted)
-    tl.store(place + plane, tl.sum(e * y, axis=1), mask=wanted)
-    tl.store(place + 2 * plane, tl.max(y, axis=1), mask=wanted)
+    live = rows
     if STORE:
-        # the row's sums stay NaN; in E it would spread to every gradient of the weight
-        e = tl.where(e == e, e, 0.0)
-        pointers = exps_ptr + row.to(tl.int64)[:, None] * stride_exps + column[None, :]
-        mask = wanted[:, None] & (column < vocab)[None, :]
-        tl.store(pointers, e.to(exps_ptr.dtype.element_ty), mask=mask)
+        live = tl.load(live_ptr)
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(vocab, BLOCK_N)
+    if AGAIN:
+        tiles = tl.where(tl.load(any_ptr) != 0, tiles, 0)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        tile_m, tile_n = tile_of(tile, rows, vocab, BLOCK_M, BLOCK_N, GROUP_M)
+        row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        wanted = row < rows
+        if not OTHERS:
+            wanted = wanted & (tile_m * BLOCK_M < live)
+        if AGAIN:
+            wanted = wanted & (tl.load(again_ptr + row, mask=wanted, other=0) != 0)
+        if tl.max(wanted.to(tl.int32), axis=0) != 0:
+            total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if DESCRIPTORS:
+                for k in range(0, tl.cdiv(depth, BLOCK_K)):
+                    x = hidden.load([tile_m * BLOCK_M, k * BLOCK_K])
+                    w = weight.load([tile_n * BLOCK_N, k * BLOCK_K])
+                    total = dot(x, w.T, total, WIDEN)
+            else:
+                inner = tl.arange(0, BLOCK_K)
+                # rows past the end read the first ones again; what comes of it is not stored
+                x_ptrs = (
+                    hidden + (row % rows).to(tl.int64)[:, None] * stride_hidden + inner[None, :]
+                )
+                w_ptrs = (
+                    weight + (column % vocab).to(tl.int64)[None, :] * stride_weight + inner[:, None]
+                )
+                for k in range(0, tl.cdiv(depth, BLOCK_K)):
+                    left = depth - k * BLOCK_K
+                    x = tl.load(x_ptrs, mask=inner[None, :] < left, other=0.0)
+                    w = tl.load(w_ptrs, mask=inner[:, None] < left, other=0.0)
+                    total = dot(x, w, total, WIDEN)
+                    x_ptrs += BLOCK_K
+                    w_ptrs += BLOCK_K
+            target = tl.load(targets_ptr + row, mask=wanted, other=-1).to(tl.int32)
+            offset = tl.load(offset_ptr + row, mask=wanted, other=0.0)
+            scale = LOG2E / temperature
+            left, right = halves(total)
+            near = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+            sum_e = tl.zeros([BLOCK_M], tl.float32)
+            sum_ey = tl.zeros([BLOCK_M], tl.float32)
+            top = tl.full([BLOCK_M], FLOOR, tl.float32)
+            for half in tl.static_range(2):
+                some = right if half else left
+                near += half * (BLOCK_N // 2)
+                if BIAS:
+                    bias = tl.load(bias_ptr + near, mask=near < vocab, other=0.0)
+                    some += bias.to(tl.float32)[None, :]
+                kept = (near < vocab)[None, :] & (near[None, :] != target[:, None])
+                y = tl.where(kept, above_floor(some * scale - offset[:, None]), FLOOR)
+                e = tl.exp2(y)
+                sum_e += tl.sum(e, axis=1)
+                sum_ey += tl.sum(e * y, axis=1)
+                top = tl.maximum(top, tl.max(y, axis=1))
+                if STORE:  # noqa: SIM102 - Triton has no short-circuit over a tensor
+                    if tile_m * BLOCK_M < live:
+                        # the row's sums stay NaN; in E it would spread to every gradient
+                        e = tl.where((e == e) & (row < live)[:, None], e, 0.0)
+                        place = exps_ptr + row.to(tl.int64)[:, None] * stride_exps + near[None, :]
+                        mask = wanted[:, None] & (near < vocab)[None, :]
+                        tl.store(place, e.to(exps_ptr.dtype.element_ty), mask=mask)
+            place = partial_ptr + tile_n.to(tl.int64) * rows + row
+            plane = tl.cdiv(vocab, BLOCK_N).to(tl.int64) * rows
+            tl.store(place, sum_e, mask=wanted)
+            tl.store(place + plane, sum_ey, mask=wanted)
+            tl.store(place + 2 * plane, top, mask=wanted)
 
 
 @triton.jit
-def _dot(x, w, total, WIDEN: tl.constexpr):
+def halves(tile):
+    """Left and right half of a tile (M, N): what follows a product then needs fewer registers."""
+    M: tl.constexpr = tile.shape[0]
+    N: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, [M, 2, N // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def dot(x, w, total, WIDEN: tl.constexpr):
     if WIDEN:
         return tl.dot(x.to(tl.float32), w.to(tl.float32), total)
     return tl.dot(x, w, total)
 
 
 @triton.jit
-def _tile(rows, vocab, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile of this program; GROUP_M tiles of rows go through the vocabulary together."""
+def tile_of(
+    program, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+):
+    """Row and column of a tile; GROUP_M tiles of rows go through the columns together."""
     tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles_n = tl.cdiv(vocab, BLOCK_N)
-    program = tl.program_id(0)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
     group = program // (GROUP_M * tiles_n)
     first = group * GROUP_M
     size = tl.minimum(tiles_m - first, GROUP_M)
@@ -170,20 +207,27 @@ def finish_kernel(
     y_target_ptr,
     offset_ptr,
     again_ptr,
+    any_ptr,
+    live_ptr,
     found_ptr,
     rows,
     tiles,
     AGAIN: tl.constexpr,
+    OTHERS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Sums of tiles -> found (4, rows): log-prob, entropy, 1 - p of the target, 1 / sum of the row.
 
     The last one is relative to the row's offset, as E is. Without AGAIN: marks the rows that must
-    be computed again and moves their offset; with it: finishes those.
+    be computed again and moves their offset; with it: finishes those. Without OTHERS the rows from
+    `live` on have no sums, and become NaN.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     wanted = row < rows
+    computed = wanted
+    if not OTHERS:
+        computed = wanted & (row < tl.load(live_ptr))
     if AGAIN:
         wanted = wanted & (tl.load(again_ptr + row, mask=wanted, other=0) != 0)
         if tl.max(wanted.to(tl.int32), axis=0) == 0:
@@ -194,7 +238,7 @@ def finish_kernel(
     top = tl.full([BLOCK_T, BLOCK_R], FLOOR, tl.float32)
     for start in range(0, tiles, BLOCK_T):
         tile = start + tl.arange(0, BLOCK_T)
-        mask = (tile < tiles)[:, None] & wanted[None, :]
+        mask = (tile < tiles)[:, None] & computed[None, :]
         place = partial_ptr + tile.to(tl.int64)[:, None] * rows + row[None, :]
         total += tl.load(place, mask=mask, other=0.0)
         moment += tl.load(place + plane, mask=mask, other=0.0)
@@ -204,6 +248,7 @@ def finish_kernel(
     y_target = tl.load(y_target_ptr + row, mask=wanted, other=0.0)
     offset = tl.load(offset_ptr + row, mask=wanted, other=0.0)
     logprob, entropy, rest, everything = finish_row(row_total, row_moment, y_target - offset)
+    logprob = tl.where(computed, logprob, float("nan"))
     wide = rows.to(tl.int64)
     tl.store(found_ptr + row, logprob, mask=wanted)
     tl.store(found_ptr + row + wide, entropy, mask=wanted)
@@ -213,4 +258,6 @@ def finish_kernel(
         highest = tl.max(top, axis=0)
         again = highest > LIMIT
         tl.store(again_ptr + row, again.to(tl.int8), mask=wanted)
+        if tl.max((wanted & again).to(tl.int32), axis=0) != 0:
+            tl.store(any_ptr, 1)
         tl.store(offset_ptr + row, offset + highest, mask=wanted & again)

@@ -1,19 +1,108 @@
-"""Matrix products with fp32 results: cuBLAS on half-precision operands, never rounded between."""
+"""Matrix products of the LM head's backward pass, launched; and fp32 ones by cuBLAS."""
 
 from __future__ import annotations
 
 import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from polymath_fast.kernels.triton.product_kernels import hidden_gemm_kernel, weight_gemm_kernel
+from polymath_fast.kernels.triton.tiles import backward_tiles_for, describable
 
 
 def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out (M, N) fp32 = left (M, K) @ right (K, N)."""
+    """out (M, N) fp32 = left (M, K) @ right (K, N), by cuBLAS, never rounded between."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32, out=out)
     return torch.mm(left.float(), right.float(), out=out)
 
 
-def add_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out (M, N) fp32 += left (M, K) @ right (K, N)."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
-    return out.addmm_(left.float(), right.float())
+def hidden_product(
+    exps: torch.Tensor,
+    weight: torch.Tensor,
+    head: torch.Tensor,
+    live: torch.Tensor,
+    width: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    index: torch.Tensor,
+    targets: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """out[index[i]] = a[i] exps[i] @ weight + b[i] head[targets[i]], for the first `live` rows i.
+
+    Args:
+        exps: (C, K) bf16 or fp16; weight: (K, H); head: (V, H); out: (N, H); all of one dtype.
+        live: (1,) int32 on the device, how many rows.
+        width: (1,) int32, how many of the K columns; None: all; 0: `out` stays as it is.
+        a, b: (C,) fp32; index, targets: (C,) int64.
+    """
+    (rows, columns), depth = exps.shape, weight.shape[1]
+    tiles = backward_tiles_for(out.device)
+    operands, described = _operands((exps, (tiles.m, tiles.k)), (weight, (tiles.k, tiles.n)))
+    hidden_gemm_kernel[(triton.cdiv(rows, tiles.m) * triton.cdiv(depth, tiles.n),)](
+        *operands,
+        live,
+        width,
+        a,
+        b,
+        index,
+        targets,
+        head,
+        out,
+        rows,
+        columns,
+        depth,
+        exps.stride(0),
+        weight.stride(0),
+        head.stride(0),
+        out.stride(0),
+        SOME=width is not None,
+        DESCRIPTORS=described,
+        WIDEN=not out.is_cuda,
+        **tiles.options(),
+    )
+
+
+def weight_product(
+    exps: torch.Tensor,
+    scaled: torch.Tensor,
+    live: torch.Tensor,
+    width: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    add: bool,
+) -> None:
+    """out (K, H) fp32 = exps.T @ scaled, or += where `add`, over the first `live` rows.
+
+    Args:
+        exps: (C, K), scaled: (C, H), of one dtype, zeros past the live rows up to a whole tile.
+        live: (1,) int32 on the device.
+        width: (1,) int32, how many rows of `out` are made; None: all.
+    """
+    (rows, columns), depth = exps.shape, scaled.shape[1]
+    tiles = backward_tiles_for(out.device)
+    operands, described = _operands((exps, (tiles.k, tiles.m)), (scaled, (tiles.k, tiles.n)))
+    weight_gemm_kernel[(triton.cdiv(columns, tiles.m) * triton.cdiv(depth, tiles.n),)](
+        *operands,
+        live,
+        width,
+        out,
+        rows,
+        columns,
+        depth,
+        exps.stride(0),
+        scaled.stride(0),
+        SOME=width is not None,
+        ADD=add,
+        DESCRIPTORS=described,
+        WIDEN=not out.is_cuda,
+        **tiles.options(),
+    )
+
+
+def _operands(*matrices: tuple[torch.Tensor, tuple[int, int]]) -> tuple[list, bool]:
+    """The matrices, as descriptors of their tiles where the device can fetch them all so."""
+    if not all(describable(matrix) for matrix, _ in matrices):
+        return [matrix for matrix, _ in matrices], False
+    return [TensorDescriptor.from_tensor(matrix, list(tile)) for matrix, tile in matrices], True

@@ -10,14 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from polymath_fast.kernels.group_advantages import _triton as advantages
-from polymath_fast.kernels.triton import gradient_kernels, head, head_kernels, row_kernels, rows
+from polymath_fast.kernels.triton import (
+    gradient_kernels,
+    head_kernels,
+    product_kernels,
+    row_kernels,
+    rows,
+)
 from polymath_fast.kernels.triton.aot import Variant
 from polymath_fast.kernels.triton.attention_registry import attention_variants
 from polymath_fast.kernels.triton.scaling import scale_kernel
+from polymath_fast.kernels.triton.tiles import BACKWARD_TILES, LIVE_STEP, TILES, Tiles
 from polymath_fast.kernels.weight_sync import _triton as sync
 
 _FLOATS = {"bf16": 8, "fp16": 8, "fp32": 4}
 """Triton's dtype -> entries in 16 bytes"""
+_KINDS = {"hopper": (90, 100), "ampere": (80,), "small": (80,)}
+"""tiles -> compute capabilities they are compiled for"""
 _FP32, _INT64, _SIZE = "*fp32:16", "*i64:16", "i32:16"
 
 
@@ -27,6 +36,7 @@ def variants() -> Iterator[Variant]:
         yield from _row_variants(dtype, width)
         yield from _head_gradient_variants(dtype)
     yield from _head_variants()
+    yield from _product_variants()
     yield _target_sums(bias=False)
     yield _target_sums(bias=True)
     for scale in ("group", "batch", "none"):
@@ -94,6 +104,8 @@ def _head_variants() -> Iterator[Variant]:
         "targets_ptr": _INT64,
         "offset_ptr": _FP32,
         "again_ptr": "*i8:16",
+        "any_ptr": "*i32:16",
+        "live_ptr": "*i32:16",
         "exps_ptr": "*bf16:16",
         "partial_ptr": _FP32,
         "rows": "i32",
@@ -104,9 +116,8 @@ def _head_variants() -> Iterator[Variant]:
         "stride_exps": _SIZE,
         "temperature": "fp32",
     }
-    kinds = {"hopper": (90, 100), "ampere": (80,), "small": (80,)}
-    for kind, capabilities in kinds.items():
-        tiles = head.TILES[kind]
+    for kind, capabilities in _KINDS.items():
+        tiles = TILES[kind]
         for descriptors in (True, False) if kind == "hopper" else (False,):
             matrices = {"hidden": "*bf16:16", "weight": "*bf16:16"}
             if descriptors:
@@ -114,22 +125,20 @@ def _head_variants() -> Iterator[Variant]:
                     "hidden": f"tensordesc<bf16[{tiles.m}, {tiles.k}]>",
                     "weight": f"tensordesc<bf16[{tiles.n}, {tiles.k}]>",
                 }
-            for store, again, bias in _EXP_FLAGS:
+            for store, others, again, bias in _EXP_FLAGS:
                 constants = {
                     "BIAS": bias,
                     "STORE": store,
+                    "OTHERS": others,
                     "AGAIN": again,
                     "DESCRIPTORS": descriptors,
                     "WIDEN": False,
-                    "BLOCK_M": tiles.m,
-                    "BLOCK_N": tiles.n,
-                    "BLOCK_K": tiles.k,
-                    "GROUP_M": tiles.group,
-                }
+                } | _blocks(tiles)
                 constants |= {} if bias else {"bias_ptr": None}
-                constants |= {} if store else {"exps_ptr": None}
+                constants |= {} if store else {"exps_ptr": None, "live_ptr": None}
+                constants |= {} if again else {"any_ptr": None}
                 words = [kind, "descriptors" if descriptors else "pointers"]
-                flags = {"store": store, "again": again, "bias": bias}
+                flags = {"store": store, "alone": not others, "again": again, "bias": bias}
                 words += [word for word, on in flags.items() if on]
                 yield Variant(
                     "exp-gemm-" + "-".join(words),
@@ -155,22 +164,96 @@ def _head_variants() -> Iterator[Variant]:
         )
     finish = types | {"y_target_ptr": _FP32, "found_ptr": _FP32, "tiles": "i32"}
     for again in (False, True):
-        yield Variant(
-            "finish" + "-again" * again,
-            head_kernels.finish_kernel,
-            finish,
-            {"AGAIN": again, "BLOCK_R": 32, "BLOCK_T": 32},
-        )
+        for others in (False, True):
+            yield Variant(
+                "finish" + "-alone" * (not others) + "-again" * again,
+                head_kernels.finish_kernel,
+                finish,
+                {"AGAIN": again, "OTHERS": others, "BLOCK_R": 32, "BLOCK_T": 32}
+                | ({"live_ptr": None} if others else {}),
+            )
 
 
 _EXP_FLAGS = (
-    (True, False, False),
-    (True, True, False),
-    (False, False, False),
-    (True, False, True),
-    (False, True, True),
+    (True, True, False, False),
+    (True, True, True, False),
+    (True, False, False, False),
+    (True, False, True, False),
+    (False, True, False, False),
+    (True, True, False, True),
+    (False, True, True, True),
 )
-"""store, again, bias: the ways a training step and a forward pass go, and one of each with bias"""
+"""store, others, again, bias: the ways a step and a forward pass go, and one of each with bias"""
+
+
+def _product_variants() -> Iterator[Variant]:
+    for kind, capabilities in _KINDS.items():
+        for descriptors in (True, False) if kind == "hopper" else (False,):
+            for some in (False, True):
+                yield from _products("bf16", kind, capabilities, descriptors, some)
+    yield from _products("fp16", "hopper", _KINDS["hopper"], True, False)
+
+
+def _products(
+    dtype: str, kind: str, capabilities: tuple[int, ...], descriptors: bool, some: bool
+) -> Iterator[Variant]:
+    """Both backward products."""
+    tiles = BACKWARD_TILES[kind]
+    types = {
+        "live_ptr": "*i32:16",
+        "width_ptr": "*i32:16",
+        "a_ptr": _FP32,
+        "b_ptr": _FP32,
+        "index_ptr": _INT64,
+        "targets_ptr": _INT64,
+        "head_ptr": f"*{dtype}:16",
+        "rows": "i32",
+        "columns": _SIZE,
+        "depth": _SIZE,
+        "stride_exps": _SIZE,
+        "stride_weight": _SIZE,
+        "stride_scaled": _SIZE,
+        "stride_head": _SIZE,
+        "stride_out": _SIZE,
+    }
+    flags = {"SOME": some, "DESCRIPTORS": descriptors, "WIDEN": False} | _blocks(tiles)
+    flags |= {} if some else {"width_ptr": None}
+    words = [kind, "descriptors" if descriptors else "pointers"] + ["some"] * some
+    words += [dtype] * (dtype != "bf16")
+
+    def operands(**shapes: tuple[int, int]) -> dict[str, str]:
+        if not descriptors:
+            return {name: f"*{dtype}:16" for name in shapes}
+        return {name: f"tensordesc<{dtype}[{m}, {n}]>" for name, (m, n) in shapes.items()}
+
+    how = {"warps": tiles.warps, "stages": tiles.stages, "capabilities": capabilities}
+    yield Variant(
+        "hidden-gemm-" + "-".join(words),
+        product_kernels.hidden_gemm_kernel,
+        types
+        | {"out_ptr": f"*{dtype}:16"}
+        | operands(exps=(tiles.m, tiles.k), weight=(tiles.k, tiles.n)),
+        flags,
+        matrix=True,
+        **how,
+    )
+    yield Variant(
+        "weight-gemm-" + "-".join(words),
+        product_kernels.weight_gemm_kernel,
+        types | {"out_ptr": _FP32} | operands(exps=(tiles.k, tiles.m), scaled=(tiles.k, tiles.n)),
+        flags | {"ADD": not some},
+        matrix=True,
+        **how,
+    )
+
+
+def _blocks(tiles: Tiles) -> dict[str, int]:
+    return {
+        "BLOCK_M": tiles.m,
+        "BLOCK_N": tiles.n,
+        "BLOCK_K": tiles.k,
+        "GROUP_M": tiles.group,
+    }
 
 
 def _head_gradient_variants(dtype: str) -> Iterator[Variant]:
@@ -183,10 +266,17 @@ def _head_gradient_variants(dtype: str) -> Iterator[Variant]:
         "g_ptr": _FP32,
         "g_entropy_ptr": _FP32,
         "unit_ptr": _FP32,
+        "live_ptr": "*i32:16",
+        "width_ptr": "*i32:16",
         "a_ptr": _FP32,
         "b_ptr": _FP32,
         "index_ptr": _INT64,
         "targets_ptr": _INT64,
+        "columns_ptr": _INT64,
+        "rows_ptr": _INT64,
+        "x_ptr": f"*{dtype}:16",
+        "some_ptr": _FP32,
+        "stride_x": _SIZE,
         "stride_d": _SIZE,
         "stride_hidden": _SIZE,
         "stride_weight": _SIZE,
@@ -200,7 +290,6 @@ def _head_gradient_variants(dtype: str) -> Iterator[Variant]:
     yield Variant(f"bonus-{dtype}", kernels.bonus_kernel, types, {"BLOCK": 4096}, 8)
     rows_of = {"BLOCK": 1024}
     yield Variant(f"scaled-rows-{dtype}", kernels.scaled_rows_kernel, types | out, rows_of)
-    yield Variant(f"hidden-rows-{dtype}", kernels.hidden_rows_kernel, types | out, rows_of)
     sums = {"ROWS": 32, "BLOCK": 128}
     yield Variant(
         f"column-sums-{dtype}", kernels.column_sums_kernel, types | {"out_ptr": _FP32}, sums
@@ -210,6 +299,15 @@ def _head_gradient_variants(dtype: str) -> Iterator[Variant]:
     yield Variant(f"column-masses-{dtype}", kernels.column_masses_kernel, masses, sums)
     tile = {"ROWS": 8, "BLOCK": 256}
     yield Variant(f"row-masses-{dtype}", kernels.row_masses_kernel, masses, tile)
+    if dtype == "fp32":
+        yield Variant("hidden-rows-fp32", kernels.hidden_rows_kernel, types | out, rows_of)
+        return
+    step = {"STEP": LIVE_STEP}
+    columns = {"BLOCK": 512} | step
+    yield Variant(f"some-columns-{dtype}", kernels.some_columns_kernel, types | out, columns)
+    yield Variant(f"some-rows-{dtype}", kernels.some_rows_kernel, types | out, rows_of | step)
+    if dtype == "bf16":
+        yield Variant("add-rows", kernels.add_rows_kernel, types | {"out_ptr": _FP32}, rows_of)
 
 
 def _target_sums(bias: bool) -> Variant:

@@ -5,8 +5,9 @@ The chunk's slopes are a[i] exps[i, v], its targets apart. What leaving columns 
     |error of d_hidden_i| <= sum over columns left out of |slope_iv| |weight_v|
     |error of d_weight_v| <= sum over rows of |slope_iv| |hidden_i|   for every column left out
 
-A target is never left out. The number of columns is fetched from the device once a chunk, and for
-"auto" the bound a second time: if it is too large after all, the chunk is done exactly.
+A target is never left out. Which columns, how many, and whether the bound held in the end is
+decided on the device, where the kernels read it; nothing waits for the host. Inputs of fp32, whose
+products cuBLAS makes, keep all columns.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import torch
 from polymath_fast.kernels.triton.gradient_kernels import (
     column_masses_kernel,
     row_masses_kernel,
+    some_columns_kernel,
+    some_rows_kernel,
 )
 from polymath_fast.kernels.triton.head import Chunk
 from polymath_fast.kernels.triton.products import product
+from polymath_fast.kernels.triton.tiles import LIVE_STEP
 
 ROUNDING = 2.6e-3
 """relative error that rounding a gradient to bf16 makes anyway"""
@@ -36,9 +40,10 @@ _WORTH_IT = 0.5
 
 @dataclass(frozen=True)
 class Columns:
-    """A choice of columns for one chunk."""
+    """A choice of columns for one chunk; the first `width` of each tensor's A columns or rows."""
 
-    live: torch.Tensor  # (A,) int64, ascending
+    width: torch.Tensor  # (1,) int32; 0: all columns have to be multiplied
+    live: torch.Tensor  # (V,) int64, those chosen first, ascending
     exps: torch.Tensor  # (C, A) those columns of the chunk's
     weight: torch.Tensor  # (A, H)
     targets: torch.Tensor  # (C,) int64, where in `live` each row's target is
@@ -54,12 +59,15 @@ class Vocabulary:
     def __init__(self, weight: torch.Tensor, tol: float | str) -> None:
         self.weight, self.tol = weight, tol
         self._lengths = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-        zero = torch.zeros((), device=weight.device)
-        self._mass, self._dropped, self._bound = zero.clone(), zero.clone(), zero.clone()
-        self._rows, self._kept = 0, 0.0
+        self.room = int(_WORTH_IT * len(weight)) // LIVE_STEP * LIVE_STEP
+        """columns there can be in a choice; 0: there is none"""
+        if weight.dtype == torch.float32:
+            self.room = 0
+        self._account = torch.zeros(5, device=weight.device)
+        self._buffers: dict[str, torch.Tensor] = {}
 
-    def choose(self, chunk: Chunk, a: torch.Tensor, largest: torch.Tensor) -> Columns | None:
-        """Columns for slopes a[i] exps[i]; None where multiplying all of them is cheaper.
+    def choose(self, chunk: Chunk, a: torch.Tensor, largest: torch.Tensor) -> Columns:
+        """Columns for slopes a[i] exps[i].
 
         largest: 0-d, the largest |d loss / d logprob| of the chunk, divided by the temperature.
         """
@@ -69,20 +77,25 @@ class Vocabulary:
             keep = self._keep_by_error(chunk, a, mass)
         else:
             keep = peak >= self.tol * largest
-        if keep is None:
-            self.count(len(a), 1.0)
-            return None
-        keep[chunk.targets.clamp(0, len(keep) - 1)] = True
-        live = keep.nonzero()[:, 0]
-        lengths = torch.where(keep, 0, self._lengths)
-        masses = self._row_masses(chunk, a, lengths[:, None])
+        vocab = len(keep)
+        targets = chunk.targets.clamp(0, vocab - 1)
+        live_row = torch.arange(len(a), device=a.device) < chunk.live
+        # rows without a gradient mark a place past the end
+        marked = torch.where(live_row, targets, vocab)
+        ones = torch.ones_like(live_row)
+        keep = torch.nn.functional.pad(keep, (0, 1)).index_copy(0, marked, ones)[:vocab]
+        count = keep.sum()
+        width = torch.where(count <= self.room, count, 0).to(torch.int32)[None]
+        order = keep.logical_not().to(torch.uint8).sort(stable=True).indices
+        masses = self._row_masses(chunk, a, torch.where(keep, 0, self._lengths)[:, None])
         dropped = torch.where(keep, 0, mass)
-        position = keep.cumsum(0) - 1
+        exps, weight = self._gather(chunk, order, width)
         return Columns(
-            live,
-            chunk.exps.index_select(1, live),
-            self.weight.index_select(0, live),
-            position[chunk.targets.clamp(0, len(keep) - 1)],
+            width,
+            order,
+            exps,
+            weight,
+            (keep.cumsum(0) - 1)[targets],
             torch.linalg.vector_norm(masses),
             torch.linalg.vector_norm(dropped),
             mass.sum(),
@@ -92,65 +105,106 @@ class Vocabulary:
     def accept(
         self,
         columns: Columns,
+        live: torch.Tensor,
         hidden_norm: torch.Tensor | None,
         weight_norm: torch.Tensor | None,
-    ) -> bool:
-        """Whether gradients of these norms, from `columns`, are near enough; takes note of them."""
-        bound = torch.zeros_like(self._bound)
+    ) -> torch.Tensor:
+        """0-d bool: whether gradients of these norms, from `columns`, are near enough.
+
+        live: (1,) int32, rows of the chunk. Takes note of what is accepted.
+        """
+        bound = torch.zeros_like(columns.mass)
         if hidden_norm is not None:
             bound = torch.maximum(bound, _relative(columns.dropped_rows, hidden_norm))
         if weight_norm is not None:
             bound = torch.maximum(bound, _relative(columns.dropped_columns, weight_norm))
-        rows = len(columns.exps)
-        if self.tol == "auto" and not bool(bound <= ROUNDING):
-            self.count(rows, 1.0)
-            return False
-        self._bound = torch.maximum(self._bound, bound)
-        self._mass += columns.mass
-        self._dropped += columns.dropped_mass
-        self.count(rows, len(columns.live) / len(self.weight))
-        return True
-
-    def count(self, rows: int, share: float) -> None:
-        """Rows of which this share of the columns was multiplied out."""
-        self._rows += rows
-        self._kept += rows * share
+        good = columns.width[0] > 0
+        if self.tol == "auto":
+            good = good & (bound <= ROUNDING)
+        rows = live[0].float()
+        share = torch.where(good, columns.width[0] / len(self.weight), 1.0)
+        noted = torch.stack([columns.mass, columns.dropped_mass, bound])
+        mass, dropped, bound = torch.where(good, noted, 0).unbind()
+        sums = self._account + torch.stack([rows, rows * share, mass, dropped, bound])
+        self._account = torch.where(
+            torch.arange(5, device=sums.device) == 4, self._account.maximum(bound), sums
+        )
+        return good
 
     def metrics(self) -> dict[str, torch.Tensor]:
         """0-d: share of columns kept, share of the gradient's mass left out where any was, bound
         of the relative error of the gradients."""
-        share = self._kept / self._rows if self._rows else 1.0
-        lost = torch.where(self._mass > 0, self._dropped / self._mass, 0)
+        rows, kept, mass, dropped, bound = self._account.unbind()
         return {
-            "vocab/live_share": torch.tensor(share, device=lost.device),
-            "vocab/dropped_mass": lost,
-            "vocab/error_bound": self._bound,
+            "vocab/live_share": torch.where(rows > 0, kept / rows, 1.0),
+            "vocab/dropped_mass": torch.where(mass > 0, dropped / mass, 0.0),
+            "vocab/error_bound": bound.clone(),
         }
 
-    def _keep_by_error(
-        self, chunk: Chunk, a: torch.Tensor, mass: torch.Tensor
-    ) -> torch.Tensor | None:
-        """(V,) bool: as few columns as a relative error of `ROUNDING` allows; None: too many."""
+    def buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Scratch memory that lives until the next chunk asks for it."""
+        count = shape[0] * shape[1]
+        held = self._buffers.get(name)
+        if held is None or held.numel() < count:
+            held = torch.empty(count, dtype=dtype, device=self.weight.device)
+            self._buffers[name] = held
+        return held[:count].view(shape)
+
+    def release(self) -> None:
+        """Give the scratch memory back."""
+        self._buffers.clear()
+
+    def _gather(
+        self, chunk: Chunk, order: torch.Tensor, width: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chosen columns of `exps` (C, A) and rows of the weight (A, H)."""
+        depth = self.weight.shape[1]
+        exps = self.buffer("exps", (len(chunk.index), self.room), chunk.exps.dtype)
+        weight = self.buffer("weight", (self.room, depth), self.weight.dtype)
+        some_columns_kernel[(len(chunk.index),)](
+            chunk.exps,
+            order,
+            chunk.live,
+            width,
+            exps,
+            chunk.exps.stride(0),
+            self.room,
+            BLOCK=512,
+            STEP=LIVE_STEP,
+            num_warps=4,
+        )
+        some_rows_kernel[(self.room,)](
+            self.weight,
+            order,
+            width,
+            weight,
+            self.weight.stride(0),
+            depth,
+            BLOCK=1024,
+            STEP=LIVE_STEP,
+            num_warps=4,
+        )
+        return exps, weight
+
+    def _keep_by_error(self, chunk: Chunk, a: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        """(V,) bool: as few columns as a relative error of `ROUNDING` allows; all: too many."""
         ordered, order = mass.double().sort()
         reached = ordered.cumsum(0) / ordered.sum()
-        keeps = []
-        for budget in _BUDGETS:
-            keep = torch.empty_like(reached, dtype=torch.bool)
-            keep[order] = reached > budget
-            keeps.append(keep)
-        choices = torch.stack([torch.zeros_like(keeps[0]), *keeps], dim=1)
+        keeps = torch.zeros(len(mass), len(_BUDGETS), dtype=torch.bool, device=mass.device)
+        for number, budget in enumerate(_BUDGETS):
+            keeps[:, number] = torch.empty_like(keeps[:, 0]).index_copy(0, order, reached > budget)
+        choices = torch.nn.functional.pad(keeps, (1, 0))
         masses = self._row_masses(chunk, a, torch.where(choices, 0, self._lengths[:, None]))
-        rows = torch.linspace(0, len(a) - 1, min(_SAMPLE, len(a)), device=a.device).long()
-        exact = torch.empty(len(rows), self.weight.shape[1], device=a.device)
+        count = min(_SAMPLE, len(a))
+        rows = torch.arange(count, device=a.device) * chunk.live.long() // count
+        exact = torch.empty(count, self.weight.shape[1], device=a.device)
         product(chunk.exps[rows], self.weight, exact)
         exact *= a[rows, None]
         expected = exact.norm() / masses[rows, 0].norm() * masses[:, 0].norm()
         fits = masses[:, 1:].norm(dim=0) <= _MARGIN * ROUNDING * expected
-        few = choices[:, 1:].sum(0) <= _WORTH_IT * len(mass)
-        for keep, good in zip(keeps, (fits & few).tolist(), strict=True):
-            if good:
-                return keep
-        return None
+        good = fits & (keeps.sum(0) <= self.room)
+        first = good & (good.cumsum(0) == 1)
+        return (keeps & first).any(1) | ~good.any()
 
     def _row_masses(self, chunk: Chunk, a: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(C, K) sums over columns of |slope| lengths (V, K)."""
@@ -159,6 +213,7 @@ class Vocabulary:
             chunk.exps,
             a,
             lengths.T.contiguous(),
+            chunk.live,
             out,
             chunk.exps.stride(0),
             len(self.weight),
@@ -179,11 +234,11 @@ class Vocabulary:
             chunk.exps,
             a,
             norms,
+            chunk.live,
             peak,
             mass,
             chunk.exps.stride(0),
             vocab,
-            len(a),
             ROWS=32,
             BLOCK=128,
             num_warps=4,
