@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_sections
+from benchmarks import gpu_sections, gpu_weights
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 480.0
@@ -32,6 +32,9 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "rates": gpu_sections.rates,
     "correct: rows": gpu_sections.correct_rows,
     "correct: head": gpu_sections.correct_head,
+    "correct: weights": gpu_weights.correct,
+    "weight_sync 1.5B": gpu_weights.time_small,
+    "weight_sync 7B": gpu_weights.time_large,
     "token_logprobs": gpu_sections.time_token_logprobs,
     "grpo_loss": gpu_sections.time_grpo_loss,
     "linear_grpo_loss 1536": gpu_sections.time_head_small,
@@ -40,6 +43,8 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "gpu tests": gpu_sections.gpu_tests,
 }
 NEEDS = {
+    "weight_sync 1.5B": "correct: weights",
+    "weight_sync 7B": "correct: weights",
     "token_logprobs": "correct: rows",
     "grpo_loss": "correct: rows",
     "linear_grpo_loss 1536": "correct: head",

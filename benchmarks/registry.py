@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from benchmarks import rivals
-from benchmarks.timing import Variants
+from benchmarks.case import Case
+from benchmarks.weight_copies import weight_sync_case, weight_sync_fp32_case
 from polymath_fast.kernels import (
     group_advantages,
     grpo_loss,
@@ -23,21 +24,6 @@ LOGPROB_ERROR = 1e-5
 ROUNDING = 2.6e-3
 """relative error of a gradient: what rounding it to bf16 makes"""
 CHECKED_ROWS = 256
-
-
-@dataclass
-class Case:
-    """One operator on one set of inputs."""
-
-    shape: dict[str, int]
-    variants: Variants
-    """ours first; the first rival is what ratios are taken against"""
-    baseline: str
-    check: Callable[[], dict[str, float]]
-    """errors of ours; raises AssertionError where one is too large"""
-    flops: float = 0.0
-    bytes: float = 0.0
-    """what the best algorithm must do, for the share of the machine's rate"""
 
 
 def linear_grpo_loss_case(device: str) -> Case:
@@ -174,6 +160,8 @@ OPERATORS: dict[str, Callable[[str], Case]] = {
     "grpo_loss": grpo_loss_case,
     "token_logprobs": token_logprobs_case,
     "group_advantages": group_advantages_case,
+    "weight_sync": weight_sync_case,
+    "weight_sync_fp32": weight_sync_fp32_case,
 }
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.registry import OPERATORS, Case
+from benchmarks.case import Case
+from benchmarks.registry import OPERATORS
 from benchmarks.timing import copy_rate, gemm_rate, interleave
 
 RESULTS = Path(__file__).parent / "results"

@@ -81,12 +81,12 @@ class SegmentTable:
         self._on_device: dict[int, list[tuple[Group, Tensor, int]]] = {}
 
     def on_device(self, chunk: int) -> list[tuple[Group, Tensor, int]]:
-        """Per group, its rows as an int64 tensor beside the weights and its number of chunks."""
+        """Per group, its rows as (segments, 7) int64 beside the weights, and how many chunks."""
         if chunk not in self._on_device:
             entries = []
             for group in self.groups:
                 rows, total = group.rows(chunk)
-                numbers = torch.from_numpy(rows.view(np.int64))
+                numbers = torch.from_numpy(rows.view(np.int64)).view(len(rows), -1)
                 entries.append((group, numbers.to(group.segments[0].dst.device), total))
             self._on_device[chunk] = entries
         return self._on_device[chunk]

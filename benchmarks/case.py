@@ -1,0 +1,23 @@
+"""What a benchmark of one operator is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.timing import Variants
+
+
+@dataclass
+class Case:
+    """One operator on one set of inputs."""
+
+    shape: dict[str, int]
+    variants: Variants
+    """ours first; the first rival is what ratios are taken against"""
+    baseline: str
+    check: Callable[[], dict[str, float]]
+    """errors of ours; raises AssertionError where one is too large"""
+    flops: float = 0.0
+    bytes: float = 0.0
+    """what the best algorithm must do, for the share of the machine's rate"""

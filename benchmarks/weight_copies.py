@@ -1,0 +1,134 @@
+"""All weights of a model to a sampler's layout: learner's flat memory, engine's stacked tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Case
+from benchmarks.timing import Variants
+from polymath_fast.kernels import SegmentTable, weight_sync
+from polymath_fast.random_models import FAMILIES
+
+Pairs = list[tuple[Tensor, Tensor]]
+_STACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}
+"""what vLLM keeps as rows of one tensor; everything else is a tensor of its own"""
+
+
+def weight_sync_case(device: str) -> Case:
+    """bf16 to bf16: what an update of a learner with bf16 weights needs."""
+    return _case(device, torch.bfloat16)
+
+
+def weight_sync_fp32_case(device: str) -> Case:
+    """fp32 to bf16: straight from the optimizer's master weights."""
+    return _case(device, torch.float32)
+
+
+def tensors(family: str, dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], Pairs]:
+    """Random weights by Hugging Face name, and each with the bf16 view it is copied to."""
+    shapes = _shapes(FAMILIES[family])
+    flat = torch.randn(sum(s.numel() for s in shapes.values()), device=device, dtype=dtype)
+    sources, groups, offset = {}, {}, 0
+    for name, shape in shapes.items():
+        sources[name] = flat[offset : offset + shape.numel()].view(shape)
+        offset += shape.numel()
+        layer, _, last = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")
+        kind = name.rsplit(".", 1)[1]
+        groups.setdefault(f"{layer}.{_STACKED.get(last, last)}.{kind}", []).append(sources[name])
+    pairs = []
+    for members in groups.values():
+        rows = [len(m) for m in members]
+        target = torch.zeros(sum(rows), *members[0].shape[1:], dtype=torch.bfloat16, device=device)
+        pairs += zip(members, target.split(rows), strict=True)
+    return sources, pairs
+
+
+def loop(pairs: Pairs) -> Callable[[], None]:
+    """One `copy_` a tensor, as loaders of weights do."""
+
+    def run() -> None:
+        for source, target in pairs:
+            target.copy_(source)
+
+    return run
+
+
+def contiguous(table: SegmentTable) -> Callable[[], None]:
+    """As many bytes as one plain copy: the machine's rate."""
+    first = table.segments[0].src
+    options = {"dtype": torch.uint8, "device": first.device}
+    source, target = (torch.ones(table.bytes // 2, **options) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
+def wrong_tensors(pairs: Pairs) -> float:
+    """How many targets are not their source rounded to bf16, bit for bit."""
+    return float(sum(not torch.equal(t, s.to(t.dtype)) for s, t in pairs))
+
+
+def _case(device: str, dtype: torch.dtype) -> Case:
+    torch.manual_seed(0)
+    family = "qwen2.5-1.5b" if device == "cuda" else "smollm2-135m"
+    sources, pairs = tensors(family, dtype, device)
+    table = SegmentTable(*(list(side) for side in zip(*pairs, strict=True)))
+    variants: Variants = {
+        "ours": lambda: weight_sync(table),
+        "loop of copy_": loop(pairs),
+        "one copy of as many bytes": contiguous(table),
+    }
+    if device == "cpu" and find_spec("vllm"):
+        variants["vLLM's reload_weights"] = _Reload(family, sources)
+
+    def check() -> dict[str, float]:
+        weight_sync(table)
+        wrong = wrong_tensors(pairs)
+        assert wrong == 0, f"{wrong:.0f} tensors are not what they should be; nothing was timed"
+        return {"wrong tensors": wrong}
+
+    return Case(
+        shape={"tensors": len(pairs), "segments": len(table.segments), "elements": table.elements},
+        variants=variants,
+        baseline="one copy of as many bytes",
+        check=check,
+        bytes=float(table.bytes),
+    )
+
+
+class _Reload:
+    """vLLM's own reload of the same tensors; the first call starts the engine."""
+
+    def __init__(self, family: str, sources: dict[str, Tensor]) -> None:
+        self._family = family
+        self._sources = sources
+        self._engine: Any = None
+
+    def __call__(self) -> None:
+        if self._engine is None:
+            self._engine = self._start()
+        self._engine.weights.push(self._sources.items(), self._engine.weights.version + 1)
+
+    def _start(self) -> Any:
+        from polymath_fast import environment
+        from polymath_fast.models import resolve_model
+        from polymath_fast.rollout.vllm_engine import VllmEngine
+
+        environment.prepare()
+        folder = resolve_model(f"random:{self._family}", notify=print)
+        sizes = {"max_model_len": 64, "max_num_seqs": 4, "kv_cache_gib": 1}
+        return VllmEngine(folder, stop_token_ids=[0], device="cpu", **sizes)
+
+
+def _shapes(shape: dict[str, Any]) -> dict[str, torch.Size]:
+    """Hugging Face name -> shape, in the order of transformers' parameters; a tied head once."""
+    from transformers import AutoModelForCausalLM
+
+    from polymath_fast.random_models import config_of
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(shape))
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
