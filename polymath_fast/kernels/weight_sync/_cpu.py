@@ -39,7 +39,7 @@ def weight_sync(table: SegmentTable) -> None:
 
 @njit(nogil=True, cache=True)
 def _copy_chunks(start, stop, table, size, halves, convert):
-    """Chunks start to stop of `table` (segments, 7); `halves`: 16-bit parts of what is only kept."""
+    """Chunks start to stop of `table` (segments, 7); a kept element is `halves` times 16 bits."""
     scale, wide = (4, 2) if convert else (2 * halves, 2 * halves)
     for index in range(start, stop):
         place = np.searchsorted(table[:, _FIRST_CHUNK], index, side="right") - 1
