@@ -1,7 +1,7 @@
 """csrc/weight_sync.cu without a GPU: it compiles, uses what the table says, and its code is right.
 
-`python tests/csrc/test_weight_sync.py` writes the table; run it after a change of the kernel, and
-read the difference before committing it.
+`python tests/csrc/test_csrc_weight_sync.py` writes the table; run it after a change of the kernel,
+and read the difference before committing it.
 """
 
 from __future__ import annotations
