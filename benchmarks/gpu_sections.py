@@ -158,7 +158,7 @@ def time_token_logprobs() -> dict[str, Any]:
     logits, targets = _logits(8192, 151_936)
     ours = {"triton": lambda: token_logprobs(logits, targets, impl="triton")}
     variants = ours | gpu_rivals.token_logprobs(logits, targets)
-    return _table(variants, byte_count=logits.nbytes)
+    return timed_table(variants, byte_count=logits.nbytes)
 
 
 def time_grpo_loss() -> dict[str, Any]:
@@ -167,7 +167,7 @@ def time_grpo_loss() -> dict[str, Any]:
     for vocab in (151_936, 49_152):
         logits, targets = _logits(8192, vocab)
         old = token_logprobs(logits, targets, impl="triton")[0]
-        table = _table(_logit_variants(logits, targets, old), byte_count=2 * logits.nbytes)
+        table = timed_table(_logit_variants(logits, targets, old), byte_count=2 * logits.nbytes)
         found += [row | {"what": f"V={vocab} {row['what']}"} for row in table["rows"]]
     return {"rows": found}
 
@@ -225,7 +225,7 @@ def _time_head(depth: int, vocab: int) -> dict[str, Any]:
         if count > 8192:
             rivals.pop("eager")
             rivals.pop("liger, fused linear grpo", None)
-        table = _table(
+        table = timed_table(
             _head_variants(data) | rivals,
             flop_count=6 * count * vocab * depth,
             repeats=5 if count == 8192 else 3,
@@ -296,7 +296,7 @@ def time_tiles() -> dict[str, Any]:
         variants[f"H={depth} cuBLAS bf16 product"] = lambda a=hidden, b=weight, out=logits: (
             torch.mm(a, b.T, out=out)
         )
-        found += _table(variants, flop_count=2 * 8192 * vocab * depth)["rows"]
+        found += timed_table(variants, flop_count=2 * 8192 * vocab * depth)["rows"]
     return {"rows": found}
 
 
@@ -319,7 +319,7 @@ def gpu_tests() -> dict[str, Any]:
     return {"summary": summary} | ({"error": summary} if run.returncode else {})
 
 
-def _table(
+def timed_table(
     variants: Variants,
     *,
     byte_count: int | None = None,

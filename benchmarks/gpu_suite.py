@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_sections, gpu_weights
+from benchmarks import gpu_attention, gpu_sections, gpu_weights
 
 ROOT = Path(__file__).parents[1]
 BUDGET = 480.0
@@ -35,10 +35,12 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "correct: weights": gpu_weights.correct,
     "weight_sync 1.5B": gpu_weights.time_small,
     "weight_sync 7B": gpu_weights.time_large,
+    "correct: attention": gpu_attention.correct_attention,
     "token_logprobs": gpu_sections.time_token_logprobs,
     "grpo_loss": gpu_sections.time_grpo_loss,
     "linear_grpo_loss 1536": gpu_sections.time_head_small,
     "linear_grpo_loss 3584": gpu_sections.time_head_large,
+    "prefix_attention": gpu_attention.time_attention,
     "tiles": gpu_sections.time_tiles,
     "gpu tests": gpu_sections.gpu_tests,
 }
@@ -49,6 +51,7 @@ NEEDS = {
     "grpo_loss": "correct: rows",
     "linear_grpo_loss 1536": "correct: head",
     "linear_grpo_loss 3584": "correct: head",
+    "prefix_attention": "correct: attention",
 }
 """what must have held before a section takes times"""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import rivals
+from benchmarks.attention import prefix_attention_case
 from benchmarks.case import Case
 from benchmarks.weight_copies import weight_sync_case, weight_sync_fp32_case
 from polymath_fast.kernels import (
@@ -162,6 +163,7 @@ OPERATORS: dict[str, Callable[[str], Case]] = {
     "group_advantages": group_advantages_case,
     "weight_sync": weight_sync_case,
     "weight_sync_fp32": weight_sync_fp32_case,
+    "prefix_attention": prefix_attention_case,
 }
 
 

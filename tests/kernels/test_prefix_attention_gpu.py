@@ -31,7 +31,7 @@ def implementation(name: str):
 
 @pytest.mark.parametrize("layout", REAL.values(), ids=REAL)
 @pytest.mark.parametrize(
-    ("dtype", "head_dim"), [*((BF16, d) for d in (64, 80, 96, 128, 256)), (FP16, 128)], ids=str
+    ("dtype", "head_dim"), [*((BF16, d) for d in (64, 80, 128, 256)), (FP16, 128)], ids=str
 )
 @pytest.mark.parametrize("name", ["_triton", "_flash"])
 def test_agrees_with_float64(name, dtype, head_dim, layout) -> None:
@@ -53,7 +53,7 @@ def test_awkward_layouts(name, layout) -> None:
         compare(implementation(name), layout, head_dim=64, dtype=BF16, device="cuda", alone=alone)
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", [64, 80])
 def test_float32(head_dim) -> None:
     compare(implementation("_triton"), REAL["ragged"], head_dim=head_dim, device="cuda")
 

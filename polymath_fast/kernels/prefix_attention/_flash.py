@@ -18,6 +18,7 @@ import torch
 from flash_attn import flash_attn_interface as flash
 from torch import Tensor
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.prefix_attention.blocks import Block
 
 _WIDEST = 256
@@ -123,7 +124,7 @@ class PrefixAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor):
         saved, scale = (grad, *ctx.saved_tensors), ctx.scale
         gradients = tuple(

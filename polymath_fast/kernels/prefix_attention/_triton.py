@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.prefix_attention.blocks import Block
 from polymath_fast.kernels.triton.attention_gradient_kernels import (
     key_gradient_kernel,
@@ -89,7 +90,7 @@ class PrefixAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
         grad = _rows_in_one_piece(grad)

@@ -1,0 +1,94 @@
+"""Attention sections of the GPU suite: shared prompts beside FlexAttention, flash-attn and SDPA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention import check_attention
+from benchmarks.attention_rivals import AttentionData, passes, random_data, rivals
+from benchmarks.gpu_sections import timed_table
+from benchmarks.timing import Variants
+from polymath_fast.kernels import prefix_attention
+from polymath_fast.kernels.triton.attention_schedule import Sizes, schedule
+
+HEADS, SIZE = (12, 2), 128
+"""of Qwen2.5-1.5B"""
+SHAPES = {"P=512 B=64 R=1024": (512, 64, 1024), "P=4096 B=64 R=512": (4096, 64, 512)}
+"""prompt, completions, their longest"""
+
+
+def _data(prompt: int, count: int, longest: int) -> AttentionData:
+    lengths = torch.linspace(longest // 3, longest, count).int()
+    return random_data(HEADS, SIZE, prompt, lengths, "cuda")
+
+
+def _implementations() -> dict[str, Callable[..., Tensor]]:
+    names = ("triton", "flash") if find_spec("flash_attn") else ("triton",)
+    return {name: partial(prefix_attention, impl=name) for name in names}
+
+
+def correct_attention() -> dict[str, Any]:
+    """Outputs and gradients against fp64, which may be off as much as eager bf16 is."""
+    values = {}
+    for shape, numbers in SHAPES.items():
+        data = _data(*numbers).first(6)
+        for name, attend in _implementations().items():
+            for what, error in check_attention(data, attend).items():
+                values[f"{name} {shape} {what}"] = error
+    return {"values": values}
+
+
+def time_attention() -> dict[str, Any]:
+    """Forward, then forward and backward, shares by 4 and 14 operations a pair, head and entry."""
+    found: list[dict[str, Any]] = []
+    for shape, numbers in SHAPES.items():
+        data = _data(*numbers)
+        inputs = [data.q, data.k, data.v]
+        named: dict[str, Variants] = {}
+        for name, implementation in _implementations().items():
+            call = partial(_packed, implementation, data)
+            named[f"ours, {name}"] = passes(call, inputs, data.grad)
+        named["flex attention"] = passes(_flex(data), inputs, data.grad)
+        named |= rivals(data)
+        for what, operations in (("forward", 4), ("forward and backward", 14)):
+            rows = timed_table(
+                {name: variants[what] for name, variants in named.items()},
+                flop_count=operations * data.pairs * HEADS[0] * SIZE,
+                repeats=5,
+            )["rows"]
+            found += [row | {"what": f"{shape} {what}: {row['what']}"} for row in rows]
+    return {"rows": found}
+
+
+def _packed(
+    attend: Callable[..., Tensor], data: AttentionData, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    return attend(q, k, v, data.prompt_len, data.cu_seqlens)
+
+
+def _flex(data: AttentionData) -> Callable[..., Tensor]:
+    """torch's FlexAttention with a mask of the same pairs; making the mask is not timed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    tile = Sizes(128, 128)
+    block = (data.prompt_len, tuple(data.cu_seqlens.tolist()))
+    last = torch.from_numpy(schedule((block,), tile, tile, tile, HEADS[1]).last).cuda()
+    rows = len(data.q)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < last[key])
+
+    mask = create_block_mask(sees, None, None, rows, rows, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(*packed: Tensor) -> Tensor:
+        by_head = (x.transpose(0, 1)[None] for x in packed)
+        return compiled(*by_head, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    return attend
