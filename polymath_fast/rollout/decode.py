@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from polymath_fast.learner.policy import Policy
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _GROWTH = 64  # tokens by which the buffers grow
 
@@ -123,3 +125,42 @@ class DecodeCache:
 def _by_key_head(q: Tensor, keys: Tensor) -> Tensor:
     """(B, Hq, 1, D) -> (B, Hkv, Hq / Hkv, D): the heads that share a key head read it together."""
     return q.reshape(q.shape[0], keys.shape[1], -1, q.shape[3])
+
+
+class ModuleDecoder:
+    """B completions that grow in lock step through the policy's own modules."""
+
+    def __init__(self, policy: Policy, prefilled: Sequence[tuple[PromptCache, Tensor]]):
+        """`prefilled[i]` is the prompt that completion i continues and its last hidden state."""
+        self._policy = policy
+        self._last = torch.cat([hidden for _, hidden in prefilled])  # (B, H)
+        self._cache = DecodeCache([prompt for prompt, _ in prefilled])
+
+    def first(self) -> Tensor:
+        """(B, V) logits of the tokens that follow the prompts."""
+        return self._policy.head(self._last)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """(B, V) logits after one more token (B,) a completion."""
+        device = self._policy.device
+        hidden = run_decoder(
+            self._policy,
+            tokens[:, None].to(device),
+            self._cache.positions[:, None].to(device),
+            self._cache,
+        )
+        self._cache.advance()
+        return self._policy.head(hidden[:, 0])
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all completions but `rows` (indices into the present batch)."""
+        self._cache.keep(rows.to(self._policy.device))
+
+
+def run_decoder(
+    policy: Policy, ids: Tensor, positions: Tensor, cache: PromptCache | DecodeCache
+) -> Tensor:
+    """(B, T, H) hidden states of ids (B, T); keys and values go to `cache`."""
+    return policy.model.get_decoder()(
+        input_ids=ids, position_ids=positions, use_cache=False, decode=cache
+    ).last_hidden_state

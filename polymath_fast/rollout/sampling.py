@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _BLOCK = 256  # vocabulary columns whose mass is summed before the draw is located inside them
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float, vocab: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw from softmax(logits / temperature) by inverting its distribution function.
 
     One uniform number a row and two short cumulative sums (over blocks of columns, then inside the
@@ -18,16 +21,45 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
         logits: (B, V), any float dtype; computed with in float32.
         uniforms: (B,) float64 in [0, 1); ignored when temperature is 0.
         temperature: 0 takes the largest logit and reports its log-prob at temperature 1.
+        vocab: columns from this one on are padding; None = there is none.
 
     Returns:
         tokens (B,) int64, logprobs (B,) float32.
     """
-    greedy = temperature == 0
+    vocab = logits.shape[1] if vocab is None else vocab
+    if logits.device.type == "cpu" and logits.dtype != torch.float64:
+        return _draw_on_cpu(logits, uniforms, temperature, vocab)
+    logits, greedy = logits[:, :vocab], temperature == 0
     scaled = logits.float() if greedy else logits.float() / temperature
     log_norm = torch.logsumexp(scaled, dim=-1)  # (B,)
     tokens = scaled.argmax(-1) if greedy else _invert(scaled, log_norm, uniforms)
     logprobs = scaled.gather(-1, tokens[:, None])[:, 0] - log_norm
     return tokens, logprobs.clamp_(max=0)
+
+
+def _draw_on_cpu(
+    logits: Tensor, uniforms: Tensor, temperature: float, vocab: int
+) -> tuple[Tensor, Tensor]:
+    from polymath_fast.kernels.cpu.draw import draw
+    from polymath_fast.kernels.cpu.products import bits
+    from polymath_fast.kernels.cpu.threads import parallel, split
+
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    logprobs = torch.empty(len(logits))
+    half = logits.dtype == torch.float16
+    parallel(
+        draw,
+        split(len(logits)),
+        bits(logits.contiguous().view(torch.bfloat16) if half else logits.contiguous()),
+        vocab,
+        half,
+        np.float32(1 / (temperature or 1)),
+        temperature == 0,
+        uniforms.contiguous().numpy(),
+        tokens.numpy(),
+        logprobs.numpy(),
+    )
+    return tokens, logprobs
 
 
 def _invert(scaled: Tensor, log_norm: Tensor, uniforms: Tensor) -> Tensor:

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from polymath_fast.learner.policy import Policy
-from polymath_fast.rollout.decode import DecodeCache, PromptCache
+from polymath_fast.rollout import tile_decoder
+from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
 from polymath_fast.rollout.sampling import sample_tokens
 from polymath_fast.rollout.types import Completion, SamplingOptions
 from polymath_fast.rollout.weights import IdentitySync
 
 _SHRINK_BELOW = 0.8  # share of unfinished rows below which finished ones leave the batch
 _ALONE_FROM = 16  # completions of one prompt from which it decodes in a batch of its own
+
+
+class Decoder(Protocol):
+    """B completions that grow in lock step."""
+
+    def first(self) -> Tensor:
+        """(B, V or more) logits of the tokens that follow the prompts."""
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """(B, V or more) logits after one more token (B,) a completion."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all completions but `rows` (indices into the present batch)."""
 
 
 class TransformersEngine:
@@ -41,6 +56,7 @@ class TransformersEngine:
         self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingOptions
     ) -> list[list[Completion]]:
         """n completions for each prompt, in the order of the prompts."""
+        weights = tile_decoder.TileWeights(self.policy) if tile_decoder.fits(self.policy) else None
         generator = torch.Generator().manual_seed(sampling.seed)
         prefill = lru_cache(self.max_num_seqs)(lambda index: self._prefill(prompts[index]))
         completions: list[Completion] = []
@@ -48,7 +64,12 @@ class TransformersEngine:
             uniforms = torch.rand(
                 len(wave), sampling.max_completion_length, dtype=torch.float64, generator=generator
             )
-            completions += self._decode([prefill(index) for index in wave], uniforms, sampling)
+            prefilled = [prefill(index) for index in wave]
+            if weights is not None:
+                decoder = tile_decoder.TileDecoder(weights, prefilled)
+            else:
+                decoder = ModuleDecoder(self.policy, prefilled)
+            completions += self._decode(decoder, uniforms, sampling)
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     def _waves(self, num_prompts: int, n: int) -> Iterator[list[int]]:
@@ -75,34 +96,24 @@ class TransformersEngine:
         prompt = PromptCache()
         ids = torch.tensor([list(prompt_ids)], device=self.policy.device)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        return prompt, self._hidden(ids, positions, prompt)[:, -1]  # (1, H)
-
-    def _hidden(self, ids: Tensor, positions: Tensor, kv: PromptCache | DecodeCache) -> Tensor:
-        decoder = self.policy.model.get_decoder()
-        return decoder(
-            input_ids=ids, position_ids=positions, use_cache=False, decode=kv
-        ).last_hidden_state
+        return prompt, run_decoder(self.policy, ids, positions, prompt)[:, -1]  # (1, H)
 
     def _decode(
-        self,
-        prefilled: Sequence[tuple[PromptCache, Tensor]],
-        uniforms: Tensor,
-        sampling: SamplingOptions,
+        self, decoder: Decoder, uniforms: Tensor, sampling: SamplingOptions
     ) -> list[Completion]:
         """One wave in lock step; row i reads uniforms[i], so finished rows change nobody's draw."""
         wave, limit = uniforms.shape
-        device = self.policy.device
+        vocab = self.policy.head.weight.shape[0]
         stop = torch.tensor(sorted(self.stop_token_ids))
         tokens = torch.zeros(wave, limit, dtype=torch.int64)
         logprobs = torch.zeros(wave, limit)
         lengths = torch.full((wave,), limit)
-        kv = DecodeCache([prompt for prompt, _ in prefilled])
-        hidden = torch.cat([last for _, last in prefilled])  # (wave, H)
         rows = torch.arange(wave)  # which completion each row of the batch is
         alive = torch.ones(wave, dtype=torch.bool)
+        logits = decoder.first()
         for step in range(limit):
             drawn, drawn_logprobs = sample_tokens(
-                self.policy.head(hidden), uniforms[rows, step].to(device), sampling.temperature
+                logits, uniforms[rows, step].to(logits.device), sampling.temperature, vocab
             )
             drawn, drawn_logprobs = drawn.cpu(), drawn_logprobs.cpu()
             tokens[rows[alive], step] = drawn[alive]
@@ -115,12 +126,9 @@ class TransformersEngine:
                 break
             if step and remaining < _SHRINK_BELOW * len(rows):
                 kept = alive.nonzero()[:, 0]
-                kv.keep(kept.to(device))
+                decoder.keep(kept)
                 rows, drawn, alive = rows[kept], drawn[kept], alive[kept]
-            hidden = self._hidden(drawn[:, None].to(device), kv.positions[:, None].to(device), kv)[
-                :, 0
-            ]
-            kv.advance()
+            logits = decoder.next(drawn)
         return [self._completion(tokens[i], logprobs[i], int(lengths[i])) for i in range(wave)]
 
     def _completion(self, tokens: Tensor, logprobs: Tensor, length: int) -> Completion:

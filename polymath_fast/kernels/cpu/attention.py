@@ -98,11 +98,11 @@ def forward(
                 height = min(ROWS, count - top)
                 _copy_rows(q, first + top, height, query_head, rows)
                 panels = -(-(top + height) // PANEL)
-                _products(rows, prompt_keys[head], base // PANEL, own_keys, panels, scores)
+                products(rows, prompt_keys[head], base // PANEL, own_keys, panels, scores)
                 width = base + panels * PANEL
                 for r in range(height):
                     row = scores[r, :width]
-                    total, log_sum = _softmax(row, seen, base, top + r + 1, scale, probs[r, :width])
+                    total, log_sum = softmax(row, seen, base, top + r + 1, scale, probs[r, :width])
                     lse[first + top + r, query_head] = log_sum
                     scores[r, 0] = np.float32(1) / total
                 for part in range(sums.shape[1] // PANEL):
@@ -116,7 +116,7 @@ def forward(
                         left + 2 * base, step, 4, right, panels * 32, place, out_step, base > 0
                     )
                 for r in range(height):
-                    _store_row(out[first + top + r, query_head], sums[r], scores[r, 0])
+                    store_row(out[first + top + r, query_head], sums[r], scores[r, 0])
 
 
 @njit(nogil=True, cache=True)
@@ -166,8 +166,8 @@ def backward(
                     _copy_rows(q, first + top, height, query_head, rows)
                     _copy_rows(d_out, first + top, height, query_head, upstream)
                     panels = -(-(top + height) // PANEL)
-                    _products(rows, prompt_keys[head], base // PANEL, own_keys, panels, scores)
-                    _products(
+                    products(rows, prompt_keys[head], base // PANEL, own_keys, panels, scores)
+                    products(
                         upstream, prompt_values[head], base // PANEL, own_values, panels, slopes
                     )
                     width = base + panels * PANEL
@@ -192,7 +192,7 @@ def backward(
                             left + 2 * base, step, 4, right, panels * 32, place, out_step, base > 0
                         )
                     for r in range(height):
-                        _store_row(d_q[first + top + r, query_head], sums[r], np.float32(1))
+                        store_row(d_q[first + top + r, query_head], sums[r], np.float32(1))
                 if (end - begin) % 2:
                     probs[end - begin, :chunk_width] = 0
                     d_scores[end - begin, :chunk_width] = 0
@@ -212,7 +212,7 @@ def backward(
                 if first_key + row < prompt_len:
                     d_prompt[-1, head, which, row] = d_keys[which, base + row, :size]
                 else:
-                    _store_row(
+                    store_row(
                         target[first_key + row, head], d_keys[which, base + row], np.float32(1)
                     )
 
@@ -229,7 +229,7 @@ def _copy_rows(source, first, count, head, out):
 
 
 @njit(nogil=True, cache=True)
-def _products(rows, prompt, prompt_panels, own, own_panels, out):
+def products(rows, prompt, prompt_panels, own, own_panels, out):
     """out (6, keys) fp32 = rows (6, D) times the columns of the prompt's panels and of its own."""
     left, step, pairs = rows.ctypes.data, rows.strides[0], rows.shape[1] // 2
     place = out.ctypes.data
@@ -259,7 +259,7 @@ def _add_transposed(matrix, width, pairs, packed, turned, out):
 
 
 @njit(nogil=True, cache=True)
-def _softmax(row, seen, base, own, scale, out):
+def softmax(row, seen, base, own, scale, out):
     """Sum of the exponentials of a row and its log-sum-exp; their bf16 go to `out`, 0 where there
     is no key: keys [0, seen) and [base, base + own) exist."""
     top = max(_largest(row[:seen]), _largest(row[base : base + own])) * scale
@@ -320,6 +320,6 @@ def _dot(left, right):
 
 
 @njit(nogil=True, cache=True)
-def _store_row(out, values, factor):
+def store_row(out, values, factor):
     for d in range(out.size):
         out[d] = scalar.bfloat16(values[d] * factor)

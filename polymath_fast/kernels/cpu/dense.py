@@ -61,6 +61,12 @@ def weight_gradients(upstream: Tensor, x: Tensor, weights: Sequence[Tensor]) -> 
     return found
 
 
+def stacked_or_copied(weights: Sequence[Tensor]) -> Tensor:
+    """(sum of A, H): the weights as one matrix, which is a copy where they lie apart."""
+    stacked = _stacked(weights)
+    return torch.cat([weight.detach() for weight in weights]) if stacked is None else stacked
+
+
 def _columns(weights: Sequence[Tensor]) -> list[slice]:
     bounds = accumulate((weight.shape[0] for weight in weights), initial=0)
     return [slice(start, stop) for start, stop in pairwise(bounds)]

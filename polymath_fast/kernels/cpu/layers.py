@@ -41,18 +41,23 @@ def rotate(start, stop, stacked, heads, cos, sin, norms, eps, out):
     cos, sin (N, D); norms (heads, D): weights of each head's RMSNorm, or (0, D): none. Source:
     arXiv 2104.09864, equation 34, with the halves of a head as pairs.
     """
-    half = stacked.shape[2] // 2
     row = np.empty(stacked.shape[2], np.float32)
     for i in range(start, stop):
         for head in range(heads):
-            source = stacked[i, head]
-            if norms.shape[0]:
-                _norm_wide(source, norms[head], _inverse_rms(source, eps), row)
-            else:
-                _widen(source, row)
-            _rotate_row(row, cos[i], sin[i], half, out[i, head])
+            rotated_head(stacked[i, head], head, cos[i], sin[i], norms, eps, row, out[i, head])
         for head in range(heads, stacked.shape[1]):
             out[i, head] = stacked[i, head]
+
+
+@njit(nogil=True, cache=True)
+def rotated_head(source, head, cos, sin, norms, eps, wide, out):
+    """out (D,) = source (D,) with head `head`'s norm, if there is one, rotated; wide (D,) fp32 is
+    scratch."""
+    if norms.shape[0]:
+        _norm_wide(source, norms[head], _inverse_rms(source, eps), wide)
+    else:
+        _widen(source, wide)
+    _rotate_row(wide, cos, sin, source.size // 2, out)
 
 
 @njit(nogil=True, cache=True)

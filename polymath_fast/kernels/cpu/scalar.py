@@ -6,7 +6,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 _f32, _i32 = ir.FloatType(), ir.IntType(32)
 _EXP2 = (
@@ -103,3 +103,28 @@ def from_float16(typing_context, bits):
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _f32)
 
     return types.float32(types.uint16), emit
+
+
+def load_row(source, half, scale, out):
+    """out (V,) fp32 = source (V,) * scale, fp32 or bits: fp16 where `half`, else bf16."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(load_row)
+def _compiled_load_row(source, half, scale, out):
+    if source.dtype == types.uint16:
+
+        def load(source, half, scale, out):
+            if half:
+                for v in range(source.size):
+                    out[v] = from_float16(source[v]) * scale
+            else:
+                for v in range(source.size):
+                    out[v] = from_bfloat16(source[v]) * scale
+    else:
+
+        def load(source, half, scale, out):
+            for v in range(source.size):
+                out[v] = source[v] * scale
+
+    return load

@@ -1,0 +1,69 @@
+"""Decoding in tiles against the policy's own modules, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from polymath_fast.kernels.cpu import tiles
+from polymath_fast.learner.policy import Policy
+from polymath_fast.models import resolve_model
+from polymath_fast.rollout import tile_decoder
+from polymath_fast.rollout.decode import ModuleDecoder
+from polymath_fast.rollout.transformers_engine import TransformersEngine
+
+pytestmark = pytest.mark.skipif(not tiles.available(), reason="needs AVX512-BF16")
+
+FAMILIES = ["random:tiny", "random:tiny-qwen2", "random:tiny-qwen3"]
+
+
+def policy_of(family: str) -> Policy:
+    return Policy(resolve_model(family, notify=lambda text: None), dtype=torch.bfloat16)
+
+
+def both(policy: Policy, lengths: list[int]):
+    """The two decoders on prompts of these lengths; equal lengths are one prompt."""
+    engine = TransformersEngine(policy, stop_token_ids=[2])
+    known = {length: engine._prefill(list(range(3, 3 + length))) for length in set(lengths)}
+    prefilled = [known[length] for length in lengths]
+    weights = tile_decoder.TileWeights(policy)
+    return tile_decoder.TileDecoder(weights, prefilled), ModuleDecoder(policy, prefilled)
+
+
+def close(found: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Within what bf16 kernels of one model differ by."""
+    difference = (found[:, : truth.shape[1]] - truth.float()).abs()
+    return bool(difference.mean() < 0.04 * truth.float().std())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lengths", [[9] * 5, [3, 70, 9, 9]])
+def test_logits_follow_the_modules(family, lengths):
+    ours, theirs = both(policy_of(family), lengths)
+    assert close(ours.first(), theirs.first())
+    generator = torch.Generator().manual_seed(0)
+    for step in range(70):  # over the edge of a panel of 64 positions
+        tokens = torch.randint(3, 250, (len(lengths),), generator=generator)
+        if step == 20:
+            kept = torch.tensor([0, 2, 3])
+            ours.keep(kept)
+            theirs.keep(kept)
+        if step >= 20:
+            tokens = tokens[:3]
+        assert close(ours.next(tokens), theirs.next(tokens)), step
+
+
+@torch.inference_mode()
+def test_logits_carry_no_rounding_of_the_head():
+    policy = policy_of("random:tiny")
+    ours, theirs = both(policy, [9])
+    exact = theirs._last.double() @ policy.head.weight.double().T
+    width = exact.shape[1]
+    torch.testing.assert_close(ours.first()[:, :width].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_fit_is_told():
+    assert tile_decoder.fits(policy_of("random:tiny"))
+    single = Policy(resolve_model("random:tiny", notify=lambda text: None), dtype=torch.float32)
+    assert not tile_decoder.fits(single)
