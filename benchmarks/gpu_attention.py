@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,12 +17,22 @@ from benchmarks.attention_rivals import AttentionData, passes, random_data, riva
 from benchmarks.gpu_sections import timed_table
 from benchmarks.timing import Variants
 from polymath_fast.kernels import prefix_attention
+from polymath_fast.kernels.triton import attention_tiles
 from polymath_fast.kernels.triton.attention_schedule import Sizes, schedule
+from polymath_fast.kernels.triton.attention_tiles import Way
 
 HEADS, SIZE = (12, 2), 128
 """of Qwen2.5-1.5B"""
 SHAPES = {"P=512 B=64 R=1024": (512, 64, 1024), "P=4096 B=64 R=512": (4096, 64, 512)}
 """prompt, completions, their longest"""
+
+
+WAYS = {
+    "forward": (Way(128, 128, 8, 2), Way(64, 64, 4, 3)),
+    "query": (Way(64, 64, 4, 2), Way(128, 32, 8, 3)),
+    "key": (Way(32, 64, 4, 2), Way(32, 128, 8, 3)),
+}
+"""kernel -> tiles that spill nothing on Hopper and might be faster than the chosen ones"""
 
 
 def _data(prompt: int, count: int, longest: int) -> AttentionData:
@@ -64,6 +76,28 @@ def time_attention() -> dict[str, Any]:
             )["rows"]
             found += [row | {"what": f"{shape} {what}: {row['what']}"} for row in rows]
     return {"rows": found}
+
+
+def time_tiles() -> dict[str, Any]:
+    """Shapes of tiles, one kernel's changed at a time: what `attention_tiles` should hold."""
+    prompt, count, longest = next(iter(SHAPES.values()))
+    data = _data(prompt, count, longest)
+    kind = attention_tiles.kind_of(data.q.device, data.q.dtype)
+    chosen = attention_tiles.TILES[kind][SIZE]
+    runs: Variants = {}
+    for kernel, ways in WAYS.items():
+        what = "forward" if kernel == "forward" else "forward and backward"
+        for way in {getattr(chosen, kernel): None, **dict.fromkeys(ways)}:
+            label = f"{what}, {kernel} {way.queries}x{way.keys} w{way.warps} s{way.stages}"
+            runs[label] = partial(_with_tiles, kind, replace(chosen, **{kernel: way}), data, what)
+    flops = 14 * data.pairs * HEADS[0] * SIZE
+    return timed_table(runs, flop_count=flops, repeats=5)
+
+
+def _with_tiles(kind: str, tiles: attention_tiles.Tiles, data: AttentionData, what: str) -> None:
+    call = partial(_packed, partial(prefix_attention, impl="triton"), data)
+    with mock.patch.dict(attention_tiles.TILES[kind], {SIZE: tiles}):
+        passes(call, [data.q, data.k, data.v], data.grad)[what]()
 
 
 def _packed(

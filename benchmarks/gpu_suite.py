@@ -42,6 +42,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "linear_grpo_loss 3584": gpu_sections.time_head_large,
     "prefix_attention": gpu_attention.time_attention,
     "tiles": gpu_sections.time_tiles,
+    "attention tiles": gpu_attention.time_tiles,
     "gpu tests": gpu_sections.gpu_tests,
 }
 NEEDS = {
@@ -52,6 +53,7 @@ NEEDS = {
     "linear_grpo_loss 1536": "correct: head",
     "linear_grpo_loss 3584": "correct: head",
     "prefix_attention": "correct: attention",
+    "attention tiles": "correct: attention",
 }
 """what must have held before a section takes times"""
 

@@ -10,8 +10,11 @@ import torch
 import triton
 from attention_checks import LAYOUTS, compare, make, run
 
+from polymath_fast.kernels import dispatch
 from polymath_fast.kernels.prefix_attention import _triton
 from polymath_fast.kernels.triton import attention_schedule
+from polymath_fast.learner.packing import TrainingRow, pack
+from polymath_fast.learner.policy import Policy
 
 assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1"
 
@@ -99,6 +102,28 @@ def test_large_scores_do_not_overflow() -> None:
     tensors[0] *= 300
     compare_with = run(attend, tensors, layout, 1.0)
     assert all(x.isfinite().all() for x in compare_with)
+
+
+def test_a_model_that_attends_with_it(tiny_model, monkeypatch) -> None:
+    """Strides and layouts as transformers passes them: the learner's states and gradients."""
+    rows = [
+        TrainingRow(
+            prompt_ids=prompt, token_ids=ids, sampling_logprobs=[0.0] * len(ids), advantage=1
+        )
+        for prompt in ((5, 9, 17, 33, 70), (8, 21))
+        for ids in ([40, 41, 42, 43, 44, 45], [50], [60, 61, 62])
+    ]
+    policy = Policy(tiny_model, dtype=FP32)
+    found = []
+    for resolve in (dispatch.resolve, lambda *_: _triton):
+        monkeypatch.setattr(dispatch, "resolve", resolve)
+        states = policy.hidden(pack(rows))
+        policy.model.zero_grad()
+        states.square().sum().backward()
+        weights = policy.model.named_parameters()
+        found.append([states.detach(), *(w.grad for _, w in weights if w.grad is not None)])
+    for cpu, ours in zip(*found, strict=True):
+        assert (ours - cpu).norm() < 1e-5 * cpu.norm()
 
 
 def test_tables_are_made_once_for_all_layers() -> None:

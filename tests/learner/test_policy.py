@@ -31,14 +31,14 @@ def rows(prompts=PROMPTS):
     ]
 
 
-def padded_loss(model, all_rows):
+def padded_loss(model, all_rows, device="cpu"):
     """sum of advantage * log-prob with one padded row per completion: the truth."""
     longest = max(len(r.prompt_ids) + len(r.token_ids) for r in all_rows)
-    ids = torch.zeros(len(all_rows), longest, dtype=torch.int64)
+    ids = torch.zeros(len(all_rows), longest, dtype=torch.int64, device=device)
     attend = torch.zeros_like(ids)
     for i, r in enumerate(all_rows):
         text = [*r.prompt_ids, *r.token_ids]
-        ids[i, : len(text)] = torch.tensor(text)
+        ids[i, : len(text)] = torch.tensor(text, device=device)
         attend[i, : len(text)] = 1
     logprobs = model(ids, attention_mask=attend).logits[:, :-1].float().log_softmax(-1)
     chosen = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
@@ -52,7 +52,7 @@ def padded_loss(model, all_rows):
 
 
 def packed_loss(policy, all_rows):
-    batch = pack(all_rows)
+    batch = pack(all_rows, policy.device)
     logits = policy.head(policy.hidden(batch)).float()
     chosen = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
     lengths = batch.cu_seqlens.diff().long()
@@ -76,6 +76,26 @@ def test_logprobs_and_gradients_equal_the_padded_pass(family, prompts):
     for name, parameter in policy.model.named_parameters():
         error = (parameter.grad - truth[name].grad).norm() / truth[name].grad.norm()
         assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["tiny", "tiny-qwen2", "tiny-qwen3", "tiny-gemma"])
+def test_a_gpu_says_the_same(family):
+    """Through the Triton kernels, whose float32 products are three of TF32."""
+    folder = resolve_model(f"random:{family}", notify=lambda text: None)
+    plain = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).cuda()
+    policy = Policy(folder, dtype=torch.float32, device="cuda")
+    expected, expected_tokens = padded_loss(plain, rows(), "cuda")
+    found, found_tokens = packed_loss(policy, rows())
+    torch.testing.assert_close(found_tokens, expected_tokens, rtol=1e-5, atol=5e-5)
+    expected.backward()
+    found.backward()
+    truth = dict(plain.named_parameters())
+    for name, parameter in policy.model.named_parameters():
+        error = (parameter.grad - truth[name].grad).norm() / truth[name].grad.norm()
+        assert error < 3e-5, f"{name}: {error:.1e}"
 
 
 def test_saved_folder_loads_in_plain_transformers(tmp_path, tiny_model):
