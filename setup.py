@@ -12,11 +12,18 @@ import subprocess
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(ROOT.glob("csrc/*.cu"))
 ARCHS = os.environ.get("POLYMATH_FAST_CUDA_ARCHS", "80;90;100").split(";")
+
+
+def find_nvcc() -> str | None:
+    """The compiler, where there is one and it is wanted."""
+    skipped = not SOURCES or os.environ.get("POLYMATH_FAST_SKIP_CUDA") == "1"
+    return None if skipped else shutil.which("nvcc")
 
 
 def command(nvcc: str, source: Path, library: Path) -> list[str]:
@@ -33,8 +40,8 @@ class BuildWithCuda(build_py):
 
     def run(self) -> None:
         super().run()
-        nvcc = shutil.which("nvcc")
-        if not SOURCES or nvcc is None or os.environ.get("POLYMATH_FAST_SKIP_CUDA") == "1":
+        nvcc = find_nvcc()
+        if nvcc is None:
             return
         # An editable install imports the package from the checkout, not from build_lib.
         top = ROOT if self.editable_mode else Path(self.build_lib)
@@ -47,5 +54,17 @@ class BuildWithCuda(build_py):
             unfinished.replace(target / f"lib{source.stem}.so")
 
 
+class WheelOfThisPlatform(bdist_wheel):
+    """A wheel with compiled kernels is for one platform and any Python: they link to neither."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = find_nvcc() is None
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
+
 if __name__ == "__main__":
-    setup(cmdclass={"build_py": BuildWithCuda})
+    setup(cmdclass={"build_py": BuildWithCuda, "bdist_wheel": WheelOfThisPlatform})
