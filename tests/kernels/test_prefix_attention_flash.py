@@ -50,8 +50,8 @@ def test_calls_of_the_library(double):
 def test_queries_of_a_long_block_run_beside_each_other(double):
     layout = [(130, [300, 211])]
     run(implementation().prefix_attention, make(layout, (4, 1), 8, torch.float32), layout, 0.3)
-    # 256 programs wanted, 2 tiles of keys and 4 heads: 32 runs of 16 rows
-    assert double.calls[-1]["queries"].tolist() == [*range(0, 511, 16), 511]
+    # 160 programs wanted, 4 heads: 40 runs of 13 rows
+    assert double.calls[-1]["queries"].tolist() == [*range(0, 511, 13), 511]
 
 
 def test_the_layout_is_made_once_for_all_layers(double):

@@ -2,10 +2,10 @@
 
 Two kinds of calls: segments causally within themselves, and for each block its completions, as one
 sequence of queries, on the prompt. The prompt is not repeated in the forward pass. Its gradient is
-summed up over `copies` runs of queries, each with a copy of the prompt's keys: the library's
-deterministic backward has one program a tile of keys and head, too few for a GPU, and else scratch
-memory of that many times T. Each piece's backward gets the MERGED output and log-sum-exp, as in the
-CPU implementation.
+summed up over `copies` runs of queries, each with a copy of the prompt's keys: where sequences times
+heads are fewer than multiprocessors, the library's deterministic backward takes scratch memory for
+several gradients of all queries, and has work for a few programs only. Each piece's backward gets
+the MERGED output and log-sum-exp, as in the CPU implementation.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.prefix_attention.blocks import Block
 
 _WIDEST = 256
-_PROGRAMS = 256
-"""wanted in a backward pass"""
-_KEYS = 128
-"""rows of a tile of the library's backward pass"""
+_PROGRAMS = 160
+"""wanted in a backward pass; the largest GPUs have 132 to 160 multiprocessors"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def _layout(
         if count:
             if not prompts_ask:
                 own.append(piece(asking, slice(middle, middle + count), ends, ends))
-            copies = min(-(-_PROGRAMS // (-(-prompt_len // _KEYS) * heads)), count)
+            copies = min(-(-_PROGRAMS // heads), count)
             runs = [*range(0, count, -(-count // copies)), count]
             copied = [i * prompt_len for i in range(len(runs))]
             shared.append(
