@@ -2,10 +2,10 @@
 
 Two kinds of calls: segments causally within themselves, and for each block its completions, as one
 sequence of queries, on the prompt. The prompt is not repeated in the forward pass. Its gradient is
-summed up over `copies` runs of queries, each with a copy of the prompt's keys: where sequences times
-heads are fewer than multiprocessors, the library's deterministic backward takes scratch memory for
-several gradients of all queries, and has work for a few programs only. Each piece's backward gets
-the MERGED output and log-sum-exp, as in the CPU implementation.
+summed up over `copies` runs of queries, each with a copy of the prompt's keys: where sequences
+times heads are fewer than multiprocessors, the library's deterministic backward takes scratch
+memory for several gradients of all queries, and has work for a few programs only. Each piece's
+backward gets the MERGED output and log-sum-exp, as in the CPU implementation.
 """
 
 from __future__ import annotations
