@@ -1,0 +1,99 @@
+"""The ideas of a step, each with a switch that turns it off: what it is worth is measured so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+from torch import nn
+
+
+def _prompt_repeated(stack: ExitStack) -> None:
+    """Every completion brings its own copy of the prompt."""
+    from polymath_fast.learner import packing
+
+    def alone(rows):
+        for row in rows:
+            yield row.prompt_ids, [row]
+
+    stack.enter_context(mock.patch.object(packing, "_runs", alone))
+
+
+def _torch_attention(stack: ExitStack) -> None:
+    """torch's flash-attention pieces instead of compiled tiles."""
+    from polymath_fast.kernels.prefix_attention import tiles
+
+    stack.enter_context(mock.patch.object(tiles, "fits", lambda *_: False))
+
+
+def _modules(stack: ExitStack) -> None:
+    """transformers' own decoder layers instead of fused ones, in the learner and the sampler."""
+    _module_decoding(stack)
+    original = nn.Module.__call__
+
+    def call(module: nn.Module, *args, **kwargs):
+        module.__dict__.pop("forward", None)
+        return original(module, *args, **kwargs)
+
+    stack.enter_context(mock.patch.object(nn.Module, "__call__", call))
+
+
+def _module_decoding(stack: ExitStack) -> None:
+    """The sampler decodes through transformers' modules."""
+    from polymath_fast.rollout import tile_decoder
+
+    stack.enter_context(mock.patch.object(tile_decoder, "fits", lambda *_: False))
+
+
+def _whole_logits(stack: ExitStack) -> None:
+    """The LM head as its reference has it: all logits, in float32."""
+    from polymath_fast.learner import step
+
+    loss = step.linear_grpo_loss
+
+    def plain(*args, **kwargs):
+        return loss(*args, impl="reference", **kwargs)
+
+    stack.enter_context(mock.patch.object(step, "linear_grpo_loss", plain))
+
+
+def _old_logprobs(stack: ExitStack) -> None:
+    """A pass for the log-probs before the update, as every trainer with ratios takes it."""
+    from polymath_fast.learner.step import Learner
+
+    accumulate = Learner._accumulate
+
+    def twice(learner, rows, *args):
+        return accumulate(
+            learner, learner._with_logprobs(rows, learner.policy, "old_logprobs"), *args
+        )
+
+    stack.enter_context(mock.patch.object(Learner, "_accumulate", twice))
+
+
+def _duplicates(stack: ExitStack) -> None:
+    """Identical completions are computed as often as they were drawn."""
+    from polymath_fast.learner import step
+
+    stack.enter_context(mock.patch.object(step, "merge_duplicates", list))
+
+
+ABLATIONS: dict[str, Callable[[ExitStack], None]] = {
+    "prompt once": _prompt_repeated,
+    "attention in tiles": _torch_attention,
+    "fused layers": _modules,
+    "decoding in tiles": _module_decoding,
+    "logits never stored": _whole_logits,
+    "no old-log-prob pass": _old_logprobs,
+    "duplicates once": _duplicates,
+}
+
+
+@contextmanager
+def switched_off(name: str | None) -> Iterator[None]:
+    """Run the block without the idea called `name` (None: with all of them)."""
+    with ExitStack() as stack:
+        if name is not None:
+            ABLATIONS[name](stack)
+        yield

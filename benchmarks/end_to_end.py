@@ -1,0 +1,207 @@
+"""A whole training step beside TRL's and beside a plain loop: `python -m benchmarks.end_to_end`.
+
+Same model, sample, reward, number and length of rollouts, one update a step. Every contender runs
+in a process of its own, in turn, so that peak memory is its own and ratios belong to one run.
+--curves adds how a step grows with rollouts, prompt and completion length; --ablations switches
+each idea off in turn. Results: benchmarks/results/<machine>/end_to_end.{json,md,png}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.run import RESULTS, machine, machine_name
+from benchmarks.step_workers import CONTENDERS, Job
+from benchmarks.timing import gemm_rate
+
+OURS = "ours"
+PARAMETERS = 134_515_008  # SmolLM2-135M, tied head counted once
+CURVES = {
+    "generations": [64, 128, 256, 512, 1024],
+    "prompt": [64, 128, 256, 512, 1024, 2048],
+    "length": [32, 64, 128, 256, 512],
+}
+CURVE_JOBS = {
+    "generations": Job(length=64, steps=2),
+    "prompt": Job(generations=128, length=64, steps=2),
+    "length": Job(generations=64, steps=2),
+}
+
+
+def main() -> int:
+    """0 when every contender ran."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--generations", type=int, default=64)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=3, help="the first one is left out")
+    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--curves", nargs="*", default=[], choices=list(CURVES))
+    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    out = options.out or RESULTS / machine_name("cpu")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "end_to_end.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result["machine"] = machine("cpu")
+    job = Job(generations=options.generations, length=options.length, steps=options.steps)
+    if options.contenders:
+        before = gemm_rate("cpu")
+        result["contenders"] = {name: measure(name, job) for name in options.contenders}
+        result["job"] = asdict(job)
+        result["bf16 product, TFLOP/s"] = [before / 1e12, gemm_rate("cpu") / 1e12]
+    for axis in options.curves:
+        curve = result.setdefault("curves", {})
+        curve[axis] = [
+            {axis: size} | measure(OURS, replace(CURVE_JOBS[axis], **{axis: size}))
+            for size in CURVES[axis]
+        ]
+    if options.ablations:
+        from benchmarks.ablations import ABLATIONS
+
+        result["ablations"] = {
+            name or "all ideas": measure(OURS, replace(job, without=name))
+            for name in (None, *ABLATIONS)
+        }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    (out / "end_to_end.md").write_text(markdown(result))
+    print(markdown(result))
+    plot(result, out)
+    failed = [name for name, row in result.get("contenders", {}).items() if "error" in row]
+    return int(bool(failed))
+
+
+def measure(name: str, job: Job) -> dict[str, Any]:
+    """Medians of a contender's steps but the first, and the peak memory of its process."""
+    command = [sys.executable, "-m", "benchmarks.step_workers", name, json.dumps(asdict(job))]
+    print(f"{name}: {asdict(job)}", file=sys.stderr, flush=True)
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path.cwd()
+    )
+    text = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    lines = [line for line in text.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        return {"error": f"exit code {child.returncode}"}
+    steps = json.loads(lines[-1].removeprefix("RESULT "))["steps"]
+    counted = [step for step in steps[1:] if not step.get("skipped")] or steps[-1:]
+    row = {
+        key: statistics.median(step[key] for step in counted)
+        for key in ("step", "generate", "learn", "mean_length")
+    }
+    tokens = job.generations * row["mean_length"]
+    return row | {
+        "tokens_per_s": tokens / row["step"],
+        "learn_flops_per_s": 6 * PARAMETERS * tokens / row["learn"],
+        "peak_rss_gib": usage.ru_maxrss / 2**20,
+        "prompt": steps[-1].get("prompt"),
+        "steps": steps,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Tables for people."""
+    lines = [f"# A whole step on {result['machine']['name']}", ""]
+    if "contenders" in result:
+        lines += _contenders(result)
+    for axis, points in result.get("curves", {}).items():
+        lines += [f"## Growth with {axis}", ""]
+        lines += [f"| {axis} | mean length | step s | generate s | learn s | peak GiB |"]
+        lines += ["|---|---|---|---|---|---|"]
+        lines += [_row(str(point[axis]), point) for point in points] + [""]
+    if "ablations" in result:
+        lines += [
+            "## One idea less",
+            "",
+            "| without | mean length | step s | generate s | learn s |",
+        ]
+        lines[-1] += " peak GiB |"
+        lines += ["|---|---|---|---|---|---|"]
+        lines += [_row(name, row) for name, row in result["ablations"].items()] + [""]
+    return "\n".join(lines)
+
+
+def _contenders(result: dict[str, Any]) -> list[str]:
+    job, rows = result["job"], result["contenders"]
+    rate = 1e12 * max(result["bf16 product, TFLOP/s"])
+    lines = [
+        f"One prompt, {job['generations']} completions of at most {job['length']} tokens, one "
+        "update, SmolLM2-135M in bfloat16; medians without the first step. Times per token are "
+        "what to compare: each contender draws its own completions.",
+        "",
+        "| | mean length | step s | generate s | learn s | peak GiB | ms a token | learner's share "
+        "of the bf16 rate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        line = _row(name, row)
+        if "error" not in row:
+            line += f" {1e3 / row['tokens_per_s']:.2f} | {row['learn_flops_per_s'] / rate:.0%} |"
+        lines.append(line)
+    base = rows.get(OURS, {"error": True})
+    if "error" not in base:
+        lines.append("")
+        for name, row in rows.items():
+            if name != OURS and "error" not in row:
+                lines.append(
+                    f"* {name} takes {base['tokens_per_s'] / row['tokens_per_s']:.1f} times as "
+                    f"long a token, {row['step'] / base['step']:.1f} times as long a step, "
+                    f"{row['learn'] / base['learn']:.1f} times in the learner, and "
+                    f"{row['peak_rss_gib'] / base['peak_rss_gib']:.1f} times the memory."
+                )
+    return [*lines, ""]
+
+
+def _row(name: str, row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {name} | did not run: {row['error']} | | | | |"
+    return (
+        f"| {name} | {row['mean_length']:.0f} | {row['step']:.1f} | {row['generate']:.1f} "
+        f"| {row['learn']:.1f} | {row['peak_rss_gib']:.1f} |"
+    )
+
+
+def plot(result: dict[str, Any], out: Path) -> None:
+    """Bars of the contenders' phases and a panel for each curve."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    curves = result.get("curves", {})
+    figure, axes = pyplot.subplots(
+        1, 1 + len(curves), figsize=(5 + 4 * len(curves), 3.4), layout="constrained", squeeze=False
+    )
+    rows = {n: r for n, r in result.get("contenders", {}).items() if "error" not in r}
+    bars, *panels = axes[0]
+    names, learn = list(rows), [row["learn"] for row in rows.values()]
+    bars.barh(names, learn, color="#2a7f62", label="learn")
+    drawn = [row["generate"] for row in rows.values()]
+    bars.barh(names, drawn, left=learn, color="#9aa5b1", label="generate")
+    bars.invert_yaxis()
+    bars.set_xlabel("seconds a step")
+    bars.legend()
+    for panel, (axis, points) in zip(panels, curves.items(), strict=True):
+        sizes = [point[axis] for point in points]
+        for key, colour in (("step", "#1f2933"), ("generate", "#9aa5b1"), ("learn", "#2a7f62")):
+            panel.plot(sizes, [point.get(key) for point in points], "o-", color=colour, label=key)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xlabel(axis)
+        panel.set_ylabel("seconds")
+        panel.legend()
+    figure.savefig(out / "end_to_end.png", dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
