@@ -36,6 +36,9 @@ class UpdateMetrics:
             sampler = batch.sampling_logprobs
             self._mismatch.add(out.logprobs, sampler, batch.cu_seqlens, batch.multiplicity)
         self._raise("policy/ratio_max", out.metrics["ratio/max"])
+        if "vocab/live_share" in out.metrics:
+            weighted["vocab/live_share"] = out.metrics["vocab/live_share"] * tokens
+            self._raise("vocab/error_bound", out.metrics["vocab/error_bound"])
         for name, value in weighted.items():
             self._sums[name] = self._sums.get(name, 0) + value
 

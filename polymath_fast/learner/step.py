@@ -111,6 +111,7 @@ class Learner:
                 multiplicity=batch.multiplicity,
                 bias=head.bias,
                 spec=spec,
+                vocab_tol="auto" if self.config.active_vocabulary == "auto" else 0.0,
             )
             out.loss.backward()
             metrics.add_microbatch(out, batch)

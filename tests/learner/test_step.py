@@ -170,3 +170,14 @@ def test_rows_of_a_batch():
         ([1, 2], 0.5, True),
         ([4, 5], -0.5, False),
     ]
+
+
+def test_active_vocabulary_changes_the_gradient_by_less_than_rounding(tiny_model, rows):
+    settings = config(temperature=0.2)
+    exact = gradient(tiny_model, settings, rows)
+    less = replace(settings, active_vocabulary="auto")
+    error = relative(gradient(tiny_model, less, rows), exact)
+    metrics = learner(tiny_model, less).update(rows, 0)
+    assert 0 < metrics["vocab/live_share"] < 1
+    assert 0 < error <= metrics["vocab/error_bound"] <= 2.6e-3
+    assert "vocab/live_share" not in learner(tiny_model, settings).update(rows, 0)
