@@ -124,7 +124,11 @@ def build(config: Config) -> Iterator[Parts]:
         )
         monitor.plan(plan(config, inputs, run_dir, steps_done))
         _set_threads(config)
-        policy = Policy(inputs.model_dir, device=inputs.device)
+        policy = Policy(
+            inputs.model_dir,
+            device=inputs.device,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
         reference = Policy(inputs.model_dir, device=inputs.device) if config.beta else None
         learner = Learner(policy, config, reference)
         if resumed:

@@ -24,19 +24,30 @@ def parameters(shape: dict[str, Any]) -> int:
     return embeddings + shape["num_hidden_layers"] * layer + hidden
 
 
-def activation_bytes(shape: dict[str, Any]) -> int:
+def activation_bytes(
+    shape: dict[str, Any], *, device: str, gradient_checkpointing: bool = False
+) -> int:
     """What autograd keeps of one token's forward pass below the LM head, in bytes (bfloat16).
 
-    Counted from transformers' layers: both norms keep a float32 and a bfloat16 copy, the gate keeps
-    four vectors of the MLP's width, attention its inputs and output.
+    Counted from the layers. transformers' own: both norms keep a float32 and a bfloat16 copy
+    (Gemma's two float32 ones), the gate keeps four vectors of the MLP's width, attention its inputs
+    and output. The fused ones of a CPU keep neither norms nor activations. With
+    `gradient_checkpointing` all but the input of a layer is kept of one layer at a time.
     """
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     q, kv, head = _widths(shape)
-    heads = shape["num_attention_heads"]
-    layer = 16 * hidden + 8 * inner + 4 * q + 4 * kv + 4 * heads + 8
-    if shape["model_type"] == "qwen3":
-        layer += 6 * (q + kv) + 4 * (q + kv) // head
-    return shape["num_hidden_layers"] * layer + 6 * hidden + 4 * head
+    heads, layers = shape["num_attention_heads"], shape["num_hidden_layers"]
+    qwen3, gemma = (shape["model_type"] == name for name in ("qwen3", "gemma"))
+    if device == "cpu" and not gemma:
+        layer = 4 * hidden + 4 * inner + 4 * q + 4 * kv + 4 * heads + 2 * (q + 2 * kv) * qwen3
+        rest = 2 * hidden + 16
+    else:
+        layer = (20 if gemma else 16) * hidden + 8 * inner + 4 * q + 4 * kv + 4 * heads + 8
+        layer += (6 * (q + kv) + 4 * (q + kv) // head) * qwen3
+        rest = (8 if gemma else 6) * hidden + 4 * head
+    if gradient_checkpointing:
+        return layers * 2 * hidden + layer + rest
+    return layers * layer + rest
 
 
 def kv_cache_bytes(shape: dict[str, Any]) -> int:
@@ -61,6 +72,9 @@ def estimate(
     cached = kv_cache_bytes(shape) * (prompt_tokens + sequences * config.max_completion_length)
     if engine == "vllm":
         cached = (config.kv_cache_gib or 1) * GIB
+    kept = activation_bytes(
+        shape, device=device, gradient_checkpointing=config.gradient_checkpointing
+    )
     parts = {
         "weights (bf16)": 2 * weights,
         "master weights and gradient (fp32)": 8 * weights,
@@ -68,7 +82,7 @@ def estimate(
         "reference model (bf16)": 2 * weights if config.beta else 0,
         "sampler's weights (bf16)": 2 * weights if engine == "vllm" else 0,
         "KV cache": cached,
-        f"activations of {tokens} tokens": activation_bytes(shape) * tokens,
+        f"activations of {tokens} tokens": kept * tokens,
         "LM head": 12 * min(_HEAD_CHUNK, tokens * vocabulary)
         + 8 * vocabulary * shape["hidden_size"],
         "libraries": _LIBRARIES[engine] if device == "cpu" else 0,

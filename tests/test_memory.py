@@ -10,6 +10,7 @@ import torch
 
 from polymath_fast import memory, random_models
 from polymath_fast.config import Config
+from polymath_fast.learner import fused_layers
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
 from polymath_fast.models import resolve_model
@@ -29,8 +30,17 @@ def test_parameters_are_counted_as_published(family: str) -> None:
     assert memory.parameters(random_models.FAMILIES[family]) == PUBLISHED[family]
 
 
-@pytest.mark.parametrize("family", ["tiny", "tiny-qwen2", "tiny-qwen3"])
-def test_activations_are_what_autograd_keeps(family: str) -> None:
+FAMILIES = ["tiny", "tiny-qwen2", "tiny-qwen3", "tiny-gemma"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_activations_are_what_autograd_keeps(
+    family: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "cuda": transformers' own layers, which is what runs there."""
+    if kind == "cuda":
+        monkeypatch.setattr(fused_layers, "fuse", lambda model, attention: "not on a GPU")
     folder = resolve_model(f"random:{family}")
     policy = Policy(folder, dtype=torch.bfloat16)
     rows = [
@@ -56,7 +66,15 @@ def test_activations_are_what_autograd_keeps(family: str) -> None:
         policy.hidden(batch)
     measured = sum(storage.nbytes() for storage in kept.values()) / batch.input_ids.shape[1]
     shape = json.loads((folder / "config.json").read_text())
-    assert memory.activation_bytes(shape) == pytest.approx(measured, rel=0.05)
+    assert memory.activation_bytes(shape, device=kind) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_checkpointing_keeps_one_layer_and_the_inputs_of_all(device: str) -> None:
+    shape = random_models.FAMILIES["smollm2-135m"]
+    one = memory.activation_bytes(shape | {"num_hidden_layers": 1}, device=device)
+    found = memory.activation_bytes(shape, device=device, gradient_checkpointing=True)
+    assert found == one + 30 * 576 * 2
 
 
 def test_the_cache_of_a_token() -> None:

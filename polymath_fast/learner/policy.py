@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import prefix_attention_blocks
@@ -113,7 +115,10 @@ class Policy:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        gradient_checkpointing: bool = False,
     ):
+        """With `gradient_checkpointing` a backward pass keeps each layer's input and computes the
+        rest again; the pass of a `share`d prompt, which is short, keeps everything."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         _register_attention()
@@ -127,6 +132,7 @@ class Policy:
         self.model.to(device).eval()  # eval: no dropout, so ratio == 1 on policy
         self.unfused = fused_layers.fuse(self.model, shared_prompt_attention)
         self.device = torch.device(device)
+        self.gradient_checkpointing = gradient_checkpointing
 
     @property
     def head(self) -> nn.Linear:
@@ -154,13 +160,15 @@ class Policy:
         """(T, H) states of every row after the last norm."""
         if not batch.input_ids.numel():
             return prompt.last[:0]
-        return self.model.get_decoder()(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            packed=batch,
-            shared_prompt=prompt,
-        ).last_hidden_state[0]
+        recording = prompt is not None and not prompt.complete
+        with checkpointed(self.model, self.gradient_checkpointing and not recording):
+            return self.model.get_decoder()(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                packed=batch,
+                shared_prompt=prompt,
+            ).last_hidden_state[0]
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, live weight) of every parameter, a tied head under both its names.
@@ -176,6 +184,31 @@ class Policy:
         with _quiet_loading():
             self.model.save_pretrained(folder, safe_serialization=True)
             AutoTokenizer.from_pretrained(self.model_dir).save_pretrained(folder)
+
+
+@contextmanager
+def checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Forward passes inside keep the inputs of `model`'s layers alone, where a gradient is asked.
+
+    transformers' layers checkpoint themselves in training mode only, which the learner never is in,
+    for dropout must stay off; so the layers, not what is inside of them, are told so meanwhile.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = []
+    if enabled and torch.is_grad_enabled():
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.gradient_checkpointing = layer.training = True
+        layer._gradient_checkpointing_func = _recompute
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
+
+
+_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager

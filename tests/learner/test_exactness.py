@@ -10,7 +10,7 @@ import torch
 
 from polymath_fast.config import Config
 from polymath_fast.learner.metrics import UpdateMetrics
-from polymath_fast.learner.packing import TrainingRow
+from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.step import Divisors, Learner, loss_spec
 from polymath_fast.models import resolve_model
@@ -131,6 +131,29 @@ def test_a_split_prompt_is_computed_once_forward_and_backward(family):
     assert len(entered) > 4
     for prompt in PROMPTS:
         assert sum(ids[: len(prompt)] == list(prompt) for ids in entered) == 1
+
+
+@pytest.mark.parametrize("tokens", [20, 16384], ids=["split prompt", "whole"])
+def test_checkpointing_changes_nothing_but_memory(tiny_model, tokens):
+    settings = Config(tokens_per_microbatch=tokens, max_completion_length=12)
+    _, _, expected = update(tiny_model, some_rows(), settings)
+    policy = Policy(tiny_model, dtype=torch.float32, gradient_checkpointing=True)
+    learner = Learner(policy, settings)
+    seen, entered = {}, []
+    policy.model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: entered.append(1))
+    learner.optimizer.step = lambda rate: (
+        seen.update(g=learner.optimizer.grad.clone()), (1.0, True),
+    )[1]  # fmt: skip
+    learner.update(some_rows(), 0)
+    assert torch.equal(seen["g"], expected)
+    assert not any(module.training for module in policy.model.modules())
+    batch = pack(some_rows()[:2])
+    entered.clear()
+    policy.hidden(batch).sum().backward()
+    assert len(entered) == 2  # forward, and again for the backward pass
+    with torch.no_grad():
+        policy.hidden(batch)
+    assert len(entered) == 3
 
 
 def test_a_thousand_identical_completions_cost_one(tiny_model):
