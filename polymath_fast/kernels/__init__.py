@@ -29,6 +29,7 @@ _PUBLIC = {
     "importance_weights": "policy_loss",
     "PolicyLossSpec": "policy_loss",
     "PolicyLossOutput": "policy_loss",
+    "verify_targets": "faults",
     "use": "dispatch",
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from polymath_fast.kernels import faults
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -12,8 +14,19 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Anything but a tensor is refused by its name."""
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"{name} must be a tensor, got {type(value).__name__}; for example torch.tensor(...)"
+        )
+
+
 def under_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors as autocast would hand them to a matrix product, outside of it unchanged."""
+    for name, value in zip(("hidden", "weight", "bias"), tensors, strict=False):
+        if value is not None:
+            check_tensor(name, value)
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -57,7 +70,12 @@ def check_logits(logits: torch.Tensor, targets: torch.Tensor) -> None:
 
 
 def check_targets(targets: torch.Tensor, count: int, vocab: int, device: torch.device) -> None:
-    """(count,) int32 or int64 in [0, vocab); the range is checked here on CPU tensors only."""
+    """(count,) int32 or int64 in [0, vocab).
+
+    On a GPU the range is looked at by the kernels; what they met is raised by the next call.
+    """
+    check_tensor("targets", targets)
+    faults.raise_noted(device)
     if targets.shape != (count,) or targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"targets must be int64 ({count},), got {targets.dtype} {tuple(targets.shape)}"
@@ -80,6 +98,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def _check_matrix(name: str, shape: str, tensor: torch.Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.ndim != 2 or tensor.dtype not in FLOATS:
         raise ValueError(
             f"{name} must be {shape} in bf16, fp16, fp32 or fp64, got {tensor.dtype} "

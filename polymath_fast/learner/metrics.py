@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from polymath_fast.config import Config
-from polymath_fast.kernels import PolicyLossOutput
+from polymath_fast.kernels import PolicyLossOutput, verify_targets
 from polymath_fast.learner.mismatch import Mismatch
 from polymath_fast.learner.packing import PackedBatch, token_counts
 
@@ -50,8 +50,13 @@ class UpdateMetrics:
             self._skipped += 1
 
     def result(self) -> dict[str, float]:
-        """Means over tokens, maxima, the mean gradient norm; non-finite updates are counted."""
+        """Means over tokens, maxima, the mean gradient norm; non-finite updates are counted.
+
+        Raises:
+            ValueError: a target lay outside the vocabulary.
+        """
         sums = {name: float(value) for name, value in self._sums.items()}
+        verify_targets(self._sums["tokens"].device)
         tokens = max(1.0, sums.pop("tokens"))
         loss = sums.pop("policy/loss") / max(1, len(self._norms) + self._skipped)
         norms = self._norms or [float("nan")]

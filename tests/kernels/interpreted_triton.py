@@ -20,6 +20,7 @@ from triton_checks import (
 )
 from weight_sync_cases import PAIRS, check, layouts
 
+from polymath_fast.kernels.faults import verify_targets
 from polymath_fast.kernels.group_advantages import _triton as triton_advantages
 from polymath_fast.kernels.group_advantages import reference as advantages
 from polymath_fast.kernels.grpo_loss._triton import grpo_loss
@@ -249,6 +250,8 @@ def test_rows_hostile_values_stay_in_their_rows() -> None:
     assert entropy[7] == pytest.approx(torch.log(torch.tensor(700.0)).item(), abs=1e-5)
     assert logits.grad[[0, 5, 6, 7]].isfinite().all()
     assert (logits.grad[[1, 2, 3]] == 0).all()
+    with pytest.raises(ValueError, match="outside"):
+        verify_targets("cpu")
 
 
 def test_head_hostile_values_stay_in_their_rows() -> None:
@@ -269,6 +272,8 @@ def test_head_hostile_values_stay_in_their_rows() -> None:
     torch.testing.assert_close(leaves[0].grad[kept], alone[0].grad)
     torch.testing.assert_close(leaves[1].grad, alone[1].grad)
     assert (leaves[0].grad[[1, 2, 3, 9, 10]] == 0).all()
+    with pytest.raises(ValueError, match="outside"):
+        verify_targets("cpu")
 
 
 def test_head_rows_whose_target_is_all_but_impossible() -> None:
@@ -284,6 +289,59 @@ def test_head_rows_whose_target_is_all_but_impossible() -> None:
     for name in ("hidden", "weight"):
         error = (ours.gradients[name].double() - truth.gradients[name]).norm()
         assert error < 1e-2 * truth.gradients[name].norm()
+
+
+@pytest.mark.parametrize("label", [-100, 300, 2**40])
+@pytest.mark.parametrize("op", ["token_logprobs", "grpo_loss", "linear_grpo_loss", "of-fp32"])
+def test_targets_outside_are_told_to_the_host(op, label, monkeypatch) -> None:
+    """Under the row's own number, also where rows were put in another order; once."""
+    monkeypatch.setattr(head.Head, "_rows_that_fit", lambda self: 8)
+    tensors = make_head(20, 300, 32, FP32 if op == "of-fp32" else BF16, "cpu")
+    logits = make_logits(20, 300, BF16, "cpu")["logits"].requires_grad_()
+    hidden, weight = (tensors[name].requires_grad_() for name in ("hidden", "weight"))
+    targets = tensors["targets"]
+    targets[13] = label
+    if op == "token_logprobs":
+        token_logprobs(logits, targets, 1.0)
+    elif op == "grpo_loss":
+        _rows_loss(logits, targets)
+    else:
+        _head_loss(hidden, weight, targets, mask=torch.arange(20) % 3 != 0)
+    shown = max(min(label, 2**31 - 1), -(2**31))
+    with pytest.raises(ValueError, match=rf"targets\[13\] was {shown} .*outside \[0, 300\)"):
+        verify_targets("cpu")
+    verify_targets("cpu")
+
+
+@pytest.mark.parametrize("op", ["token_logprobs", "linear_logprobs", "grpo_loss", "linear"])
+def test_second_derivatives_are_refused(op) -> None:
+    tensors = make_head(8, 300, 32, BF16, "cpu")
+    logits = make_logits(8, 300, BF16, "cpu")["logits"].requires_grad_()
+    hidden, weight = (tensors[name].requires_grad_() for name in ("hidden", "weight"))
+    targets = tensors["targets"]
+    scalar = {
+        "token_logprobs": lambda: token_logprobs(logits, targets, 1.0)[0].sum(),
+        "linear_logprobs": lambda: linear_logprobs(hidden, weight, targets, None, 1.0)[0].sum(),
+        "grpo_loss": lambda: _rows_loss(logits, targets).loss,
+        "linear": lambda: _head_loss(hidden, weight, targets).loss,
+    }[op]()
+    leaf = logits if op in ("token_logprobs", "grpo_loss") else hidden
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(scalar, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("far", [-200.0, torch.nan])
+def test_masked_tokens_enter_no_product(far) -> None:
+    tensors = make_head(30, 300, 32, BF16, "cpu")
+    mask = torch.arange(30) % 3 != 0
+    spec, results = PolicyLossSpec(), []
+    for value in (-2.0, far):
+        old = torch.where(mask, -2.0, value)
+        given = _prepared(30, spec, mask, old_logprobs=old)
+        leaves = [tensors[n].detach().requires_grad_() for n in ("hidden", "weight")]
+        linear_grpo_loss(*leaves, tensors["targets"], None, given, spec, 0.0).loss.backward()
+        results.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "gaps", "odd-address"])
@@ -437,10 +495,10 @@ def test_group_advantages(scale, baseline, count) -> None:
         assert (ours[(groups == 4) | rewards.isnan()] == 0).all()
 
 
-def _prepared(count: int, spec: PolicyLossSpec, mask: torch.Tensor | None = None):
+def _prepared(count: int, spec: PolicyLossSpec, mask: torch.Tensor | None = None, **given):
     ends = torch.tensor([0, count // 2, count], dtype=torch.int32)
     advantages = torch.tensor([1.0, -0.7])
-    return prepare(spec, count, FP32, torch.device("cpu"), advantages, ends, mask=mask)
+    return prepare(spec, count, FP32, torch.device("cpu"), advantages, ends, mask=mask, **given)
 
 
 def _rows_loss(logits, targets, inplace=False):

@@ -6,7 +6,13 @@ import pytest
 import torch
 from triton_checks import compare, logprobs_result, loss_result, make_batch, make_head, make_logits
 
-from polymath_fast.kernels import PolicyLossSpec, grpo_loss, linear_grpo_loss, token_logprobs
+from polymath_fast.kernels import (
+    PolicyLossSpec,
+    grpo_loss,
+    linear_grpo_loss,
+    token_logprobs,
+    verify_targets,
+)
 
 pytestmark = pytest.mark.gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -79,6 +85,74 @@ def test_nan_survives_every_clamp() -> None:
     logprobs, entropy = token_logprobs(logits, targets, impl="triton")
     assert logprobs[1:3].isnan().all() and entropy[1:3].isnan().all()
     assert logprobs[[0, 3, 4, 5, 6, 7]].isfinite().all()
+
+
+@pytest.mark.parametrize("op", ["token_logprobs", "linear_grpo_loss"])
+def test_a_target_outside_is_raised_by_the_next_call(op: str) -> None:
+    tensors = make_head(40, 3000, 64, BF16, "cuda")
+    hidden, weight, targets = (tensors[name] for name in ("hidden", "weight", "targets"))
+
+    def run(targets: torch.Tensor) -> None:
+        if op == "token_logprobs":
+            token_logprobs(hidden @ weight.T, targets, impl="triton")
+        else:
+            linear_grpo_loss(hidden, weight, targets, *_batch(40), impl="triton")
+
+    wrong = targets.clone()
+    wrong[17] = -100
+    run(wrong)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=r"targets\[17\] was -100 .*outside \[0, 3000\)"):
+        run(targets)
+    run(wrong)
+    with pytest.raises(ValueError, match="outside"):
+        verify_targets("cuda")
+    run(targets)
+    verify_targets("cuda")
+
+
+@pytest.mark.parametrize("vocab_tol", [0.0, "auto"])
+def test_nothing_waits_for_the_device(vocab_tol: float | str) -> None:
+    spec = PolicyLossSpec(loss_type="gspo", entropy_coef=0.01, top_entropy_quantile=0.5)
+    tensors = make_head(300, 20000, 128, BF16, "cuda")
+    leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight")]
+    inputs = (*leaves, tensors["targets"], *_batch(300))
+    mask = torch.arange(300, device="cuda") % 3 != 0
+    for mode in ("default", "error"):  # the first round compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            out = linear_grpo_loss(
+                *inputs, mask=mask, spec=spec, vocab_tol=vocab_tol, impl="triton"
+            )
+            out.loss.backward()
+            token_logprobs(leaves[0].detach() @ leaves[1].detach().T, inputs[2], impl="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+def test_a_step_in_a_cuda_graph() -> None:
+    tensors = make_head(300, 3000, 128, BF16, "cuda")
+    leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight")]
+    mask = torch.arange(300, device="cuda") % 3 != 0
+
+    def step() -> list[torch.Tensor]:
+        out = linear_grpo_loss(*leaves, tensors["targets"], *_batch_held, mask=mask, impl="triton")
+        return [out.loss.detach(), *torch.autograd.grad(out.loss, leaves)]
+
+    _batch_held = _batch(300)
+    expected = step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_two_runs_are_bit_equal() -> None:

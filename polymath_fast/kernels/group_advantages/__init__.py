@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from polymath_fast.kernels import dispatch
+from polymath_fast.kernels import checks, dispatch
 
 __all__ = ["group_advantages"]
 
@@ -40,6 +40,7 @@ def group_advantages(
     Raises:
         ValueError: wrong shapes, a group size that does not divide B, an unknown option.
     """
+    checks.check_tensor("rewards", rewards)
     if rewards.ndim != 1 or not rewards.is_floating_point():
         raise ValueError(
             f"rewards must be float (B,), got {tuple(rewards.shape)} {rewards.dtype}; "
@@ -66,6 +67,7 @@ def _group_ids(rewards: torch.Tensor, groups: torch.Tensor | int) -> torch.Tenso
                 "pass a (B,) tensor of group ids for ragged groups"
             )
         return torch.arange(count, device=rewards.device) // groups
+    checks.check_tensor("groups", groups)
     if groups.shape != rewards.shape or groups.is_floating_point():
         raise ValueError(
             f"groups must be integers of shape {tuple(rewards.shape)}, "

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
     PolicyLossOutput,
@@ -68,7 +69,7 @@ class _WithSlopes(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: torch.Tensor):
         logits, targets, found, g, g_entropy = ctx.saved_tensors
         out = logits if ctx.inplace else torch.empty_like(logits)

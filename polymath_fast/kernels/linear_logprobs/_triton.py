@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.triton.head import Head
 from polymath_fast.kernels.triton.head_gradient import HeadGradient
 from polymath_fast.kernels.triton.live import all_chunks, live_chunks
@@ -48,7 +49,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return found[0].clone(), found[1].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, g: torch.Tensor | None, g_entropy: torch.Tensor | None):
         if g is None and g_entropy is None:
             return None, None, None, None, None

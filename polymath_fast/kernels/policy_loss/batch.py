@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from polymath_fast.kernels.checks import check_tensor
 from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_sum
 from polymath_fast.kernels.policy_loss.spec import (
     SEQUENCE_MEAN,
@@ -76,7 +77,8 @@ def prepare(
         )
     if mask is None:
         mask = torch.ones(count, dtype=torch.bool, device=device)
-    elif mask.dtype != torch.bool or mask.shape != (count,) or mask.device != device:
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool or mask.shape != (count,) or mask.device != device:
         raise ValueError(
             f"mask must be bool ({count},) on {device}, got {mask.dtype} {tuple(mask.shape)} on "
             f"{mask.device}; True on trained tokens"
@@ -86,6 +88,7 @@ def prepare(
     def per_token(name: str, value: torch.Tensor | None, spread: bool) -> torch.Tensor | None:
         if value is None:
             return None
+        check_tensor(name, value)
         shapes = ((completions,), (count,)) if spread else ((count,),)
         if value.shape not in shapes or not value.is_floating_point() or value.device != device:
             expected = " or ".join(str(shape) for shape in shapes)
@@ -183,6 +186,7 @@ def _all_weights(
 
 def _check_cu_seqlens(cu_seqlens: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
     """(B + 1,) int64."""
+    check_tensor("cu_seqlens", cu_seqlens)
     if (
         cu_seqlens.ndim != 1
         or cu_seqlens.numel() < 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.triton import rows
 
 
@@ -32,7 +33,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return found[0].clone(), found[1].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, g: torch.Tensor | None, g_entropy: torch.Tensor | None):
         logits, targets, found = ctx.saved_tensors
         if g is None and g_entropy is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.triton.scaling import scale_in_place
 
 
@@ -28,7 +29,7 @@ class _WithGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: torch.Tensor):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:

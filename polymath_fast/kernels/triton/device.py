@@ -34,6 +34,16 @@ def log1p(x):
 
 
 @triton.jit
+def note_targets(note_ptr, rows, targets, vocab, inside):
+    """Leave word for the host (see `faults`) of targets outside [0, vocab); where `inside`."""
+    wrong = inside & ((targets < 0) | (targets >= vocab))
+    values = tl.minimum(tl.maximum(targets, -2147483648), 2147483647) & 4294967295
+    place = rows * 0
+    tl.store(note_ptr + place, ((rows + 1) << 32) | values, mask=wrong)
+    tl.store(note_ptr + 1 + place, place + vocab, mask=wrong)
+
+
+@triton.jit
 def finish_row(total, moment, distance):
     """Results of a row from sums over all its entries but the target, relative to one offset.
 

@@ -13,6 +13,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from polymath_fast.kernels.faults import note_for
 from polymath_fast.kernels.triton import rows
 from polymath_fast.kernels.triton.head_kernels import (
     exp_gemm_kernel,
@@ -87,9 +88,8 @@ class Head:
             hidden, targets = self.hidden[whole], self.targets[whole]
         others = others or live is None
         with torch.cuda.device_of(hidden):
-            found, exps = (self._exps if self.by_exps else self._logits)(
-                hidden, targets, live, others
-            )
+            rows = self._exps if self.by_exps else self._logits
+            found, exps = rows(hidden, targets, index, live, others)
         return Chunk(index, hidden, targets, found, live, exps)
 
     def release(self) -> None:
@@ -100,6 +100,7 @@ class Head:
         self,
         hidden: torch.Tensor,
         targets: torch.Tensor,
+        index: torch.Tensor,
         live: torch.Tensor | None,
         others: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -110,6 +111,8 @@ class Head:
             self.weight,
             self.bias,
             targets,
+            index,
+            note_for(hidden.device),
             y_target,
             offset,
             hidden.stride(0),
@@ -208,6 +211,7 @@ class Head:
         self,
         hidden: torch.Tensor,
         targets: torch.Tensor,
+        index: torch.Tensor,
         live: torch.Tensor | None,
         others: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -217,7 +221,7 @@ class Head:
         product(hidden, self.weight.T, logits)
         if self.bias is not None:
             logits += self.bias
-        found = rows.statistics(logits, targets, self.temperature)
+        found = rows.statistics(logits, targets, self.temperature, index)
         if live is None:
             return found, None
         exps = logits

@@ -22,6 +22,7 @@ from polymath_fast.kernels.triton.device import (
     LOWEST,
     above_floor,
     finish_row,
+    note_targets,
 )
 
 LIMIT = tl.constexpr(46.0)
@@ -34,6 +35,8 @@ def target_logits_kernel(
     weight_ptr,
     bias_ptr,
     targets_ptr,
+    index_ptr,
+    note_ptr,
     y_target_ptr,
     offset_ptr,
     stride_hidden,
@@ -44,9 +47,10 @@ def target_logits_kernel(
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: y of its target, NaN for a target outside [0, vocab)."""
+    """One program a row: y of its target, NaN for a target outside [0, vocab), which is noted."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
+    note_targets(note_ptr, tl.load(index_ptr + row), target, vocab, True)
     valid = (target >= 0) & (target < vocab)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, depth, BLOCK):

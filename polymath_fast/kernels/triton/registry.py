@@ -51,6 +51,8 @@ def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
         "logits_ptr": f"*{dtype}:16",
         "targets_ptr": _INT64,
         "found_ptr": _FP32,
+        "index_ptr": _INT64,
+        "note_ptr": _INT64,
         "g_ptr": _FP32,
         "g_entropy_ptr": _FP32,
         "out_ptr": f"*{dtype}:16",
@@ -63,11 +65,17 @@ def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
     odd = types | {"logits_ptr": f"*{dtype}", "stride_n": "i32", "vocab": "i32", "stride_v": "i32"}
     small = {"LANES": rows.LANES, "WIDTH": width}
     near, nearby = {"stride_v": 1}, {"stride_v": 1, "out_stride_v": 1}
+    alone = {"index_ptr": None}
     statistics = {"out_ptr": _FP32}
     yield Variant(
-        f"statistics-{dtype}", row_kernels.statistics_kernel, types | statistics, small | near
+        f"statistics-{dtype}",
+        row_kernels.statistics_kernel,
+        types | statistics,
+        small | near | alone,
     )
-    yield Variant(f"statistics-{dtype}-odd", row_kernels.statistics_kernel, odd | statistics, small)
+    yield Variant(
+        f"statistics-{dtype}-odd", row_kernels.statistics_kernel, odd | statistics, small | alone
+    )
     for bonus in (False, True):
         flags = {"BONUS": bonus} | ({} if bonus else {"g_entropy_ptr": None})
         suffix = f"{dtype}-bonus" if bonus else dtype
@@ -84,7 +92,15 @@ def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
                 programs=way.programs,
                 registers=rows.FUSED_REGISTERS,
             )
-    if dtype != "fp32":
+    if dtype == "fp32":
+        # logits of the head of fp16 and fp32 inputs
+        yield Variant(
+            "statistics-fp32-of-head",
+            row_kernels.statistics_kernel,
+            types | statistics,
+            small | near,
+        )
+    else:
         # probabilities of fp32 logits, as the head of fp16 inputs makes them
         out = {"logits_ptr": _FP32, "out_ptr": f"*{dtype}:16"}
         yield Variant(
@@ -93,6 +109,8 @@ def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
             types | out,
             {"LANES": rows.LANES, "WIDTH": 4, "BONUS": False, "g_entropy_ptr": None} | nearby,
         )
+    if dtype == "fp32":
+        yield Variant("targets", row_kernels.targets_kernel, types, {"BLOCK": 1024})
     scale = {"x_ptr": f"*{dtype}:16", "factor_ptr": _FP32, "stride": _SIZE, "columns": _SIZE}
     scale["count"] = "i64"
     yield Variant(f"scale-{dtype}", scale_kernel, scale, {"BLOCK": 4096})
@@ -105,6 +123,8 @@ def _head_variants() -> Iterator[Variant]:
         "offset_ptr": _FP32,
         "again_ptr": "*i8:16",
         "any_ptr": "*i32:16",
+        "index_ptr": _INT64,
+        "note_ptr": _INT64,
         "live_ptr": "*i32:16",
         "exps_ptr": "*bf16:16",
         "partial_ptr": _FP32,

@@ -26,6 +26,7 @@ from polymath_fast.kernels.triton.device import (
     LOWEST,
     above_floor,
     finish_row,
+    note_targets,
 )
 
 
@@ -226,6 +227,8 @@ def _store_statistics(out_ptr, row, count, logprob, entropy, rest, shift):
 def statistics_kernel(
     logits_ptr,
     targets_ptr,
+    index_ptr,
+    note_ptr,
     out_ptr,
     stride_n,
     stride_v,
@@ -235,9 +238,16 @@ def statistics_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program a row; out (4, count) fp32: what `_row_statistics` returns."""
+    """One program a row; out (4, count) fp32: what `_row_statistics` returns.
+
+    index: the rows' numbers where the caller has more of them; None: their places here.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
+    number = row
+    if index_ptr is not None:
+        number = tl.load(index_ptr + row)
+    note_targets(note_ptr, number, target, vocab, True)
     row_ptr = logits_ptr + row * stride_n
     logprob, entropy, rest, shift = _row_statistics(
         row_ptr, stride_v, vocab, target, LOG2E / temperature, LANES, WIDTH
@@ -297,6 +307,14 @@ def slopes_kernel(
         LANES,
         WIDTH,
     )
+
+
+@triton.jit(do_not_specialize=["count"])
+def targets_kernel(targets_ptr, note_ptr, vocab, count, BLOCK: tl.constexpr):
+    """Note targets outside [0, vocab): `fused_kernel` has no registers left to do so."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    targets = tl.load(targets_ptr + rows, mask=rows < count, other=0)
+    note_targets(note_ptr, rows, targets, vocab, rows < count)
 
 
 @triton.jit(do_not_specialize=["count", "temperature"])

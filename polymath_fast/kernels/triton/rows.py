@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 
+from polymath_fast.kernels.faults import note_for
 from polymath_fast.kernels.triton.row_kernels import (
     fused_kernel,
     slopes_kernel,
     statistics_kernel,
+    targets_kernel,
 )
 
 LANES = 512
@@ -36,10 +39,16 @@ FUSED_ONE = Fused(2048, 16, 1)
 """for rows so long that twice as many would not stay in the cache"""
 
 
-def statistics(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+def statistics(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    index: torch.Tensor | None = None,
+) -> torch.Tensor:
     """(4, N) fp32: log-prob of `targets`, entropy, 1 - p of the target, log2-sum-exp2 of the row.
 
-    `logits` (N, V) may have any strides. A target outside [0, V) makes its row NaN.
+    `logits` (N, V) may have any strides. A target outside [0, V) makes its row NaN and is noted,
+    under its number in `index` (N,) int64 if that is given.
     """
     count, vocab = logits.shape
     found = torch.empty(4, count, dtype=torch.float32, device=logits.device)
@@ -48,6 +57,8 @@ def statistics(logits: torch.Tensor, targets: torch.Tensor, temperature: float) 
             statistics_kernel[(count,)](
                 logits,
                 targets,
+                index,
+                note_for(logits.device),
                 found,
                 *logits.stride(),
                 vocab,
@@ -111,6 +122,9 @@ def statistics_and_slopes(
     if count:
         way, programs = _fused(logits)
         with torch.cuda.device_of(logits):
+            targets_kernel[(triton.cdiv(count, 1024),)](
+                targets, note_for(logits.device), vocab, count, BLOCK=1024, num_warps=4
+            )
             fused_kernel[(programs,)](
                 logits,
                 targets,

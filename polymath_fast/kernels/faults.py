@@ -1,0 +1,58 @@
+"""Targets outside the vocabulary that a kernel met on a GPU: noted there, raised on the host later.
+
+To raise at once the host would have to wait. Kernels write what they met to pinned host memory,
+which both sides see; the next operator call looks at it, which costs nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_notes: dict[torch.device, torch.Tensor] = {}
+_VALUE_BITS = 32
+
+
+def note_for(device: torch.device) -> torch.Tensor:
+    """(2,) int64 that kernels on `device` write to: (row + 1, target) in one number, and V."""
+    if device not in _notes:
+        _notes[device] = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return _notes[device]
+
+
+def raise_noted(device: torch.device) -> None:
+    """Raise what kernels that have ended on `device` noted, once; waits for nothing.
+
+    Raises:
+        ValueError: naming the target, its row and the rule.
+    """
+    note = _notes.get(device)
+    if note is None:
+        return
+    packed, vocab = note.tolist()
+    if not packed:
+        return
+    note.zero_()
+    row = (packed >> _VALUE_BITS) - 1
+    target = (packed + 2**31) % 2**_VALUE_BITS - 2**31
+    raise ValueError(
+        f"targets[{row}] was {target} in an earlier call on {device}, outside [0, {vocab}); that "
+        "row had no log-prob and no gradient. Leave tokens out with mask=, there is no ignored id "
+        "such as -100"
+    )
+
+
+def verify_targets(device: torch.device | str = "cuda") -> None:
+    """Wait for `device`, and raise if an operator met a target outside [0, V) since the last look.
+
+    Every operator raises for the calls before it; this is for the last one, or for where a step
+    waits anyway.
+
+    Raises:
+        ValueError: naming one such target, its row and the rule.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.synchronize(device)
+    raise_noted(device)
