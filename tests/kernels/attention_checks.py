@@ -21,6 +21,7 @@ LAYOUTS: dict[str, Layout] = {
     "only empty completions": [(4, [0, 0])],
     "more rows than a tile": [(35, [33] * 3)],
     "one token each": [(18, [1] * 40)],
+    "every length": [(5, [*range(1, 13)])],
     "several prompts": [(3, [9, 1]), (1, []), (20, [0, 31, 2]), (16, [16, 16])],
 }
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-19}

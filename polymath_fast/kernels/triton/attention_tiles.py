@@ -48,7 +48,9 @@ TILES: dict[str, dict[int, Tiles]] = {
         64: Tiles(Way(32, 32, 4, 1), Way(32, 32, 4, 1), Way(32, 32, 4, 1)),
         128: Tiles(Way(16, 32, 4, 1), Way(16, 32, 4, 1), Way(16, 16, 4, 1)),
     },
-    "interpreter": dict.fromkeys((64, 128, 256), Tiles(*[Way(16, 16, 4, 1)] * 3)),
+    "interpreter": dict.fromkeys(
+        (64, 128, 256), Tiles(Way(32, 16, 4, 1), Way(16, 32, 4, 1), Way(32, 16, 4, 1))
+    ),
 }
 """width of a head -> tiles, for compute capability 9.0 and 10.0, for the rest, for fp32 on any, and
 for checks without a GPU. All but Hopper's fit 99 KiB of shared memory."""
