@@ -1,4 +1,4 @@
-"""The two kinds of failure a run can end with."""
+"""The kinds of failure a run can end with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ class UserError(ValueError):
 
     Every command prints it on one line and exits with code 2.
     """
+
+
+class OutOfMemory(UserError):
+    """The learner ran out of memory; its weights are still good. Names the setting to change."""
 
 
 class EngineError(RuntimeError):

@@ -14,7 +14,7 @@ from polymath_fast import assembly, checkpoint, config, rng, saturation
 from polymath_fast.assembly import Parts
 from polymath_fast.clock import Clock
 from polymath_fast.config import Config
-from polymath_fast.errors import EngineError, UserError
+from polymath_fast.errors import EngineError, OutOfMemory, UserError
 from polymath_fast.interrupt import Interrupt
 from polymath_fast.monitor import peak_memory_gib
 from polymath_fast.rewards import RewardResult
@@ -55,7 +55,7 @@ def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
                 saved = save(settings, parts, step)
             if last:
                 break
-    except EngineError:
+    except (EngineError, OutOfMemory):
         if done > parts.steps_done:
             parts.monitor.note(f"saved {save(settings, parts, done)}")
         raise

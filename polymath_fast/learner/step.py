@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polymath_fast.config import Config
 from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss, linear_logprobs
+from polymath_fast.learner import out_of_memory
 from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.mismatch import finite_or_none
 from polymath_fast.learner.optimizer import FlatAdamW, learning_rate_at
@@ -49,32 +50,41 @@ class Learner:
         """Learn from the rows of one batch; returns metrics, or {"update/skipped": 1.0}.
 
         Rows without influence on the gradient never enter the model; the divisors count them.
+
+        Raises:
+            OutOfMemory: naming the setting to change. The weights stay good.
         """
         config = self._config_for(rows)
-        metrics = UpdateMetrics(config)
         regularised = config.beta != 0 or config.entropy_coef != 0
         needed = [row for row in rows if row.trained and (row.advantage != 0 or regularised)]
         if not needed:
             return {"update/skipped": 1.0}
-        if config.updates_per_batch > 1:
-            needed = self._with_logprobs(needed, self.policy, "old_logprobs")
-        if self.reference is not None:
-            needed = self._with_logprobs(needed, self.reference, "ref_logprobs")
-        share = config.updates_per_batch
         trained = sum(len(row.token_ids) for row in rows if row.trained)
+        share = config.updates_per_batch
         divisors = Divisors(tokens=max(1, trained // share), completions=max(1, len(rows) // share))
-        spec = loss_spec(config, divisors)
-        for part in _minibatches(needed, share, f"{config.seed}-{step}"):
-            self._accumulate(part, spec, metrics)
-            norm, updated = self.optimizer.step(learning_rate_at(step, config))
-            metrics.add_update(norm, updated)
+        with out_of_memory.named(config, needed, undo=self.optimizer.zero_grad):
+            found = self._learn(needed, loss_spec(config, divisors), step)
         duplicates, tree = shared_token_ratio(needed)
-        return metrics.result() | {
+        return found | {
             "learning_rate": learning_rate_at(step, config),
             "packing/duplicate_token_ratio": duplicates,
             "packing/shared_token_ratio": tree,
             "update/entropy_only": float(config is not self.config),
         }
+
+    def _learn(
+        self, needed: list[TrainingRow], spec: PolicyLossSpec, step: int
+    ) -> dict[str, float]:
+        config, metrics = self.config, UpdateMetrics(self.config)
+        if config.updates_per_batch > 1:
+            needed = self._with_logprobs(needed, self.policy, "old_logprobs")
+        if self.reference is not None:
+            needed = self._with_logprobs(needed, self.reference, "ref_logprobs")
+        for part in _minibatches(needed, config.updates_per_batch, f"{config.seed}-{step}"):
+            self._accumulate(part, spec, metrics)
+            norm, updated = self.optimizer.step(learning_rate_at(step, config))
+            metrics.add_update(norm, updated)
+        return metrics.result()
 
     def save(self, folder: Path) -> None:
         """Write the live weights as a Hugging Face folder."""

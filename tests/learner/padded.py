@@ -58,8 +58,13 @@ def update(folder, rows, config):
 
 
 def assert_gradient(learner: Learner, found: torch.Tensor, truth: dict, tolerance=1e-5):
-    """`found`, laid out as the optimizer's flat gradient, against parameters with gradients."""
+    """`found`, laid out as the optimizer's flat gradient, against parameters with gradients.
+
+    Relative to each parameter; what is exactly zero in theory, such as the gradient of queries that
+    see one key, may be rounding of the whole.
+    """
+    whole = torch.stack([p.grad.norm() for p in truth.values()]).norm()
     for name, (start, stop) in learner.optimizer.storage.spans().items():
         expected = truth[name].grad.reshape(-1)
-        error = float((found[start:stop] - expected).norm() / expected.norm())
-        assert error < tolerance, f"{name}: {error:.1e}"
+        error = (found[start:stop] - expected).norm()
+        assert error < tolerance * expected.norm() + 1e-8 * whole, f"{name}: {error:.1e}"

@@ -12,8 +12,10 @@ from polymath_fast.config import Config
 from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
-from polymath_fast.learner.step import Divisors, Learner, loss_spec
+from polymath_fast.learner.step import Divisors, Learner, loss_spec, training_rows
 from polymath_fast.models import resolve_model
+from polymath_fast.rollout.types import Completion, Group, RolloutBatch
+from polymath_fast.samples import Sample
 
 PROMPTS = [(5, 9, 17, 33, 70), (8, 21)]
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "sapo", "reinforce", "cispo")
@@ -168,3 +170,49 @@ def test_a_thousand_identical_completions_cost_one(tiny_model):
     _, truth, _ = padded.update(tiny_model, weighted, settings)
     padded.assert_gradient(learner, gradient, truth)
     assert metrics["packing/duplicate_token_ratio"] == pytest.approx(1 - 7 / (1023 * 5 + 2))
+
+
+AWKWARD = {
+    "one token each": [(1, 1.0), (1, -1.0), (1, 0.5)],
+    "one completion": [(6, 1.0)],
+    "ragged from 1 to the maximum": [(n, (-1.0) ** n) for n in range(1, 13)],
+    "empty ones between": [(0, 1.0), (4, -1.0), (0, 2.0)],
+}
+
+
+@pytest.mark.parametrize("prompt", [(7,), PROMPTS[0]], ids=["one token", "five tokens"])
+@pytest.mark.parametrize("tokens", [13, 16384])
+@pytest.mark.parametrize("shapes", AWKWARD.values(), ids=list(AWKWARD))
+def test_awkward_shapes(tiny_model, shapes, tokens, prompt):
+    settings = Config(
+        loss_type="grpo", max_completion_length=12, tokens_per_microbatch=tokens + len(prompt)
+    )
+    group = Group(
+        sample=Sample("q", "a", "q", prompt),
+        completions=[
+            Completion(
+                token_ids=make(prompt, length, 0.0, seed=length).token_ids,
+                sampling_logprobs=[-5.0] * length,
+                finish_reason="stop",
+                weight_version=0,
+            )
+            for length, _ in shapes
+        ],
+    )
+    advantages = [advantage for _, advantage in shapes]
+    rows = training_rows(
+        RolloutBatch(groups=[group]), [1.0] * len(shapes), advantages, mask_truncated=False
+    )
+    assert [len(row.token_ids) for row in rows] == [length for length, _ in shapes if length]
+    loss, truth, _ = padded.update(tiny_model, rows, settings)
+    learner, metrics, gradient = update(tiny_model, rows, settings)
+    padded.assert_gradient(learner, gradient, truth)
+    assert metrics["policy/loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+
+
+def test_only_truncated_completions_that_are_masked_are_no_update(tiny_model):
+    learner = Learner(Policy(tiny_model), Config(mask_truncated_completions=True))
+    before = learner.optimizer.live.clone()
+    row = make(PROMPTS[0], 5, 1.0, seed=1, trained=False)
+    assert learner.update([row], 0) == {"update/skipped": 1.0}
+    assert torch.equal(learner.optimizer.live, before)
