@@ -105,7 +105,9 @@ class Head:
         others: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         count, tiles = len(hidden), triton.cdiv(self.vocab, self.tiles.n)
-        y_target, offset = torch.empty(2, count, device=hidden.device)
+        # apart: halves of one tensor would be aligned for some counts only, and compile twice
+        y_target = torch.empty(count, device=hidden.device)
+        offset = torch.empty(count, device=hidden.device)
         target_logits_kernel[(count,)](
             hidden,
             self.weight,
