@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -129,20 +129,35 @@ def library_path(op: str) -> Path:
     return Path(__file__).parents[1] / "lib" / f"lib{op}.so"
 
 
-def untraced(function: Callable[P, R]) -> Callable[P, R]:
+def untraced(
+    function: Callable[P, R] | None = None, *, within: Callable[P, R] | None = None
+) -> Any:
     """Keep torch.compile from tracing into an operator: it breaks the graph and runs as it is.
 
     torch.compiler.disable as a decorator would import the compiler, which takes seconds; this does
     so only where the compiler is at work already.
+
+    within: the same operator in a form that stays inside a graph, where no gradient is wanted.
     """
+    if function is None:
+        return functools.partial(untraced, within=within)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
-        return function(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if within is not None and not wants_gradient(*args, *kwargs.values()):
+            return within(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)
 
     return call
+
+
+def wants_gradient(*values: Any) -> bool:
+    """Whether autograd follows any of the tensors among `values`."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _refusal(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from polymath_fast.kernels import checks, dispatch
+from polymath_fast.kernels import checks, compiled, dispatch
 
 __all__ = ["linear_logprobs"]
 
 
-@dispatch.untraced
+@dispatch.untraced(within=compiled.linear_logprobs)
 def linear_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from polymath_fast.kernels import checks, dispatch
+from polymath_fast.kernels import checks, compiled, dispatch
 
 __all__ = ["token_logprobs"]
 
 
-@dispatch.untraced
+@dispatch.untraced(within=compiled.token_logprobs)
 def token_logprobs(
     logits: torch.Tensor,
     targets: torch.Tensor,
