@@ -68,6 +68,10 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
     """Model folder, tokenizer, samples, rewards and engine choice; raises UserError."""
     environment.prepare()
     device = _device(config.device)
+    if config.offload_optimizer:
+        from polymath_fast.learner.offload import require_gpu
+
+        require_gpu(device)
     engine_name, engine_reason = rollout.choose_engine(config.engine)
     if engine_name == "vllm":
         from polymath_fast.rollout.vllm_engine import check_version

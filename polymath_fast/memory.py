@@ -55,6 +55,17 @@ def kv_cache_bytes(shape: dict[str, Any]) -> int:
     return shape["num_hidden_layers"] * 4 * _widths(shape)[1]
 
 
+def optimizer_bytes(config: Config) -> dict[str, int]:
+    """Bytes a parameter that learning needs on the device, beside the weights themselves."""
+    remainder = config.master_weights == "remainder"
+    state = {
+        "remainder of master weights (int16)" if remainder else "master weights (fp32)": 4
+        - 2 * remainder,
+        "AdamW moments (fp32)": 8,
+    }
+    return {"gradient (fp32)": 4} | ({} if config.offload_optimizer else state)
+
+
 def estimate(
     shape: dict[str, Any], config: Config, *, engine: str, prompt_tokens: int, device: str
 ) -> dict[str, float]:
@@ -77,8 +88,7 @@ def estimate(
     )
     parts = {
         "weights (bf16)": 2 * weights,
-        "master weights and gradient (fp32)": 8 * weights,
-        "AdamW moments (fp32)": 8 * weights,
+        **{name: size * weights for name, size in optimizer_bytes(config).items()},
         "reference model (bf16)": 2 * weights if config.beta else 0,
         "sampler's weights (bf16)": 2 * weights if engine == "vllm" else 0,
         "KV cache": cached,

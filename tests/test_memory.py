@@ -97,6 +97,12 @@ def test_parts_follow_the_settings() -> None:
     gib = PUBLISHED["qwen2.5-1.5b"] / 2**30
     assert plain["weights (bf16)"] == pytest.approx(2 * gib)
     assert plain["AdamW moments (fp32)"] == pytest.approx(8 * gib)
+    half = estimate(master_weights="remainder")
+    assert sum(half.values()) == pytest.approx(sum(plain.values()) - 2 * gib)
+    assert half["remainder of master weights (int16)"] == pytest.approx(2 * gib)
+    away = estimate(offload_optimizer=True)
+    assert sum(away.values()) == pytest.approx(sum(plain.values()) - 12 * gib)
+    assert away["gradient (fp32)"] == plain["gradient (fp32)"] == pytest.approx(4 * gib)
     assert sum(estimate(beta=0.1).values()) == pytest.approx(sum(plain.values()) + 2 * gib)
     assert estimate("vllm", kv_cache_gib=7.0)["KV cache"] == 7
     assert "sampler's weights (bf16)" not in plain

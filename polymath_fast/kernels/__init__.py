@@ -25,6 +25,8 @@ _PUBLIC = {
     "prefix_attention_blocks": "prefix_attention",
     "weight_sync": "weight_sync",
     "SegmentTable": "weight_sync",
+    "flat_adamw": "flat_adamw",
+    "grad_norm": "flat_adamw",
     "policy_loss": "policy_loss",
     "importance_weights": "policy_loss",
     "PolicyLossSpec": "policy_loss",

@@ -37,6 +37,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear_grpo_loss": ("triton", "cpu", "reference"),
     "prefix_attention": ("flash", "triton", "cpu", "reference"),
     "weight_sync": ("cuda", "triton", "cpu", "reference"),
+    "flat_adamw": ("triton", "cpu", "reference"),
 }
 """operator -> what exists for it, fastest first"""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,17 +87,3 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def decayed(parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: matrices have it, norms and biases do not."""
     return parameter.dim() >= 2
-
-
-def merged(rows: Iterable[tuple[int, int, bool]]) -> Iterator[tuple[int, int, bool]]:
-    """(start, stop, decayed) in order, with neighbours of one kind made one."""
-    held: tuple[int, int, bool] | None = None
-    for start, stop, decay in sorted(rows):
-        if held and held[1:] == (start, decay):
-            held = (held[0], stop, decay)
-            continue
-        if held:
-            yield held
-        held = (start, stop, decay)
-    if held:
-        yield held

@@ -17,8 +17,7 @@ class UpdateMetrics:
         self._mismatch = Mismatch(config)
         self._sums: dict[str, torch.Tensor] = {}
         self._maxima: dict[str, torch.Tensor] = {}
-        self._norms: list[float] = []
-        self._skipped = 0
+        self._updates: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add_microbatch(self, out: PolicyLossOutput, batch: PackedBatch) -> None:
         """Take in one call of the loss."""
@@ -32,7 +31,7 @@ class UpdateMetrics:
         }
         region = out.metrics.get("clip_ratio/region")
         weighted["policy/clip_ratio"] = region * tokens if region is not None else tokens * 0
-        if not self._norms and not self._skipped:  # the sampler's weights: before any update
+        if not self._updates:  # the sampler's weights: before any update
             sampler = batch.sampling_logprobs
             self._mismatch.add(out.logprobs, sampler, batch.cu_seqlens, batch.multiplicity)
         self._raise("policy/ratio_max", out.metrics["ratio/max"])
@@ -42,12 +41,9 @@ class UpdateMetrics:
         for name, value in weighted.items():
             self._sums[name] = self._sums.get(name, 0) + value
 
-    def add_update(self, norm: float, updated: bool) -> None:
+    def add_update(self, norm: torch.Tensor, updated: torch.Tensor) -> None:
         """Take in the gradient norm of one update and whether the weights changed."""
-        if updated:
-            self._norms.append(norm)
-        else:
-            self._skipped += 1
+        self._updates.append((norm, updated))
 
     def result(self) -> dict[str, float]:
         """Means over tokens, maxima, the mean gradient norm; non-finite updates are counted.
@@ -58,15 +54,15 @@ class UpdateMetrics:
         sums = {name: float(value) for name, value in self._sums.items()}
         verify_targets(self._sums["tokens"].device)
         tokens = max(1.0, sums.pop("tokens"))
-        loss = sums.pop("policy/loss") / max(1, len(self._norms) + self._skipped)
-        norms = self._norms or [float("nan")]
+        loss = sums.pop("policy/loss") / max(1, len(self._updates))
+        norms = [float(norm) for norm, updated in self._updates if updated]
         return {
             **{name: value / tokens for name, value in sums.items()},
             **{name: float(value) for name, value in self._maxima.items()},
             **self._mismatch.result(),
             "policy/loss": loss,
-            "policy/grad_norm": sum(norms) / len(norms),
-            "update/nonfinite": float(self._skipped),
+            "policy/grad_norm": sum(norms) / len(norms) if norms else float("nan"),
+            "update/nonfinite": float(len(self._updates) - len(norms)),
             "update/skipped": 0.0,
         }
 

@@ -6,16 +6,18 @@ bfloat16 weight, so updates are collected in a float32 master and the live weigh
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor, nn
 
 from polymath_fast.config import Config
-from polymath_fast.learner.flat_storage import FlatStorage, decayed, merged, trained
-
-_NORM_CHUNK = 1 << 20  # elements whose squares are summed in float32 before float64 takes over
-_STATE = ("master", "exp_avg", "exp_avg_sq")
+from polymath_fast.kernels import flat_adamw, grad_norm
+from polymath_fast.kernels.flat_adamw.segments import Segments
+from polymath_fast.learner.flat_storage import FlatStorage, decayed, trained
+from polymath_fast.learner.gradients import FlatGradient
+from polymath_fast.learner.optimizer_state import OptimizerState
 
 
 class FlatAdamW:
@@ -25,124 +27,97 @@ class FlatAdamW:
 
     Args:
         model: its parameters that require gradients are trained; matrices are decayed.
-        config: hyperparameters.
+        config: hyperparameters, the form of the master weights, and where the state lies.
         storage: where the weights are to lie, for example in the memory an engine samples from;
             a buffer of its own when left out. The weights of `model` are copied there. What
             `tensors` returns does not depend on it, so a run may be resumed in another storage.
+
+    Raises:
+        UserError: `config` asks for what these weights or this device cannot do.
     """
 
     def __init__(self, model: nn.Module, config: Config, storage: FlatStorage | None = None):
         self.config = config
-        self.updates = 0
         params = trained(model)
         self.storage = storage or FlatStorage.of(model)
         self.storage.adopt(model)
         self.live = self.storage.live
-        self.master = self.live.float()
-        self.grad = torch.zeros_like(self.master)
-        self.exp_avg = torch.zeros_like(self.master)
-        self.exp_avg_sq = torch.zeros_like(self.master)
         spans = self.storage.spans()
-        self._spans = [spans[name] for name in params]
-        for param, (start, stop) in zip(params.values(), self._spans, strict=True):
-            target = self.grad[start:stop].view(param.shape)
-            param.register_post_accumulate_grad_hook(_adder(target))
-        segments = merged((*spans[name], decayed(p)) for name, p in params.items())
-        self._adamw = self._torch_adamw(list(segments))
-
-    def _torch_adamw(self, segments: list[tuple[int, int, bool]]) -> torch.optim.AdamW:
-        groups: dict[bool, list[Tensor]] = {True: [], False: []}
-        self._masters = {}
-        for start, stop, decay in segments:
-            master = self.master[start:stop]
-            master.grad = self.grad[start:stop]
-            groups[decay].append(master)
-            self._masters[start, stop] = master
-        config = self.config
-        adamw = torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": config.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            fused=True,
+        self._gradient = FlatGradient(self.live.numel(), self.live.device)
+        self._gradient.gather((param, spans[name]) for name, param in params.items())
+        self._state = OptimizerState(
+            self.live,
+            [spans[name] for name in params],
+            config.master_weights,
+            config.offload_optimizer,
         )
-        for (start, stop), master in self._masters.items():
-            adamw.state[master] = {
-                "step": torch.zeros((), device=master.device),
-                "exp_avg": self.exp_avg[start:stop],
-                "exp_avg_sq": self.exp_avg_sq[start:stop],
-            }
-        return adamw
+        segments = Segments.of(
+            ((*spans[name], decayed(param)) for name, param in params.items()), self.live.device
+        )
+        self._segments = functools.cache(segments.part)
+        self._updates = torch.zeros((), dtype=torch.int64, device=self.live.device)
+
+    @property
+    def grad(self) -> Tensor:
+        """(elements,) float32 gradient gathered so far."""
+        return self._gradient.whole()
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far; waits for the device."""
+        return int(self._updates)
 
     def zero_grad(self) -> None:
         """Forget the gradients gathered so far."""
-        self.grad.zero_()
+        self._gradient.zero()
 
-    def grad_norm(self) -> float:
-        """Euclidean norm of the gathered gradient; NaN or Inf when it is not finite."""
-        norms = torch._foreach_norm(list(self.grad.split(_NORM_CHUNK)))
-        return float(torch.linalg.vector_norm(torch.stack(norms).double()))
-
-    def step(self, learning_rate: float) -> tuple[float, bool]:
-        """Clip, update, round into the live weights, clear the gradient.
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Clip, update, round into the live weights, forget the gradient, without waiting.
 
         Returns:
-            The gradient's norm before clipping, and whether the update was made: a gradient that
-            is not finite is thrown away and no weight changes.
+            0-d tensors on the device: the gradient's norm before clipping, and whether the update
+            was made. A gradient that is not finite is thrown away and no weight changes.
         """
-        norm = self.grad_norm()
-        finite = math.isfinite(norm)
-        if finite:
-            limit = self.config.max_grad_norm
-            if norm > limit:
-                self.grad.mul_(limit / norm)
-            for group in self._adamw.param_groups:
-                group["lr"] = learning_rate
-            self._adamw.step()
-            for start, stop in self._masters:
-                self.live[start:stop].copy_(self.master[start:stop])
-            self.updates += 1
+        config, grad = self.config, self.grad
+        norm = grad_norm(grad)
+
+        def update(start: int, stop: int, state: dict[str, Tensor]) -> None:
+            flat_adamw(
+                self.live[start:stop],
+                grad=grad[start:stop],
+                norm=norm,
+                step=self._updates,
+                learning_rate=learning_rate,
+                segments=self._segments(start, stop),
+                beta1=config.adam_beta1,
+                beta2=config.adam_beta2,
+                eps=config.adam_eps,
+                weight_decay=config.weight_decay,
+                max_grad_norm=config.max_grad_norm,
+                zero_grad=False,
+                **state,
+            )
+
+        self._state.sweep(update)
+        finite = norm.isfinite()
+        self._updates += finite
         self.zero_grad()
         return norm, finite
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold: (parameters,) float32 master, first and second moment.
 
-        Parameters come in the order of `trained`, without gaps, whatever the storage.
+        Parameters come in the order of `trained`, without gaps, whatever the storage and the form
+        of the master weights.
         """
-        return {name: self._gathered(getattr(self, name)) for name in _STATE}
+        return self._state.gather()
 
+    @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Continue exactly where `tensors` were taken, `updates` updates into the run."""
-        self.updates = updates
-        for name in _STATE:
-            self._scatter(tensors[name], getattr(self, name))
-        for (start, stop), master in self._masters.items():
-            self._adamw.state[master]["step"].fill_(updates)
-            self.live[start:stop].copy_(master)
-
-    def _gathered(self, flat: Tensor) -> Tensor:
-        ends = [0, *(stop for _, stop in self._spans)]
-        if ends == [*(start for start, _ in self._spans), flat.numel()]:
-            return flat
-        return torch.cat([flat[start:stop].cpu() for start, stop in self._spans])
-
-    def _scatter(self, source: Tensor, flat: Tensor) -> None:
-        offset = 0
-        for start, stop in self._spans:
-            flat[start:stop].copy_(source[offset : offset + stop - start])
-            offset += stop - start
-
-
-def _adder(target: Tensor):
-    def add(param: nn.Parameter) -> None:
-        target.add_(param.grad)
-        param.grad = None
-
-    return add
+        self._state.scatter(tensors)
+        self._updates.fill_(updates)
 
 
 def learning_rate_at(step: int, config: Config) -> float:

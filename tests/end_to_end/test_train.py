@@ -165,6 +165,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
         (["--tokens-per-microbatch", "30"], "--tokens-per-microbatch"),
         (["--max-completion-length", "4000"], "--max-completion-length"),
         (["--device", "cuda"], "--device cuda"),
+        (["--offload-optimizer", "--device", "cpu"], "learning runs on cpu"),
         (["--eval-dataset", "missing.jsonl"], "missing.jsonl"),
         (["--resume", "nowhere"], "--resume nowhere"),
     ],

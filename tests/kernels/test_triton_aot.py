@@ -41,6 +41,9 @@ FEW = {
     "attention-forward-hopper-bf16-128",
     "attention-key-hopper-bf16-64",
     "weight-sync-fp32-bf16",
+    "flat-adamw-bf16",
+    "flat-adamw-bf16-remainder-zero",
+    "grad-norm",
 }
 """what is compiled in every run of the tests; the rest is marked slow"""
 MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

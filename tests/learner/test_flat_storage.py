@@ -7,7 +7,7 @@ import torch
 from small_models import SETTINGS, Model, batches
 
 from polymath_fast.config import Config
-from polymath_fast.learner.flat_storage import FlatStorage, merged
+from polymath_fast.learner.flat_storage import FlatStorage
 from polymath_fast.learner.optimizer import FlatAdamW
 
 PLACES = {"inner": (3, (6, 6)), "scale": (40, (6,)), "table": (46, (11, 6))}
@@ -58,11 +58,6 @@ def test_a_run_resumes_in_another_storage_exactly():
         assert torch.equal(moved.tensors()[name], tensor), name
     for (name, ours), theirs in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
-
-
-def test_neighbours_of_one_kind_are_one_segment():
-    rows = [(8, 10, True), (0, 4, True), (4, 8, True), (10, 12, False), (14, 15, False)]
-    assert list(merged(rows)) == [(0, 10, True), (10, 12, False), (14, 15, False)]
 
 
 @pytest.mark.parametrize(

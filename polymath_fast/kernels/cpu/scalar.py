@@ -128,3 +128,45 @@ def _compiled_load_row(source, half, scale, out):
                 out[v] = source[v] * scale
 
     return load
+
+
+@intrinsic
+def fma(typing_context, left, right, addend):
+    """left * right + addend with one rounding, in scalar and in vector code alike."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return _call(builder, "llvm.fma.f32", *args)
+
+    return types.float32(types.float32, types.float32, types.float32), emit
+
+
+@intrinsic
+def upper_half(typing_context, value):
+    """The bits of the nearest bf16, ties away from zero; with `lower_half` all of the value."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        bits = builder.add(builder.bitcast(args[0], _i32), _i32(0x8000))
+        return builder.trunc(builder.lshr(bits, _i32(16)), ir.IntType(16))
+
+    return types.uint16(types.float32), emit
+
+
+@intrinsic
+def lower_half(typing_context, value):
+    """The last 16 bits: how far the value lies from `upper_half`, in units of its last place."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.trunc(builder.bitcast(args[0], _i32), ir.IntType(16))
+
+    return types.int16(types.float32), emit
+
+
+@intrinsic
+def whole(typing_context, upper, lower):
+    """The fp32 value of its two halves."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        high = builder.shl(builder.zext(args[0], _i32), _i32(16))
+        return builder.bitcast(builder.add(high, builder.sext(args[1], _i32)), _f32)
+
+    return types.float32(types.uint16, types.int16), emit

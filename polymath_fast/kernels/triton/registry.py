@@ -17,6 +17,7 @@ from polymath_fast.kernels.triton import (
     row_kernels,
     rows,
 )
+from polymath_fast.kernels.triton.adamw_variants import adamw_variants
 from polymath_fast.kernels.triton.aot import Variant
 from polymath_fast.kernels.triton.attention_registry import attention_variants
 from polymath_fast.kernels.triton.scaling import scale_kernel
@@ -44,6 +45,7 @@ def variants() -> Iterator[Variant]:
     yield from attention_variants()
     for src, dst in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp16"), ("bf16", "fp16")):
         yield _weight_sync(src, dst)
+    yield from adamw_variants()
 
 
 def _row_variants(dtype: str, width: int) -> Iterator[Variant]:

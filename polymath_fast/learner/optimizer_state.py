@@ -1,0 +1,111 @@
+"""What AdamW remembers of each weight: an exact float32 value and two moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from polymath_fast.errors import UserError
+from polymath_fast.kernels.flat_adamw import halves
+from polymath_fast.learner.offload import Offloaded, require_gpu
+
+NAMES = ("master", "exp_avg", "exp_avg_sq")
+_PIECE = 1 << 24  # elements converted at once: temporaries stay small beside the state
+
+
+class OptimizerState:
+    """Flat state beside the live weights, and its form in checkpoints.
+
+    Args:
+        live: (elements,) weights; their values are what the state begins with.
+        spans: first and last + 1 element of each trained parameter, in the order of checkpoints.
+        master_weights: "float32", or "remainder": the 16 bits by which bfloat16 weights differ
+            from their float32 values.
+        offload: keep the state in the host's memory and send it through the GPU in chunks.
+
+    Raises:
+        UserError: a remainder of weights that are not bfloat16; off-loading without a GPU.
+    """
+
+    def __init__(
+        self, live: Tensor, spans: list[tuple[int, int]], master_weights: str, offload: bool
+    ):
+        self._live, self._spans = live, spans
+        self._remainder = master_weights == "remainder"
+        if self._remainder and live.dtype != torch.bfloat16:
+            raise UserError(
+                f"--master-weights remainder completes bfloat16 weights, but the model's are "
+                f"{live.dtype}; use --master-weights float32"
+            )
+        if offload:
+            require_gpu(live.device)
+        where = {
+            "device": "cpu" if offload else live.device,
+            "pin_memory": offload and live.device.type == "cuda",
+        }
+        kinds = (torch.int16 if self._remainder else torch.float32, torch.float32, torch.float32)
+        self._tensors = {
+            name: torch.zeros(live.numel(), dtype=kind, **where)
+            for name, kind in zip(NAMES, kinds, strict=True)
+        }
+        if not self._remainder:
+            self._tensors["master"].copy_(live)
+        self._offloaded = Offloaded(self._tensors, live.device) if offload else None
+
+    def sweep(self, visit: Callable[[int, int, dict[str, Tensor]], None]) -> None:
+        """visit(start, stop, {name: state of elements [start, stop) on the weights' device})."""
+        if self._offloaded:
+            self._offloaded.sweep(visit)
+        else:
+            visit(0, self._live.numel(), self._tensors)
+
+    def gather(self) -> dict[str, Tensor]:
+        """(parameters,) float32 for each of `NAMES`; views of the state where it has that form."""
+        if self._offloaded:
+            self._offloaded.settle()
+        return {name: self._gathered(name) for name in NAMES}
+
+    def scatter(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `gather` gave, here or elsewhere; the live weights follow the master."""
+        if self._offloaded:
+            self._offloaded.settle()
+        for name, state in self._tensors.items():
+            for here, there in self._pieces():
+                value = tensors[name][there]
+                if name == "master":
+                    value = self._set_live(here, value)
+                state[here] = value.to(state.device)
+
+    def _set_live(self, here: slice, master: Tensor) -> Tensor:
+        """Round `master` into the live weights; returns what the state has to hold of it."""
+        if self._remainder:
+            live, lower = halves.split(master)
+        else:
+            live, lower = halves.rounded(master, self._live.dtype), master
+        self._live[here] = live.to(self._live.device)
+        return lower
+
+    def _gathered(self, name: str) -> Tensor:
+        state = self._tensors[name]
+        ends = [0, *(stop for _, stop in self._spans)]
+        in_order = ends == [*(start for start, _ in self._spans), state.numel()]
+        if in_order and state.dtype == torch.float32:
+            return state
+        found = torch.empty(sum(stop - start for start, stop in self._spans))
+        for here, there in self._pieces():
+            part = state[here]
+            if part.dtype == torch.int16:
+                part = halves.join(self._live[here].to(part.device), part)
+            found[there] = part.cpu()
+        return found
+
+    def _pieces(self) -> Iterator[tuple[slice, slice]]:
+        """Elements here, and the same ones in a checkpoint."""
+        offset = 0
+        for start, stop in self._spans:
+            for first in range(start, stop, _PIECE):
+                size = min(_PIECE, stop - first)
+                yield slice(first, first + size), slice(offset, offset + size)
+                offset += size
