@@ -1,0 +1,63 @@
+"""The memory estimate against what a process really had resident."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from polymath_fast import memory, models
+from polymath_fast.config import Config
+
+pytestmark = pytest.mark.slow
+SETTINGS = {"num_generations": 24, "groups_per_step": 1, "max_completion_length": 64}
+CHILD = """
+import json, random, sys
+import polymath_fast.train
+from polymath_fast.config import Config
+from polymath_fast.learner.packing import TrainingRow
+from polymath_fast.learner.policy import Policy
+from polymath_fast.learner.step import Learner
+from polymath_fast.monitor import peak_memory_gib
+from polymath_fast.rollout.transformers_engine import TransformersEngine
+from polymath_fast.rollout.types import SamplingOptions
+
+config, prompt, draw = Config(**json.loads(sys.argv[2])), tuple(range(100, 160)), random.Random(0)
+policy = Policy(sys.argv[1], gradient_checkpointing=config.gradient_checkpointing)
+learner = Learner(policy, config)
+engine = TransformersEngine(policy, stop_token_ids=[0])
+few = SamplingOptions(max_completion_length=2)
+for step in range(2):
+    engine.generate(prompt, config.num_generations, few)
+    length = config.max_completion_length
+    rows = [
+        TrainingRow(
+            prompt_ids=prompt,
+            token_ids=[draw.randrange(49152) for _ in range(length)],
+            sampling_logprobs=[-5.0] * length,
+            advantage=draw.gauss(0, 1),
+        )
+        for _ in range(config.num_generations)
+    ]
+    learner.update(rows, step)
+print(peak_memory_gib())
+"""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_the_estimate_is_within_15_percent_of_the_peak(smollm2: Path, checkpointing: bool) -> None:
+    settings = SETTINGS | {"gradient_checkpointing": checkpointing}
+    words = [sys.executable, "-c", CHILD, str(smollm2), json.dumps(settings)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=560)
+    assert done.returncode == 0, done.stderr
+    parts = memory.estimate(
+        models.read_config(smollm2),
+        Config(**settings),
+        engine="transformers",
+        prompt_tokens=60,
+        device="cpu",
+    )
+    assert sum(parts.values()) == pytest.approx(float(done.stdout), rel=0.15)
