@@ -60,7 +60,7 @@ def time_products() -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for depth, vocab in ((1536, 151_936), (3584, 152_064)):
         hidden, weight, targets = random_head(65_536, vocab, depth)
-        rows = head.Head(hidden, weight, None, targets, 1.0).rows
+        rows = min(head.Head(hidden, weight, None, targets, 1.0).rows, len(hidden))
         table = timed_table(
             _products(hidden[:rows].clone(), weight, targets[:rows], rows),
             flop_count=2 * rows * vocab * depth,
