@@ -11,10 +11,16 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from polymath_fast.kernels.cpu import attention
+from polymath_fast.kernels.cpu import attention, scalar, tiles
 from polymath_fast.kernels.cpu.attention import PANEL, ROWS
-from polymath_fast.kernels.cpu.layers import rotated_head
+from polymath_fast.kernels.cpu.layers import rms_norm, rotated_head
+from polymath_fast.kernels.cpu.scalar import exp, maximum
+from polymath_fast.kernels.cpu.team import barrier, next_task
 from polymath_fast.kernels.cpu.tiles import square_tile
+
+PHASES = 7
+"""of one layer: norm, projections, attention, output, norm, gate and up, down"""
+_LOWEST = np.float32(-80.0)
 
 
 @njit(nogil=True, cache=True)
@@ -31,70 +37,200 @@ def store(start, stop, k, v, first, keys, values):
 
 
 @njit(nogil=True, cache=True)
-def attend(
-    start, stop, stacked, heads, cos, sin, norms, eps, lengths, keys, values, prompt_len,
-    prompt_keys, prompt_values, scale, out,
+def step(
+    threads, counters, hidden, count, norms, head_norms, biases, qkv, output, gate_up, down, heads,
+    cos, sin, eps, lengths, keys, values, prompt_len, prompt_keys, prompt_values, scale, normed,
+    stacked, attended, active, out,
 ):  # fmt: skip
-    """Rotate the new queries and keys, store keys and values, attend; a range of (B, Hkv).
+    """All layers for one more token of every completion; `PHASES` phases a layer, see `team`.
 
-    stacked (B, Hq + 2 Hkv, D) projections of the new tokens; lengths (B,) positions filled before.
-    keys (B, Hkv, panels, D / 2, 64), values (B, Hkv, panels, D panels, 32, 64); prompt_keys and
-    prompt_values alike without B, prompt_len 0: there is no shared prompt. out (B, Hq, D).
+    R = `count` rounded up to whole tiles, L layers. hidden (R, H) goes in and is overwritten; out
+    (R, H) its final norm. norms (2 L + 1, H): of attention and MLP, layer by layer, and the last.
+    head_norms (L, Hq + Hkv, D) or (L, 0, 1); biases (L, (Hq + 2 Hkv) D) fp32 or (L, 0). Weights are
+    packed (L, panels, inputs / 2, 48) words; gate_up holds a panel of gate, then one of up, by
+    turns. cos, sin (B, D). lengths (B,) positions filled before. keys (L, B, Hkv, panels, D / 2,
+    64), values (L, B, Hkv, panels, D panels, 32, 64), prompt_keys and prompt_values alike without
+    B. normed (R, H), stacked (R, Hq + 2 Hkv, D), attended (R, Hq D), active (R, I) are scratch.
     """
-    size = stacked.shape[2]
-    key_heads = keys.shape[1]
+    key_heads, size = keys.shape[2], stacked.shape[2]
     group = heads // key_heads
-    parts = values.shape[3]
-    width = (keys.shape[2] + prompt_keys.shape[1]) * PANEL
-    rows = np.zeros((-(-group // ROWS) * ROWS, size), np.uint16)
-    new_key = np.empty(size, np.uint16)
-    wide = np.empty(size, np.float32)
+    width = (keys.shape[3] + prompt_keys.shape[2]) * PANEL
+    queries = np.zeros((-(-group // ROWS) * ROWS, size), np.uint16)
     scores = np.empty((ROWS, width), np.float32)
     probs = np.zeros((ROWS, width), np.uint16)
-    sums = np.empty((ROWS, parts * PANEL), np.float32)
-    totals = np.empty(ROWS, np.float32)
+    sums = np.empty((ROWS, values.shape[4] * PANEL), np.float32)
+    tile = np.empty((2 * tiles.ROWS, tiles.COLUMNS), np.float32)
+    wide = np.empty(stacked.shape[2], np.float32)
+    flat = stacked.reshape(stacked.shape[0], -1)
+    for layer in range(keys.shape[0]):
+        phase = PHASES * layer
+        _norm_rows(threads, counters, phase, hidden, count, norms[2 * layer], eps, normed)
+        while True:
+            panel = next_task(counters, phase + 1)
+            if panel >= qkv.shape[1]:
+                break
+            _project(normed, count, qkv[layer, panel], panel, tile, biases[layer], flat)
+        barrier(threads, counters, phase + 1)
+        while True:
+            task = next_task(counters, phase + 2)
+            if task >= count * key_heads:
+                break
+            i, head = task // key_heads, task % key_heads
+            _place(
+                stacked[i], heads, head, cos[i], sin[i], head_norms[layer], eps, lengths[i],
+                keys[layer, i, head], values[layer, i, head], wide, queries,
+            )  # fmt: skip
+            _attend(
+                queries, group, lengths[i] + 1, keys[layer, i, head], values[layer, i, head],
+                prompt_len, prompt_keys[layer, head], prompt_values[layer, head], scale, scores,
+                probs, sums, attended[i, head * group * size : (head + 1) * group * size],
+            )  # fmt: skip
+        barrier(threads, counters, phase + 2)
+        _add_projection(threads, counters, phase + 3, attended, count, output[layer], tile, hidden)
+        last = norms[2 * layer + 1]
+        _norm_rows(threads, counters, phase + 4, hidden, count, last, eps, normed)
+        while True:
+            panel = next_task(counters, phase + 5)
+            if panel >= gate_up.shape[1] // 2:
+                break
+            _activate(normed, count, gate_up[layer, 2 * panel :], panel, tile, active)
+        barrier(threads, counters, phase + 5)
+        _add_projection(threads, counters, phase + 6, active, count, down[layer], tile, hidden)
+    _norm_rows(threads, counters, PHASES * keys.shape[0], hidden, count, norms[-1], eps, out)
+
+
+@njit(nogil=True, cache=True)
+def _norm_rows(threads, counters, phase, x, count, weight, eps, out):
+    while True:
+        top = next_task(counters, phase) * tiles.ROWS
+        if top >= count:
+            break
+        rms_norm(top, min(top + tiles.ROWS, count), x, weight, eps, out)
+    barrier(threads, counters, phase)
+
+
+@njit(nogil=True, cache=True)
+def _add_projection(threads, counters, phase, x, count, packed, tile, hidden):
+    """hidden += x @ a weight; tasks are panels of its outputs."""
+    while True:
+        panel = next_task(counters, phase)
+        if panel >= packed.shape[0]:
+            break
+        left = panel * tiles.COLUMNS
+        right = min(left + tiles.COLUMNS, hidden.shape[1])
+        for top in range(0, count, tiles.ROWS):
+            _tile(x, top, packed[panel], tile)
+            for r in range(min(tiles.ROWS, count - top)):
+                _add_row(tile[r], hidden[top + r, left:right])
+    barrier(threads, counters, phase)
+
+
+@njit(nogil=True, cache=True)
+def _project(x, count, packed, panel, tile, bias, out):
+    left = panel * tiles.COLUMNS
+    right = min(left + tiles.COLUMNS, out.shape[1])
+    for top in range(0, count, tiles.ROWS):
+        _tile(x, top, packed, tile)
+        for r in range(min(tiles.ROWS, count - top)):
+            if bias.size:
+                _add(tile[r], bias[left:right])
+            _round(tile[r], out[top + r, left:right])
+
+
+@njit(nogil=True, cache=True)
+def _activate(x, count, packed, panel, tile, out):
+    """One panel of silu(gate) * up; packed[0] holds the gate's columns, packed[1] those of up."""
+    left = panel * tiles.COLUMNS
+    right = min(left + tiles.COLUMNS, out.shape[1])
+    for top in range(0, count, tiles.ROWS):
+        _tile(x, top, packed[0], tile)
+        _tile(x, top, packed[1], tile[tiles.ROWS :])
+        for r in range(min(tiles.ROWS, count - top)):
+            _silu_times(tile[r], tile[tiles.ROWS + r], out[top + r, left:right])
+
+
+@njit(inline="always")
+def _tile(x, top, packed, out):
+    place = x.ctypes.data + top * x.strides[0]
+    tiles.dot_tile(
+        place, x.strides[0], 4, packed.ctypes.data, packed.shape[0], out.ctypes.data,
+        out.strides[0], False,
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _add(row, other):
+    for j in range(other.size):
+        row[j] += other[j]
+
+
+@njit(nogil=True, cache=True)
+def _round(row, out):
+    for j in range(out.size):
+        out[j] = scalar.bfloat16(row[j])
+
+
+@njit(nogil=True, cache=True)
+def _add_row(row, out):
+    for j in range(out.size):
+        out[j] = scalar.bfloat16(scalar.from_bfloat16(out[j]) + row[j])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _silu_times(gate, up, out):
+    for j in range(out.size):
+        sigmoid = np.float32(1) / (np.float32(1) + exp(-maximum(gate[j], _LOWEST)))
+        out[j] = scalar.bfloat16(gate[j] * sigmoid * up[j])
+
+
+@njit(nogil=True, cache=True)
+def _place(
+    stacked, heads, head, cos, sin, norms, eps, position, keys, values, wide, queries
+):  # fmt: skip
+    """Rotated queries of one key head, and its new key and value in the cache."""
+    key_heads = (stacked.shape[0] - heads) // 2
+    group = heads // key_heads
+    first = head * group
+    for g in range(group):
+        rotated_head(stacked[first + g], first + g, cos, sin, norms, eps, wide, queries[g])
+    new_key = np.empty(stacked.shape[1], np.uint16)
+    rotated_head(stacked[heads + head], heads + head, cos, sin, norms, eps, wide, new_key)
+    _store_key(new_key.view(np.uint32), position, keys)
+    _store_value(stacked[heads + key_heads + head], position, values.view(np.uint16))
+
+
+@njit(nogil=True, cache=True)
+def _attend(
+    queries, group, own, keys, values, prompt_len, prompt_keys, prompt_values, scale, scores, probs,
+    sums, out,
+):  # fmt: skip
+    """out (group D): attention of one key head's queries over prompt and `own` keys of its own."""
     base = -(-prompt_len // PANEL) * PANEL
-    for task in range(start, stop):
-        i, head = divmod(task, key_heads)
-        first = head * group
-        for g in range(group):
-            rotated_head(
-                stacked[i, first + g], first + g, cos[i], sin[i], norms, eps, wide, rows[g]
+    panels = -(-own // PANEL)
+    used = base + panels * PANEL
+    size = queries.shape[1]
+    for top in range(0, group, ROWS):
+        height = min(ROWS, group - top)
+        attention.products(
+            queries[top : top + ROWS], prompt_keys, base // PANEL, keys, panels, scores
+        )
+        for r in range(height):
+            total, _ = attention.softmax(
+                scores[r, :used], prompt_len, base, own, scale, probs[r, :used]
             )
-        at = heads + head
-        rotated_head(stacked[i, at], at, cos[i], sin[i], norms, eps, wide, new_key)
-        position = lengths[i]
-        _store_key(new_key.view(np.uint32), position, keys[i, head])
-        value = stacked[i, heads + key_heads + head]
-        _store_value(value, position, values[i, head].view(np.uint16))
-        panels = position // PANEL + 1
-        used = base + panels * PANEL
-        for top in range(0, group, ROWS):
-            some = rows[top : top + ROWS]
-            attention.products(
-                some, prompt_keys[head], base // PANEL, keys[i, head], panels, scores
-            )
-            height = min(ROWS, group - top)
-            for r in range(height):
-                total, _ = attention.softmax(
-                    scores[r, :used], prompt_len, base, position + 1, scale, probs[r, :used]
-                )
-                totals[r] = np.float32(1) / total
-            for panel in range(used // PANEL):
-                if panel < base // PANEL:
-                    block = prompt_values[head, panel]
-                else:
-                    block = values[i, head, panel - base // PANEL]
-                left = probs.ctypes.data + 2 * PANEL * panel
-                for part in range(parts):
-                    place = sums.ctypes.data + 4 * part * PANEL
-                    right = block[part].ctypes.data
-                    square_tile(
-                        left, probs.strides[0], 4, right, PANEL // 2, place, sums.strides[0],
-                        panel > 0,
-                    )  # fmt: skip
-            for r in range(height):
-                attention.store_row(out[i, first + top + r], sums[r], totals[r])
+            scores[r, 0] = np.float32(1) / total
+        for panel in range(used // PANEL):
+            first_own = base // PANEL
+            block = prompt_values[panel] if panel < first_own else values[panel - first_own]
+            left = probs.ctypes.data + 2 * PANEL * panel
+            for part in range(block.shape[0]):
+                square_tile(
+                    left, probs.strides[0], 4, block[part].ctypes.data, PANEL // 2,
+                    sums.ctypes.data + 4 * part * PANEL, sums.strides[0], panel > 0,
+                )  # fmt: skip
+        for r in range(height):
+            row = out[(top + r) * size : (top + r + 1) * size]
+            attention.store_row(row, sums[r], scores[r, 0])
 
 
 @njit(nogil=True, cache=True)

@@ -171,6 +171,19 @@ def _fp32_products(precision: str) -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def pack_layers(name: str, *stacks: list[torch.Tensor]) -> np.ndarray:
+    """(L, stacks * panels, inputs / 2, 48) words: bf16 weights (outputs, inputs) of every layer as
+    right operands of a product, panels of the stacks by turns, in scratch memory called `name`."""
+    outputs, inputs = stacks[0][0].shape
+    panels, count = _panels(outputs), len(stacks)
+    packed = _words(f"packed {name}", (len(stacks[0]), panels * count, inputs // 2, tiles.COLUMNS))
+    for number, weights in enumerate(stacks):
+        for layer, weight in enumerate(weights):
+            words = _pairs(weight.detach().contiguous())
+            parallel(bf16.pack_weight, split(panels), words, packed[layer, number::count])
+    return packed
+
+
 def _panels(columns: int) -> int:
     return -(-columns // tiles.COLUMNS)
 

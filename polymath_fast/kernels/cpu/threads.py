@@ -46,7 +46,7 @@ def parallel(kernel: Callable[..., None], ranges: list[tuple[int, int]], *args: 
             while True:
                 kernel(*pending.popleft(), *args)
 
-    helpers = [_pool(os.getpid(), threads - 1).submit(drain) for _ in range(threads - 1)]
+    helpers = [worker_pool(os.getpid(), threads - 1).submit(drain) for _ in range(threads - 1)]
     try:
         drain()
     finally:
@@ -55,7 +55,7 @@ def parallel(kernel: Callable[..., None], ranges: list[tuple[int, int]], *args: 
 
 
 @cache
-def _pool(pid: int, workers: int) -> ThreadPoolExecutor:
+def worker_pool(pid: int, workers: int) -> ThreadPoolExecutor:
     """One pool a process and size; `pid` keeps a forked child from waiting on its parent's."""
     cores = _process_cores()
     return ThreadPoolExecutor(

@@ -174,3 +174,29 @@ def word_at(typing_context, address):
         return builder.load(builder.inttoptr(args[0], _i32.as_pointer()), align=4)
 
     return types.uint32(types.uintp), emit
+
+
+@intrinsic
+def atomic_add(typing_context, address, value):
+    """Add to the 64-bit integer at an address that threads share; returns what was there before."""
+    signature = types.int64(types.uintp, types.int64)
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        place = builder.inttoptr(args[0], _i64.as_pointer())
+        return builder.atomic_rmw("add", place, args[1], "seq_cst")
+
+    return signature, emit
+
+
+@intrinsic
+def offer_core(typing_context):
+    """Let another thread that waits for this core run first (sched_yield of the C library)."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        name = "sched_yield"
+        function = builder.module.globals.get(name) or ir.Function(
+            builder.module, ir.FunctionType(_i32, []), name
+        )
+        return builder.call(function, [])
+
+    return types.int32(), emit

@@ -1,0 +1,60 @@
+"""Several threads inside one compiled kernel: tasks by counter, and barriers.
+
+A kernel that alternates between short parallel phases would spend its time waking threads. Here the
+threads enter once and stay; each phase has a counter of its own that hands out tasks and one that
+counts who is done, so nothing has to be reset in between.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from polymath_fast.kernels.cpu.threads import worker_pool
+from polymath_fast.kernels.cpu.tiles import atomic_add, offer_core
+
+_PATIENCE = 2000
+"""looks at a counter before the core is offered to other threads"""
+
+
+def together(kernel: Callable[..., None], phases: int, *args: Any) -> None:
+    """kernel(threads, counters, *args) on torch.get_num_threads() threads at the same time.
+
+    counters: (phases, 16) int64, zero; a row is a cache line and more, so that phases do not share
+    one. `kernel` must release the GIL.
+    """
+    threads = torch.get_num_threads()
+    counters = np.zeros((phases, 16), np.int64)
+    if threads == 1:
+        kernel(1, counters, *args)
+        return
+    pool = worker_pool(os.getpid(), threads - 1)
+    helpers = [pool.submit(kernel, threads, counters, *args) for _ in range(threads - 1)]
+    try:
+        kernel(threads, counters, *args)
+    finally:
+        for helper in helpers:
+            helper.result()
+
+
+@njit(inline="always")
+def next_task(counters, phase):
+    """The next number of this phase that no other thread has: 0, 1, ..."""
+    return atomic_add(counters.ctypes.data + phase * counters.strides[0], 1)
+
+
+@njit(nogil=True, cache=True)
+def barrier(threads, counters, phase):
+    """Return when all threads have come here in this phase; what they wrote is then visible."""
+    place = counters.ctypes.data + phase * counters.strides[0] + 8
+    atomic_add(place, 1)
+    looks = 0
+    while atomic_add(place, 0) < threads:
+        looks += 1
+        if looks > _PATIENCE:
+            offer_core()
