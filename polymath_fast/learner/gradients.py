@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -24,7 +25,15 @@ class FlatGradient:
         """Collect gradients of each parameter in its span of elements, from now on."""
         for parameter, (start, stop) in parameters:
             self._parts.append(self._flat[start:stop].view(parameter.shape))
+            parameter.gradient_sink = functools.partial(self._open, len(self._parts) - 1)
             parameter.register_post_accumulate_grad_hook(self._hook(len(self._parts) - 1))
+
+    def _open(self, index: int) -> tuple[Tensor, bool]:
+        """The float32 part of a parameter, for a backward pass that fills it itself and gives
+        autograd nothing, and whether it must add to what is there."""
+        add = index not in self._stale
+        self._stale.discard(index)
+        return self._parts[index], add
 
     def whole(self) -> Tensor:
         """(elements,) float32: the sum since the last `zero`."""
@@ -38,14 +47,11 @@ class FlatGradient:
         self._stale.update(range(len(self._parts)))
 
     def _hook(self, index: int):
-        part, stale = self._parts[index], self._stale
-
         def take(parameter: nn.Parameter) -> None:
-            if index in stale:
-                stale.remove(index)
-                part.copy_(parameter.grad)
-            else:
-                part.add_(parameter.grad)
+            if parameter.grad is None:  # it went straight to the sink
+                return
+            part, add = self._open(index)
+            part.add_(parameter.grad) if add else part.copy_(parameter.grad)
             parameter.grad = None
 
         return take
