@@ -34,6 +34,17 @@ def _gradients(head: Head, **options: object) -> tuple[dict, list[torch.Tensor]]
     return out.metrics, [leaf.grad.double() for leaf in leaves[:2]]
 
 
+@pytest.mark.parametrize("tol", [1e-3, "auto"])
+def test_the_reference_keeps_every_column_and_says_so(tol: float | str) -> None:
+    head = _head(live=150)
+    ours, _ = _gradients(head, vocab_tol=tol)
+    metrics, some = _gradients(head, vocab_tol=tol, impl="reference")
+    _, exact = _gradients(head, impl="reference")
+    assert metrics.keys() == ours.keys()
+    assert metrics["vocab/live_share"] == 1 and metrics["vocab/error_bound"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(some, exact, strict=True))
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["bf16", "fp32"])
 def test_auto_keeps_the_error_below_rounding(wide: bool) -> None:
     head = _head(live=150)

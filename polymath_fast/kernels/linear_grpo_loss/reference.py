@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from polymath_fast.kernels.linear_logprobs.reference import linear_logprobs
@@ -24,4 +26,10 @@ def linear_grpo_loss(
 ) -> PolicyLossOutput:
     """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64; exact, `vocab_tol` or not."""
     logprobs, entropy = linear_logprobs(hidden, weight, targets, bias, spec.temperature)
-    return differentiable_loss(batch, logprobs, entropy, spec)
+    out = differentiable_loss(batch, logprobs, entropy, spec)
+    if not vocab_tol:
+        return out
+    nothing = torch.zeros((), device=hidden.device)
+    kept = {"vocab/live_share": torch.ones_like(nothing)}
+    kept |= {"vocab/dropped_mass": nothing, "vocab/error_bound": nothing.clone()}
+    return replace(out, metrics=out.metrics | kept)
