@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -83,15 +84,16 @@ def measure(name: str, job: Job) -> dict[str, Any]:
     """Medians of a contender's steps but the first, and the peak memory of its process."""
     command = [sys.executable, "-m", "benchmarks.step_workers", name, json.dumps(asdict(job))]
     print(f"{name}: {asdict(job)}", file=sys.stderr, flush=True)
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path.cwd()
-    )
-    text = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        text = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        last = errors.read().strip().splitlines()[-1:]
     lines = [line for line in text.splitlines() if line.startswith("RESULT ")]
     if not lines:
-        return {"error": f"exit code {child.returncode}"}
+        return {"error": f"exit code {child.returncode}: {''.join(last)[:200]}"}
     steps = json.loads(lines[-1].removeprefix("RESULT "))["steps"]
     counted = [step for step in steps[1:] if not step.get("skipped")] or steps[-1:]
     row = {

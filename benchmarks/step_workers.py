@@ -114,6 +114,7 @@ def trl(job: Job) -> list[dict[str, float]]:
                 gradient_checkpointing=False,
                 report_to=[],
                 save_strategy="no",
+                logging_steps=1,
                 disable_tqdm=True,
                 model_init_kwargs={"dtype": "bfloat16"},
             ),
@@ -257,6 +258,9 @@ CONTENDERS: dict[str, Callable[[Job], list[dict[str, float]]]] = {
 
 def main() -> int:
     """Run the contender and print what it measured."""
+    from polymath_fast import environment
+
+    environment.prepare()  # before torch: it sets how threads wait
     import torch
 
     name, text = sys.argv[1:]
