@@ -380,3 +380,14 @@ def test_double_backward_is_refused() -> None:
     loss = policy_loss(x, torch.ones(1), torch.tensor([0, 3], dtype=torch.int32)).loss
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_entropy_bonus_of_top_tokens_is_a_mean_over_them() -> None:
+    case = make_case(seed=11)
+    spec = PolicyLossSpec(loss_type="grpo", top_entropy_quantile=0.4, entropy_coef=0.1)
+    divided = replace(
+        spec, normalizer=float(len(case.lengths)), entropy_normalizer=float(case.trained.sum())
+    )
+    (loss, gradient), (other, other_gradient) = _ours(case, spec), _ours(case, divided)
+    assert_close(other, loss)
+    assert_close(other_gradient, gradient)

@@ -119,7 +119,8 @@ class PolicyLossSpec:
     normalizer: float | None = None
     """divisor of the whole step, see the table above; None: counted in the call"""
     entropy_normalizer: float | None = None
-    """the same for the entropy bonus; None: `normalizer` where both are summed up alike"""
+    """the same for the entropy bonus; None: `normalizer` where both are summed up alike. It counts
+    all trained tokens, also where `top_entropy_quantile` leaves some out of the mean"""
     max_completion_length: int | None = None
     """constant length that seq-mean-token-sum-norm divides by"""
 

@@ -188,11 +188,8 @@ def _entropy_weights(
     if high_entropy is None:
         return batch.entropy_weights
     weights = torch.where(high_entropy, batch.entropy_weights, 0)
-    counted = spec.entropy_normalizer or (
-        spec.normalizer if spec.token_aggregation == TOKEN_MEAN else None
-    )
-    if spec.entropy_aggregation == TOKEN_MEAN and counted is None:
-        # the mean runs over the tokens that are left
+    if spec.entropy_aggregation == TOKEN_MEAN:
+        # the mean runs over the tokens that are left; divisors count all trained tokens
         weights = weights * (batch.mask.sum() / high_entropy.sum().clamp(min=1))
     return weights
 

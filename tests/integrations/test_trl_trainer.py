@@ -1,0 +1,100 @@
+"""FastGRPOTrainer against GRPOTrainer: the same losses, gradients, weights and metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+
+from trl import GRPOTrainer  # noqa: E402
+from trl_runs import Run, assert_same_run, rollouts, train  # noqa: E402
+
+from polymath_fast.integrations.trl import FastGRPOTrainer  # noqa: E402
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+HIGH = {"cispo": {"epsilon_high": 1.05}}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one update a batch": {"num_iterations": 1, "gradient_accumulation_steps": 1, "beta": 0.1},
+    "sequence ratio": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "beta": 0.1,
+        "epsilon": 0.01,
+    },
+    "luspo as published": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "sapo by sequence": {"loss_type": "sapo", "importance_sampling_level": "sequence"},
+    "two-sided clip": {"delta": 1.3, "epsilon": 0.05, "epsilon_high": 0.1},
+    "KL without correction": {"beta": 0.2, "use_bias_correction_kl": False},
+    "entropy bonus": {"loss_type": "grpo", "entropy_coef": 0.05},
+    "top entropy": {"top_entropy_quantile": 0.4, "entropy_coef": 0.05},
+    "adaptive entropy": {
+        "use_adaptive_entropy": True,
+        "entropy_coef": 0.01,
+        "entropy_coef_delta": 0.02,
+        "entropy_coef_max": 0.1,
+        "entropy_target": 50.0,
+    },
+    "off-policy mask": {"off_policy_mask_threshold": 0.05},
+    "off-policy mask, on-policy": {
+        "off_policy_mask_threshold": 0.05,
+        "num_iterations": 1,
+        "without_sampler": True,
+    },
+    "tools": {"run_name": "tools", "beta": 0.1},
+    "truncated left out": {"mask_truncated_completions": True, "loss_type": "grpo"},
+    "temperature, no scaling": {"temperature": 0.7, "scale_rewards": "none"},
+    "head in float32": {"cast_lm_head_to_fp32": True},
+    "padded to 16": {"pad_to_multiple_of": 16},
+    "checkpointed": {"gradient_checkpointing": True},
+    **{
+        f"vLLM, {mode}": {
+            "sampled_by_vllm": True,
+            "vllm_importance_sampling_mode": mode,
+            "vllm_importance_sampling_clip_max": 20.0,
+            "vllm_importance_sampling_clip_min": 0.01,
+        }
+        for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    },
+    "vLLM, vespo": {
+        "sampled_by_vllm": True,
+        "loss_type": "vespo",
+        "vllm_importance_sampling_mode": "token_truncate",
+        "off_policy_mask_threshold": 0.5,
+    },
+}
+
+
+def _both(model: Any, folder: Path, vocab: int, eos: int, **options: Any) -> tuple[Run, Run]:
+    without_sampler = options.pop("without_sampler", False)
+    runs = []
+    for trainer in (FastGRPOTrainer, GRPOTrainer):
+        generate = rollouts(vocab, eos)
+        if without_sampler:
+            generate = _without_logprobs(generate)
+        here = model() if callable(model) else model
+        runs.append(train(trainer, here, folder, rollout_func=generate, **options))
+    return runs[0], runs[1]
+
+
+def _without_logprobs(generate: Any) -> Any:
+    return lambda prompts, trainer: {**generate(prompts, trainer), "logprobs": None}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_type(tiny_model: Path, tmp_path: Path, loss_type: str, beta: float) -> None:
+    options = {"loss_type": loss_type, "beta": beta, **HIGH.get(loss_type, {})}
+    ours, theirs = _both(tiny_model, tmp_path, 320, 2, **options)
+    assert_same_run(ours, theirs)
+    if loss_type in ("grpo", "dapo"):
+        assert ours.history[1]["clip_ratio/region_mean"] > 0
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_every_option(tiny_model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    ours, theirs = _both(tiny_model, tmp_path, 320, 2, **options)
+    assert_same_run(ours, theirs)
