@@ -22,7 +22,8 @@ def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tenso
     if held is None or held.dtype != dtype or held.numel() < count:
         store.pop(name, None)
         del held
-        held = store[name] = torch.empty(count, dtype=dtype)
+        with torch.inference_mode(False):  # the sampler may ask first, the learner writes later
+            held = store[name] = torch.empty(count, dtype=dtype)
     return held[:count].view(shape)
 
 

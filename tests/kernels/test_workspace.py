@@ -1,0 +1,27 @@
+"""Scratch memory is shared by the sampler, under inference mode, and the learner."""
+
+from __future__ import annotations
+
+import torch
+
+from polymath_fast.kernels.cpu.workspace import buffer, clear
+
+
+def test_a_buffer_first_used_by_the_sampler_may_be_written_by_the_learner():
+    clear()
+    with torch.inference_mode():
+        first = buffer("x", (2, 3), torch.float32)
+        first.fill_(1.0)
+    second = buffer("x", (3, 2), torch.float32)
+    second[0] = torch.ones(2, requires_grad=True).detach()
+    assert second.data_ptr() == first.data_ptr() and not second.is_inference()
+    clear()
+
+
+def test_a_larger_or_other_request_replaces_the_memory():
+    clear()
+    small = buffer("x", (4,), torch.float32)
+    assert buffer("x", (2, 8), torch.float32).shape == (2, 8)
+    assert buffer("x", (4,), torch.bfloat16).dtype == torch.bfloat16
+    assert buffer("y", (4,), torch.float32).data_ptr() != small.data_ptr()
+    clear()
