@@ -123,6 +123,22 @@ def test_architectures(
     assert ("aux_loss" in ours.history[0]) == ("router_aux_loss_coef" in options)
 
 
+def test_mixed_precision_is_no_further_from_float32_than_trl(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    options = {"num_iterations": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-6}
+
+    def gradients(trainer: type, bf16: bool) -> torch.Tensor:
+        generate = rollouts(320, 2)
+        run = train(trainer, tiny_model, tmp_path, rollout_func=generate, bf16=bf16, **options)
+        return torch.cat([gradient.flatten() for gradient in run.gradients[0].values()])
+
+    exact = gradients(GRPOTrainer, bf16=False)
+    ours = (gradients(FastGRPOTrainer, bf16=True) - exact).norm() / exact.norm()
+    theirs = (gradients(GRPOTrainer, bf16=True) - exact).norm() / exact.norm()
+    assert 1e-4 < ours <= 1.1 * theirs < 0.1
+
+
 def test_evaluation(tiny_model: Path, tmp_path: Path) -> None:
     held_out = Dataset.from_dict({"prompt": ["three", "four"]})
     ours, _ = _compare(
