@@ -12,6 +12,7 @@ from typing import Any
 from polymath_fast import (
     checkpoint,
     environment,
+    memory,
     models,
     rewards,
     rollout,
@@ -37,6 +38,8 @@ class Inputs:
     rewards: RewardSet
     engine_name: str
     engine_reason: str
+    sync_name: str
+    sync_reason: str
     device: str
 
     @property
@@ -74,10 +77,18 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         require_gpu(device)
     engine_name, engine_reason = rollout.choose_engine(config.engine)
     if engine_name == "vllm":
-        from polymath_fast.rollout.vllm_engine import check_version
+        from polymath_fast.rollout.vllm_process import check_version
 
         check_version()
     model_dir = models.resolve_model(config.model, config.revision, notify)
+    if config.release_kv_cache:
+        _check_release(engine_name, device)
+    sync_name, sync_reason = rollout.choose_weight_sync(
+        config.weight_sync,
+        engine_name,
+        quantization=_quantization(models.read_config(model_dir)),
+        verify=config.verify_sync,
+    )
     tokenizer = samples.load_tokenizer(model_dir)
     context = models.context_length(model_dir)
     trained = samples.from_config(config, tokenizer, context_length=context, notify=notify)
@@ -101,6 +112,8 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         ),
         engine_name=engine_name,
         engine_reason=engine_reason,
+        sync_name=sync_name,
+        sync_reason=sync_reason,
         device=device,
     )
 
@@ -133,10 +146,6 @@ def build(config: Config) -> Iterator[Parts]:
             device=inputs.device,
             gradient_checkpointing=config.gradient_checkpointing,
         )
-        reference = Policy(inputs.model_dir, device=inputs.device) if config.beta else None
-        learner = Learner(policy, config, reference)
-        if resumed:
-            learner.optimizer.load(resumed.tensors(), resumed.state["updates"])
         monitor.phase("start the engine")
         engine = rollout.build_engine(
             inputs.engine_name,
@@ -147,12 +156,22 @@ def build(config: Config) -> Iterator[Parts]:
             max_num_seqs=min(256, config.num_generations * config.groups_per_step),
             device=inputs.device,
             seed=config.seed,
-            kv_cache_gib=config.kv_cache_gib,
+            kv_cache_gib=memory.vllm_kv_cache_gib(
+                models.read_config(inputs.model_dir), config, inputs.longest_prompt, inputs.device
+            ),
             threads=config.threads,
+            weight_sync=inputs.sync_name,
+            readable_weights=config.verify_sync,
+            release_kv_cache=config.release_kv_cache,
         )
         stack.callback(engine.close)
+        reference = Policy(inputs.model_dir, device=inputs.device) if config.beta else None
+        learner = Learner(policy, config, reference, engine.weights.attach(policy.model))
         if resumed:
+            learner.optimizer.load(resumed.tensors(), resumed.state["updates"])
             engine.weights.push(policy.named_weights(), learner.optimizer.updates)
+        if config.verify_sync:
+            engine.weights.verify(policy.named_weights())
         yield Parts(inputs, run_dir, monitor, learner, engine, identity, steps_done)
 
 
@@ -167,6 +186,7 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
         else f"{len(inputs.samples)} samples from {config.dataset}",
         "held out": ", ".join(f"{len(v)} problems ({k})" for k, v in inputs.held_out.items()),
         "engine": f"{inputs.engine_name} ({inputs.engine_reason})",
+        "weight sync": f"{inputs.sync_name} ({inputs.sync_reason})",
         "a step": f"{config.groups_per_step} group(s) x {config.num_generations} completions = "
         f"{rollouts} of at most {config.max_completion_length} tokens, "
         f"{config.updates_per_batch} update(s)",
@@ -177,6 +197,22 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
     if run_dir is not None:
         facts["run folder"] = run_dir
     return {name: value for name, value in facts.items() if value != ""}
+
+
+def _check_release(engine: str, device: str) -> None:
+    if engine != "vllm":
+        raise UserError(
+            "--release-kv-cache is for vLLM; the embedded sampler keeps nothing between rollouts: "
+            "leave it out"
+        )
+    from polymath_fast.rollout.vllm_process import require_release
+
+    require_release(device)
+
+
+def _quantization(shape: dict[str, Any]) -> str | None:
+    quantised = shape.get("quantization_config")
+    return quantised and str(quantised.get("quant_method", "unknown method"))
 
 
 def _evaluation_datasets(config: Config) -> dict[str, str]:

@@ -67,7 +67,17 @@ class RolloutSettings:
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """what samples completions; auto takes vLLM where it is installed"""
     kv_cache_gib: Annotated[float, Range(gt=0, le=65536, works=2)] | None = None
-    """memory for vLLM's KV cache in GiB; chosen from what is free when left out"""
+    """memory for vLLM's KV cache in GiB; when left out 1 on a CPU, and on a GPU what completions of
+    full length fill"""
+    release_kv_cache: bool = False
+    """give the memory of vLLM's KV cache to the learner between rollouts (GPUs)"""
+    weight_sync: Literal["auto", "alias", "copy", "reload"] = "auto"
+    """how updated weights reach vLLM: alias (learner and engine share one memory, nothing moves),
+    copy (one launch copies them all) or reload (vLLM's own loader); auto takes alias where it
+    can"""
+    verify_sync: bool = False
+    """compare a checksum of every tensor of learner and engine after each sync; a difference ends
+    the run"""
     num_generations: Annotated[int, Range(ge=2, le=1_000_000, works=8)] = 64
     """completions per group; advantages compare the members of a group"""
     num_train_generations: Annotated[int, Range(ge=2, le=1_000_000, works=8)] | None = None

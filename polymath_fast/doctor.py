@@ -95,8 +95,9 @@ def choices() -> Iterator[Fact]:
 
     engine, reason = rollout.choose_engine("auto")
     yield "engine", f"{engine}: {reason}"
+    yield "weight sync", "{}: {}".format(*rollout.choose_weight_sync("auto", engine))
     if engine == "vllm":
-        from polymath_fast.rollout.vllm_engine import check_version
+        from polymath_fast.rollout.vllm_process import check_version
 
         yield "vLLM", f"{check_version()}, inside the tested range"
     cuda = torch.cuda.is_available()

@@ -7,6 +7,7 @@ from typing import Any
 from polymath_fast.config import Config
 
 GIB = 2**30
+_KV_BLOCK = 16  # tokens that vLLM allocates at a time on a GPU
 _HEAD_CHUNK = 2**25  # logits that the LM head holds at once, in float32
 _LIBRARIES = {"vllm": 1.6 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU
 
@@ -66,6 +67,24 @@ def optimizer_bytes(config: Config) -> dict[str, int]:
     return {"gradient (fp32)": 4} | ({} if config.offload_optimizer else state)
 
 
+def vllm_kv_cache_gib(
+    shape: dict[str, Any], config: Config, prompt_tokens: int, device: str
+) -> float:
+    """GiB for vLLM's KV cache: `--kv-cache-gib`, else 1 on a CPU.
+
+    On a GPU, where vLLM would take the learner's share too, it is what the completions that decode
+    together fill at their full length.
+    """
+    if config.kv_cache_gib is not None:
+        return config.kv_cache_gib
+    if device == "cpu":
+        return 1.0
+    sequences = min(256, config.num_generations * config.groups_per_step)
+    tokens = sequences * (config.max_completion_length + 2 * _KV_BLOCK)
+    tokens += config.groups_per_step * prompt_tokens + 64 * _KV_BLOCK
+    return kv_cache_bytes(shape) * tokens / GIB
+
+
 def estimate(
     shape: dict[str, Any], config: Config, *, engine: str, prompt_tokens: int, device: str
 ) -> dict[str, float]:
@@ -82,15 +101,17 @@ def estimate(
     sequences = min(256, rollouts)
     cached = kv_cache_bytes(shape) * (prompt_tokens + sequences * config.max_completion_length)
     if engine == "vllm":
-        cached = (config.kv_cache_gib or 1) * GIB
+        cached = vllm_kv_cache_gib(shape, config, prompt_tokens, device) * GIB
     kept = activation_bytes(
         shape, device=device, gradient_checkpointing=config.gradient_checkpointing
     )
+    # on a GPU they are the learner's; CPU builds of vLLM multiply with a packed copy all the same
+    shared = engine != "vllm" or (device != "cpu" and config.weight_sync in ("auto", "alias"))
     parts = {
         "weights (bf16)": 2 * weights,
         **{name: size * weights for name, size in optimizer_bytes(config).items()},
         "reference model (bf16)": 2 * weights if config.beta else 0,
-        "sampler's weights (bf16)": 2 * weights if engine == "vllm" else 0,
+        "sampler's weights (bf16)": 0 if shared else 2 * weights,
         "KV cache": cached,
         f"activations of {tokens} tokens": kept * tokens,
         "LM head": 12 * min(_HEAD_CHUNK, tokens * vocabulary)

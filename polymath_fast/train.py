@@ -81,6 +81,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
             scores += collect.score_groups(drawn, parts.inputs.rewards, parts.inputs.tokenizer)
         batch.groups += drawn.groups
         attempts += 1
+    parts.engine.sleep()
     with clock("learn"):
         rewards = train_rewards(batch, settings)
         advantages = group_advantages(
@@ -95,6 +96,9 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
             parts.engine.weights.push(
                 parts.learner.policy.named_weights(), parts.learner.optimizer.updates
             )
+    if settings.verify_sync:
+        with clock("verify"):
+            parts.engine.weights.verify(parts.learner.policy.named_weights())
     metrics = collect.rollout_metrics(batch) | scores.metrics | learned | clock.metrics()
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
     metrics["memory/peak_gib"] = peak_memory_gib()

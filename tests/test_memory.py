@@ -105,7 +105,13 @@ def test_parts_follow_the_settings() -> None:
     assert away["gradient (fp32)"] == plain["gradient (fp32)"] == pytest.approx(4 * gib)
     assert sum(estimate(beta=0.1).values()) == pytest.approx(sum(plain.values()) + 2 * gib)
     assert estimate("vllm", kv_cache_gib=7.0)["KV cache"] == 7
-    assert "sampler's weights (bf16)" not in plain
+    tokens = 256 * 1024 + 100  # as many as decode together, at full length
+    needed = tokens * memory.kv_cache_bytes(random_models.FAMILIES["qwen2.5-1.5b"]) / 2**30
+    assert needed < estimate("vllm")["KV cache"] < 1.1 * needed
+    assert estimate("vllm", device="cpu")["KV cache"] == 1
+    assert "sampler's weights (bf16)" not in plain | estimate("vllm")
+    for options in ({"device": "cpu"}, {"weight_sync": "copy"}):
+        assert estimate("vllm", **options)["sampler's weights (bf16)"] == pytest.approx(2 * gib)
     assert "libraries" in estimate(device="cpu") and "libraries" not in plain
     halved = estimate(tokens_per_microbatch=8192)
     assert halved["activations of 8192 tokens"] == pytest.approx(

@@ -59,6 +59,13 @@ class FlatStorage:
             for name, (offset, shape) in self.places.items()
         }
 
+    def views(self) -> dict[str, Tensor]:
+        """Name -> the tensor of that shape that lies in `live`."""
+        return {
+            name: self.live[start:stop].view(self.places[name][1])
+            for name, (start, stop) in self.spans().items()
+        }
+
     def adopt(self, model: nn.Module) -> None:
         """Copy the trained parameters into their places and make them views of `live`.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from polymath_fast.config import Config
 from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss, linear_logprobs
 from polymath_fast.learner import out_of_memory
+from polymath_fast.learner.flat_storage import FlatStorage
 from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.mismatch import finite_or_none
 from polymath_fast.learner.optimizer import FlatAdamW, learning_rate_at
@@ -38,13 +39,22 @@ class Divisors:
 
 
 class Learner:
-    """Policy, optimizer and, with beta > 0, the frozen reference model."""
+    """Policy, optimizer and, with beta > 0, the frozen reference model.
 
-    def __init__(self, policy: Policy, config: Config, reference: Policy | None = None):
+    `storage` is where the weights are to lie, for example in an engine's memory.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: Config,
+        reference: Policy | None = None,
+        storage: FlatStorage | None = None,
+    ):
         self.policy = policy
         self.config = config
         self.reference = reference
-        self.optimizer = FlatAdamW(policy.model, config)
+        self.optimizer = FlatAdamW(policy.model, config, storage)
 
     def update(self, rows: Sequence[TrainingRow], step: int) -> dict[str, float]:
         """Learn from the rows of one batch; returns metrics, or {"update/skipped": 1.0}.

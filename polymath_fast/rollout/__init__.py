@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from polymath_fast.errors import UserError
 from polymath_fast.rollout.types import Completion, SamplingOptions
 
 if TYPE_CHECKING:
@@ -49,6 +50,43 @@ def choose_engine(name: str) -> tuple[str, str]:
     return "transformers", "vLLM is not installed; pip install 'polymath-fast[vllm]' adds it"
 
 
+def choose_weight_sync(
+    asked: str, engine: str, *, quantization: str | None = None, verify: bool = False
+) -> tuple[str, str]:
+    """The strategy that `--weight-sync asked` means for this engine, and why.
+
+    Args:
+        asked: "auto", "alias", "copy" or "reload".
+        engine: "vllm" or "transformers".
+        quantization: how the engine's weights are quantised, if they are.
+        verify: whether every sync is to be proven (`--verify-sync`).
+
+    Raises UserError for what cannot be.
+    """
+    if engine == "transformers":
+        if asked != "auto":
+            raise UserError(
+                f"--weight-sync {asked} is for vLLM; the embedded sampler runs the learner's own "
+                "module: leave it out, or take --engine vllm"
+            )
+        return "identity", "the sampler runs the learner's own module"
+    if quantization is not None:
+        if asked in ("alias", "copy"):
+            raise UserError(
+                f"--weight-sync {asked}: the model is quantised ({quantization}), so the learner's "
+                "weights are not what the engine keeps; --weight-sync reload works"
+            )
+        if verify:
+            raise UserError(
+                f"--verify-sync: the engine's weights are quantised ({quantization}) and have no "
+                "bytes to compare; leave it out"
+            )
+        return "reload", f"the model is quantised ({quantization})"
+    if asked != "auto":
+        return asked, f"asked for by --weight-sync {asked}"
+    return "alias", "one process: learner and engine share the memory of the weights"
+
+
 def build_engine(
     name: str,
     *,
@@ -61,6 +99,9 @@ def build_engine(
     seed: int = 0,
     kv_cache_gib: float | None = None,
     threads: int | None = None,
+    weight_sync: str = "reload",
+    readable_weights: bool = False,
+    release_kv_cache: bool = False,
 ) -> Engine:
     """Start the engine called `name` ("vllm" or "transformers"; see `choose_engine`).
 
@@ -69,6 +110,9 @@ def build_engine(
         stop_token_ids: ids that end a completion.
         max_model_len: tokens of the longest prompt plus those of the longest completion.
         max_num_seqs: completions that decode together at most.
+        weight_sync: of vLLM, see `choose_weight_sync`.
+        readable_weights: let vLLM's weights be verified after every sync.
+        release_kv_cache: let vLLM's KV cache go while it sleeps.
     """
     if name == "transformers":
         from polymath_fast.learner.policy import Policy
@@ -87,6 +131,9 @@ def build_engine(
         seed=seed,
         kv_cache_gib=kv_cache_gib,
         threads=threads,
+        weight_sync=weight_sync,
+        readable_weights=readable_weights,
+        release_kv_cache=release_kv_cache,
     )
 
 

