@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 
 from polymath_fast.kernels.cpu import scalar
+from polymath_fast.kernels.cpu.layers import copy_row
 from polymath_fast.kernels.cpu.scalar import exp, maximum
 from polymath_fast.kernels.cpu.tiles import LANES, square_tile, word_at, zip_words
 
@@ -156,7 +157,9 @@ def backward(
         pack_columns(k, first_key, count, head, own_keys)
         pack_columns(v, first_key, count, head, own_values)
         pack_rows(k, first_key, count, head, own_key_pairs)
-        d_keys[:, : base + -(-count // PANEL) * PANEL + ROWS] = 0
+        for row in range(base + -(-count // PANEL) * PANEL + ROWS):
+            _zero(d_keys[0, row])
+            _zero(d_keys[1, row])
         for query_head in range(head * group, (head + 1) * group):
             for begin in range(0, count, CHUNK):
                 end = min(begin + CHUNK, count)
@@ -194,8 +197,8 @@ def backward(
                     for r in range(height):
                         store_row(d_q[first + top + r, query_head], sums[r], np.float32(1))
                 if (end - begin) % 2:
-                    probs[end - begin, :chunk_width] = 0
-                    d_scores[end - begin, :chunk_width] = 0
+                    _zero(probs[end - begin, :chunk_width])
+                    _zero(d_scores[end - begin, :chunk_width])
                 pairs = -(-(end - begin) // 2)
                 pack_rows(q, first + begin, end - begin, query_head, packed)
                 _add_transposed(d_scores, chunk_width, pairs, packed, turned, d_keys[0])
@@ -210,7 +213,7 @@ def backward(
             target = d_k if which == 0 else d_v
             for row in range(count):
                 if first_key + row < prompt_len:
-                    d_prompt[-1, head, which, row] = d_keys[which, base + row, :size]
+                    copy_row(d_keys[which, base + row], d_prompt[-1, head, which, row])
                 else:
                     store_row(
                         target[first_key + row, head], d_keys[which, base + row], np.float32(1)
@@ -225,7 +228,7 @@ def _address(rows, row, head):
 @njit(nogil=True, cache=True)
 def _copy_rows(source, first, count, head, out):
     for r in range(count):
-        out[r] = source[first + r, head]
+        copy_row(source[first + r, head], out[r])
 
 
 @njit(nogil=True, cache=True)
@@ -249,7 +252,7 @@ def _add_transposed(matrix, width, pairs, packed, turned, out):
         for column in range(0, width, LANES):
             place = turned[pair].ctypes.data + 4 * column
             zip_words(low + 2 * column, high + 2 * column, place)
-        turned[pair, width : width + LANES] = 0
+        _zero(turned[pair, width : width + LANES])
     for part in range(packed.shape[0]):
         right = packed[part].ctypes.data
         for top in range(0, width, ROWS):
@@ -259,14 +262,20 @@ def _add_transposed(matrix, width, pairs, packed, turned, out):
 
 
 @njit(nogil=True, cache=True)
+def _zero(row):
+    for j in range(row.size):
+        row[j] = 0
+
+
+@njit(nogil=True, cache=True)
 def softmax(row, seen, base, own, scale, out):
     """Sum of the exponentials of a row and its log-sum-exp; their bf16 go to `out`, 0 where there
     is no key: keys [0, seen) and [base, base + own) exist."""
     top = max(_largest(row[:seen]), _largest(row[base : base + own])) * scale
     total = _exponentials(row[:seen], scale, top, out[:seen])
-    out[seen:base] = 0
+    _zero(out[seen:base])
     total += _exponentials(row[base : base + own], scale, top, out[base : base + own])
-    out[base + own :] = 0
+    _zero(out[base + own :])
     return total, top + np.float32(math.log(total))
 
 
@@ -292,15 +301,15 @@ def _exponentials(row, scale, top, out):
 def _score_slopes(scores, slopes, seen, base, own, scale, log_sum, delta, probs, d_scores):
     """bf16 probabilities of a row and the gradient of its scores, 0 where there is no key."""
     _slopes(scores[:seen], slopes[:seen], scale, log_sum, delta, probs[:seen], d_scores[:seen])
-    probs[seen:base] = 0
-    d_scores[seen:base] = 0
+    _zero(probs[seen:base])
+    _zero(d_scores[seen:base])
     last = base + own
     _slopes(
         scores[base:last], slopes[base:last], scale, log_sum, delta, probs[base:last],
         d_scores[base:last],
     )  # fmt: skip
-    probs[last:] = 0
-    d_scores[last:] = 0
+    _zero(probs[last:])
+    _zero(d_scores[last:])
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)

@@ -46,7 +46,7 @@ def rotate(start, stop, stacked, heads, cos, sin, norms, eps, out):
         for head in range(heads):
             rotated_head(stacked[i, head], head, cos[i], sin[i], norms, eps, row, out[i, head])
         for head in range(heads, stacked.shape[1]):
-            out[i, head] = stacked[i, head]
+            copy_row(stacked[i, head], out[i, head])
 
 
 @njit(nogil=True, cache=True)
@@ -84,7 +84,7 @@ def rotate_gradient(
             else:
                 _narrow(row, out[i, head])
         for head in range(keys):
-            out[i, queries + keys + head] = d_v[i, head]
+            copy_row(d_v[i, head], out[i, queries + keys + head])
 
 
 @njit(nogil=True, cache=True)
@@ -138,6 +138,13 @@ def _compiled_put(out, index, value):
             out[index] = value
 
     return put
+
+
+@njit(nogil=True, cache=True)
+def copy_row(source, out):
+    """out = source; a loop, because numba takes a second to compile each assignment of arrays."""
+    for j in range(out.size):
+        out[j] = source[j]
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
