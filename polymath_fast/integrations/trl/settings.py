@@ -121,10 +121,8 @@ def check_supported(trainer: GRPOTrainer, model: PreTrainedModel) -> None:
         "torch_compile=True: the fused head is not traced; set torch_compile=False": (
             args.torch_compile
         ),
-        "FSDP: the LM head is sharded; use DDP, or trl.GRPOTrainer with patch_trl()": (
-            trainer.is_fsdp_enabled
-        ),
-        "DeepSpeed: only DDP was tested; use it, or trl.GRPOTrainer": trainer.is_deepspeed_enabled,
+        "FSDP: the LM head is sharded; use one GPU, or trl.GRPOTrainer": (trainer.is_fsdp_enabled),
+        "DeepSpeed: the LM head may be sharded; use trl.GRPOTrainer": trainer.is_deepspeed_enabled,
         f"top_entropy_quantile={args.top_entropy_quantile} in {processes} processes: the quantile "
         "is taken per process; set it to 1.0": args.top_entropy_quantile < 1 and processes > 1,
     }
