@@ -9,14 +9,14 @@ from typing import Any
 
 from polymath_fast.errors import EngineError, UserError
 
-MAX_MESSAGE = 1 << 24
+MAX_MESSAGE = 1 << 30
 
 
 class Channel:
     """Messages over a connected socket, with a limit on how long the other side may take."""
 
-    def __init__(self, connection: socket.socket, timeout: float) -> None:
-        """`timeout`: seconds that a message may take to come or go."""
+    def __init__(self, connection: socket.socket, timeout: float | None) -> None:
+        """`timeout`: seconds that a message may take to come or go; None waits for ever."""
         self._socket = connection
         self._socket.settimeout(timeout)
 
@@ -40,6 +40,8 @@ class Channel:
             raise EngineError(f"the other process sent no message of ours: {error!r}") from None
         if kind == "refused":
             raise UserError(f"the other process refused: {message.get('reason')}")
+        if kind == "failed":
+            raise EngineError(f"the other process failed: {message.get('reason')}")
         if kind not in kinds:
             raise EngineError(f"the other process sent {kind!r}, expected {' or '.join(kinds)}")
         return message

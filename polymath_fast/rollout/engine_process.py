@@ -1,0 +1,128 @@
+"""The process of a sampler that shares the learner's weights: `remote_engine` starts it.
+
+It answers one request after the other on the socket that it inherits, and ends with its parent.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import signal
+import socket
+import sys
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from polymath_fast import environment
+from polymath_fast.errors import EngineError, UserError
+from polymath_fast.rollout.channel import Channel
+from polymath_fast.rollout.ipc import Driver, WeightReceiver
+from polymath_fast.rollout.types import Completion, SamplingOptions
+
+_PR_SET_PDEATHSIG = 1
+_REQUESTS = ("generate", "sleep", "wake", "attach", "push", "verify", "close")
+
+
+def serve(
+    channel: Channel,
+    make_engine: Callable[[dict[str, Any]], Any],
+    make_driver: Callable[[str], Driver],
+) -> None:
+    """Start the engine that the parent describes and answer until it says "close"."""
+    engine: Any = None
+    try:
+        settings = channel.receive("start")["settings"]
+        engine = make_engine(settings)
+        channel.send("ready")
+        _answer(channel, engine, make_driver(settings["device"]))
+    except UserError as error:
+        channel.send("refused", reason=str(error))
+    except EngineError as error:
+        channel.send("failed", reason=str(error))
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def _answer(channel: Channel, engine: Any, driver: Driver) -> None:
+    receiver: WeightReceiver | None = None
+    while True:
+        request = channel.receive(*_REQUESTS)
+        kind = request["kind"]
+        if kind == "close":
+            return
+        if kind == "generate":
+            sampling = SamplingOptions(**request["sampling"])
+            groups = engine.generate_many(request["prompts"], request["n"], sampling)
+            channel.send("completions", groups=[[encode(c) for c in group] for group in groups])
+        elif kind in ("sleep", "wake"):
+            getattr(engine, kind)()
+            channel.send("done")
+        elif kind == "attach":
+            receiver = WeightReceiver(channel, driver)
+        elif receiver is None:
+            raise EngineError(f"{kind!r} before any weights were attached")
+        elif kind == "push":
+            version = receiver.wait()
+            engine.weights.push(receiver.tensors.items(), version)
+            receiver.taken()
+        else:
+            engine.weights.verify(receiver.tensors.items())
+            channel.send("verified")
+
+
+def encode(completion: Completion) -> list[Any]:
+    """A completion as JSON can carry it; log-probs keep all their bits."""
+    numbers = (array("i", completion.token_ids), array("d", completion.sampling_logprobs))
+    packed = [base64.b64encode(a.tobytes()).decode() for a in numbers]
+    return [*packed, completion.finish_reason, completion.weight_version]
+
+
+def decode(data: list[Any]) -> Completion:
+    """The completion that `encode` was given. Raises EngineError for anything else."""
+    try:
+        token_ids, logprobs = array("i"), array("d")
+        token_ids.frombytes(base64.b64decode(data[0], validate=True))
+        logprobs.frombytes(base64.b64decode(data[1], validate=True))
+        finish_reason, version = str(data[2]), int(data[3])
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        raise EngineError(f"the engine's process sent no completion: {error!r}") from None
+    return Completion(
+        token_ids=token_ids.tolist(),
+        sampling_logprobs=logprobs.tolist(),
+        finish_reason=finish_reason,
+        weight_version=version,
+    )
+
+
+def _make_vllm(settings: dict[str, Any]) -> Any:
+    from pathlib import Path
+
+    from polymath_fast.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(Path(settings.pop("model_dir")), weight_sync="copy", **settings)
+
+
+def make_driver(device: str) -> Driver:
+    """What memory of `device` ("cpu" or "cuda") is shared through."""
+    if device == "cpu":
+        from polymath_fast.rollout.host_memory import HostMemory
+
+        return HostMemory()
+    from polymath_fast.rollout.cuda_driver import CudaDriver
+
+    return CudaDriver()
+
+
+def main(descriptor: int) -> None:
+    """Serve on an inherited socket."""
+    # The parent decides about interrupts, and nobody is left behind when it is killed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    environment.prepare()
+    serve(Channel(socket.socket(fileno=descriptor), timeout=None), _make_vllm, make_driver)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

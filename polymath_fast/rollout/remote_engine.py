@@ -1,0 +1,165 @@
+"""vLLM in a process of its own, on weights that lie in the learner's memory.
+
+A crash or an out-of-memory of the sampler leaves the learner whole. On one GPU the weights are
+mapped once; an update is an event that orders the two processes' streams, and one copy launch on
+the engine's side.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from polymath_fast.errors import EngineError
+from polymath_fast.learner.flat_storage import FlatStorage, trained
+from polymath_fast.rollout import engine_process
+from polymath_fast.rollout.channel import Channel
+from polymath_fast.rollout.ipc import Driver, WeightSender
+from polymath_fast.rollout.types import Completion, SamplingOptions
+
+_PATIENCE = 30.0  # seconds a process has to end after it was asked to
+
+
+class IpcSync:
+    """The learner's weights lie where the engine's process can read them."""
+
+    name = "ipc"
+
+    def __init__(self, channel: Channel, driver: Driver) -> None:
+        self._channel = channel
+        self._driver = driver
+        self._sender: WeightSender | None = None
+        self._addresses: dict[str, int] = {}
+        self.version = 0
+
+    def attach(self, model: nn.Module) -> FlatStorage:
+        """Move the weights of `model` into memory that can be shared, and offer it.
+
+        Raises UserError when the engine's process cannot take it.
+        """
+        storage = self._shared_storage(model)
+        storage.adopt(model)
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        self._channel.send("attach")
+        self._sender = WeightSender(
+            self._channel, {n: w.detach() for n, w in weights.items()}, self._driver
+        )
+        self._addresses = {name: weight.data_ptr() for name, weight in weights.items()}
+        return storage
+
+    def _shared_storage(self, model: nn.Module) -> FlatStorage:
+        named = trained(model)
+        dtype = next(iter(named.values())).dtype
+        places, count = {}, 0
+        for name, parameter in named.items():
+            places[name] = (count, tuple(parameter.shape))
+            count += parameter.numel()
+        size = count * dtype.itemsize
+        memory = self._driver.bytes_at(self._driver.allocate(size), size)
+        return FlatStorage(memory.view(dtype), places)
+
+    def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Tell the engine that the weights it maps are complete; it copies them on its side."""
+        if self._sender is None:
+            raise EngineError("no learner is attached to this engine: call weights.attach(model)")
+        for name, weight in named_weights:
+            if weight.data_ptr() != self._addresses.get(name):
+                raise EngineError(
+                    f"{name} of the learner no longer lies in the shared memory: its data was "
+                    "replaced instead of being written in place"
+                )
+        self._channel.send("push")
+        self._sender.push(version)
+        self.version = version
+
+    def verify(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Let the engine's process compare checksums of what it maps with what it samples from."""
+        self._channel.send("verify")
+        self._channel.receive("verified")
+
+
+class RemoteEngine:
+    """Samples with vLLM in a child process."""
+
+    name = "vllm"
+
+    def __init__(self, model_dir: Path, *, device: str, **settings: Any) -> None:
+        """Start the process and wait until its engine is ready.
+
+        Args:
+            device: "cpu" or "cuda", which is the first visible device of both processes.
+            settings: what `VllmEngine` takes.
+
+        Raises:
+            UserError, EngineError: what the engine raised at its start.
+        """
+        self._busy = False
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", engine_process.__name__, str(theirs.fileno())]
+            # A session of its own: an interrupt at the terminal reaches the learner alone.
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        self._channel = Channel(ours, timeout=None)
+        try:
+            settings |= {"model_dir": str(model_dir), "device": device}
+            self._ask("ready", "start", settings=settings)
+            self.weights = IpcSync(self._channel, engine_process.make_driver(device))
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self, prompt_ids: Sequence[int], n: int, sampling: SamplingOptions
+    ) -> list[Completion]:
+        """n completions of one prompt."""
+        return self.generate_many([prompt_ids], n, sampling)[0]
+
+    def generate_many(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingOptions
+    ) -> list[list[Completion]]:
+        """n completions for each prompt, in the order of the prompts."""
+        lists = [list(ids) for ids in prompts]
+        request = {"prompts": lists, "n": n, "sampling": asdict(sampling)}
+        groups = self._ask("completions", "generate", **request)["groups"]
+        return [[engine_process.decode(c) for c in group] for group in groups]
+
+    def sleep(self) -> None:
+        """Let the engine give back what it was started to give back."""
+        self._ask("done", "sleep")
+
+    def wake(self) -> None:
+        """Be ready to sample again."""
+        self._ask("done", "wake")
+
+    def close(self) -> None:
+        """End the process; the learner's weights stay where they are."""
+        if self._busy:  # interrupted while it worked: there is nothing to wait for
+            self._process.kill()
+        if self._process.poll() is None:
+            try:
+                self._channel.send("close")
+                self._process.wait(_PATIENCE)
+            except (EngineError, subprocess.TimeoutExpired):
+                self._process.kill()
+        self._process.wait()
+        self._channel.close()
+
+    def _ask(self, answer: str, kind: str, **content: Any) -> dict[str, Any]:
+        self._busy = True
+        self._channel.send(kind, **content)
+        found = self._channel.receive(answer)
+        self._busy = False
+        return found

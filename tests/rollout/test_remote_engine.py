@@ -1,0 +1,185 @@
+"""An engine behind a socket: requests, weights in shared memory, and how it ends."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from polymath_fast.errors import EngineError, UserError
+from polymath_fast.rollout import engine_process
+from polymath_fast.rollout.channel import Channel
+from polymath_fast.rollout.host_memory import HostMemory
+from polymath_fast.rollout.remote_engine import IpcSync, RemoteEngine
+from polymath_fast.rollout.types import Completion, SamplingOptions
+
+LOGPROBS = [-0.1, -1e-300, 0.0, -0.30000000000000004]
+SAMPLING = SamplingOptions(max_completion_length=4, temperature=0.6, seed=2**40)
+
+
+class Engine:
+    """Answers with what it was asked, and keeps a copy of the weights it was given."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        if settings["max_num_seqs"] == 0:
+            raise UserError("--max-num-seqs 0: must be at least 1")
+        self.weights = self
+        self.version = 0
+        self.copy: dict[str, Tensor] = {}
+        self.closed = self.asleep = False
+
+    def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.copy = {name: weight.clone() for name, weight in named_weights}
+        self.version = version
+
+    def verify(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, weight in named_weights:
+            if not torch.equal(self.copy[name], weight):
+                raise EngineError(f"{name} differs")
+
+    def generate_many(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingOptions
+    ) -> list[list[Completion]]:
+        if n > 2:
+            raise EngineError("out of memory")
+        assert sampling == SAMPLING
+        common = {"sampling_logprobs": LOGPROBS, "finish_reason": "stop"}
+        made = [
+            Completion(token_ids=[*ids, 2**31 - 1], weight_version=self.version, **common)
+            for ids in prompts
+        ]
+        return [[completion] * n for completion in made]
+
+    def sleep(self) -> None:
+        self.asleep = True
+
+    def wake(self) -> None:
+        self.asleep = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Running:
+    """`serve` in a thread, and a RemoteEngine that believes it talks to a process."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self.engines: list[Engine] = []
+        self.thread = threading.Thread(target=self._serve, args=(theirs,))
+        self.thread.start()
+        self.remote = RemoteEngine.__new__(RemoteEngine)
+        self.remote._channel = Channel(ours, 20)
+        self.remote._process = self
+        self.remote._busy = False
+
+    def start(self, max_num_seqs: int = 4) -> RemoteEngine:
+        settings = {"device": "cpu", "max_num_seqs": max_num_seqs}
+        self.remote._ask("ready", "start", settings=settings)
+        self.remote.weights = IpcSync(self.remote._channel, HostMemory())
+        return self.remote
+
+    def _serve(self, connection: socket.socket) -> None:
+        def make(settings: dict[str, Any]) -> Engine:
+            self.engines.append(Engine(settings))
+            return self.engines[-1]
+
+        with connection:
+            engine_process.serve(Channel(connection, 20), make, engine_process.make_driver)
+
+    def poll(self) -> int | None:
+        return None if self.thread.is_alive() else 0
+
+    def wait(self, timeout: float | None = None) -> None:
+        self.thread.join(20)
+
+    def kill(self) -> None:
+        self.remote._channel.close()
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    made = Running()
+    yield made
+    made.remote.close()
+    assert not made.thread.is_alive()
+    assert all(engine.closed for engine in made.engines)
+
+
+def small_model() -> nn.Module:
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)).bfloat16()
+    model[1].weight = model[0].weight
+    return model
+
+
+def test_completions_come_back_as_they_were(running: Running) -> None:
+    engine = running.start()
+    groups = engine.generate_many([[1, 2], [3]], 2, SAMPLING)
+    assert [[list(c.token_ids) for c in group] for group in groups] == [
+        [[1, 2, 2**31 - 1]] * 2,
+        [[3, 2**31 - 1]] * 2,
+    ]
+    (completion,) = engine.generate([7], 1, SAMPLING)
+    assert completion.sampling_logprobs == LOGPROBS
+    assert (completion.finish_reason, completion.weight_version) == ("stop", 0)
+    engine.sleep()
+    assert running.engines[0].asleep
+    engine.wake()
+    assert not running.engines[0].asleep
+
+
+def test_weights_are_read_where_the_learner_writes_them(running: Running) -> None:
+    engine, model = running.start(), small_model()
+    before = model[0].weight.detach().clone()
+    storage = engine.weights.attach(model)
+    assert model[0].weight is model[1].weight and torch.equal(model[0].weight, before)
+    assert model[0].weight.data_ptr() == storage.live.data_ptr()
+    for version in (1, 2):
+        storage.live.mul_(2)
+        engine.weights.push(model.named_parameters(remove_duplicate=False), version)
+        copy = running.engines[0].copy
+        assert copy.keys() == {"0.weight", "1.weight"}
+        assert all(torch.equal(weight, before * 2**version) for weight in copy.values())
+        assert engine.generate([1], 1, SAMPLING)[0].weight_version == version
+    engine.weights.verify(model.named_parameters())
+    assert engine.weights.version == 2
+    model[0].weight.data = before
+    with pytest.raises(EngineError, match="0.weight of the learner no longer lies"):
+        engine.weights.push(model.named_parameters(), 3)
+
+
+def test_a_corrupted_weight_is_found(running: Running) -> None:
+    engine, model = running.start(), small_model()
+    engine.weights.attach(model)
+    engine.weights.push(model.named_parameters(), 1)
+    running.engines[0].copy["0.weight"].view(torch.int16)[3, 3] ^= 1
+    with pytest.raises(EngineError, match="the other process failed: 0.weight differs"):
+        engine.weights.verify(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda r: r.start(max_num_seqs=0), UserError, "--max-num-seqs 0: must be"),
+        (lambda r: r.start().generate([1], 3, SAMPLING), EngineError, "out of memory"),
+        (lambda r: r.start()._ask("done", "dance"), EngineError, "sent 'dance', expected"),
+        (lambda r: r.start()._ask("taken", "push"), EngineError, "'push' before any weights"),
+        (lambda r: r.start().weights.push([], 1), EngineError, "call weights.attach"),
+    ],
+)
+def test_what_goes_wrong_there_is_said_here(
+    running: Running, use: Callable[[Running], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        use(running)
+
+
+@pytest.mark.parametrize("data", [[], ["AA", "", "stop", 0], ["", "!", "stop", 0], [1, 2, 3, 4]])
+def test_broken_completions_are_engine_errors(data: list[Any]) -> None:
+    with pytest.raises(EngineError, match="sent no completion"):
+        engine_process.decode(data)
