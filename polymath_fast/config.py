@@ -71,10 +71,10 @@ class RolloutSettings:
     full length fill"""
     release_kv_cache: bool = False
     """give the memory of vLLM's KV cache to the learner between rollouts (GPUs)"""
-    weight_sync: Literal["auto", "alias", "copy", "reload"] = "auto"
+    weight_sync: Literal["auto", "alias", "copy", "ipc", "reload"] = "auto"
     """how updated weights reach vLLM: alias (learner and engine share one memory, nothing moves),
-    copy (one launch copies them all) or reload (vLLM's own loader); auto takes alias where it
-    can"""
+    copy (one launch copies them all), ipc (vLLM in a process of its own, which copies from the
+    learner's memory) or reload (vLLM's own loader); auto takes alias where it can"""
     verify_sync: bool = False
     """compare a checksum of every tensor of learner and engine after each sync; a difference ends
     the run"""

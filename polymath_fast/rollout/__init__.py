@@ -56,7 +56,7 @@ def choose_weight_sync(
     """The strategy that `--weight-sync asked` means for this engine, and why.
 
     Args:
-        asked: "auto", "alias", "copy" or "reload".
+        asked: "auto", "alias", "copy", "ipc" or "reload".
         engine: "vllm" or "transformers".
         quantization: how the engine's weights are quantised, if they are.
         verify: whether every sync is to be proven (`--verify-sync`).
@@ -71,7 +71,7 @@ def choose_weight_sync(
             )
         return "identity", "the sampler runs the learner's own module"
     if quantization is not None:
-        if asked in ("alias", "copy"):
+        if asked in ("alias", "copy", "ipc"):
             raise UserError(
                 f"--weight-sync {asked}: the model is quantised ({quantization}), so the learner's "
                 "weights are not what the engine keeps; --weight-sync reload works"
@@ -120,21 +120,24 @@ def build_engine(
 
         policy = policy or Policy(model_dir, device=device)
         return TransformersEngine(policy, stop_token_ids=stop_token_ids, max_num_seqs=max_num_seqs)
+    settings = {
+        "stop_token_ids": stop_token_ids,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "device": device,
+        "seed": seed,
+        "kv_cache_gib": kv_cache_gib,
+        "threads": threads,
+        "readable_weights": readable_weights,
+        "release_kv_cache": release_kv_cache,
+    }
+    if weight_sync == "ipc":
+        from polymath_fast.rollout.remote_engine import RemoteEngine
+
+        return RemoteEngine(model_dir, **settings)
     from polymath_fast.rollout.vllm_engine import VllmEngine
 
-    return VllmEngine(
-        model_dir,
-        stop_token_ids=stop_token_ids,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        device=device,
-        seed=seed,
-        kv_cache_gib=kv_cache_gib,
-        threads=threads,
-        weight_sync=weight_sync,
-        readable_weights=readable_weights,
-        release_kv_cache=release_kv_cache,
-    )
+    return VllmEngine(model_dir, weight_sync=weight_sync, **settings)
 
 
 def stop_token_ids(model_dir: Path, tokenizer: object) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polymath_fast.errors import EngineError, UserError
-from polymath_fast.rollout import engine_process
+from polymath_fast.rollout import build_engine, choose_weight_sync, engine_process
 from polymath_fast.rollout.channel import Channel
 from polymath_fast.rollout.host_memory import HostMemory
 from polymath_fast.rollout.remote_engine import IpcSync, RemoteEngine
@@ -177,6 +178,22 @@ def test_what_goes_wrong_there_is_said_here(
 ) -> None:
     with pytest.raises(error, match=message):
         use(running)
+
+
+def test_ipc_means_an_engine_in_another_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        RemoteEngine, "__init__", lambda self, folder, **settings: asked.update(settings)
+    )
+    sizes = {"max_model_len": 9, "max_num_seqs": 3, "stop_token_ids": [1], "device": "cpu"}
+    engine = build_engine("vllm", model_dir=tmp_path, policy=None, weight_sync="ipc", **sizes)
+    assert isinstance(engine, RemoteEngine)
+    assert asked.items() >= sizes.items() and "weight_sync" not in asked
+    assert choose_weight_sync("ipc", "vllm")[0] == "ipc"
+    with pytest.raises(UserError, match="--weight-sync ipc: the model is quantised"):
+        choose_weight_sync("ipc", "vllm", quantization="fp8")
 
 
 @pytest.mark.parametrize("data", [[], ["AA", "", "stop", 0], ["", "!", "stop", 0], [1, 2, 3, 4]])
