@@ -12,6 +12,7 @@ import socket
 import sys
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from polymath_fast import environment
@@ -36,10 +37,10 @@ def serve(
         engine = make_engine(settings)
         channel.send("ready")
         _answer(channel, engine, make_driver(settings["device"]))
-    except UserError as error:
-        channel.send("refused", reason=str(error))
-    except EngineError as error:
-        channel.send("failed", reason=str(error))
+    except (UserError, EngineError) as error:
+        kind = "refused" if isinstance(error, UserError) else "failed"
+        with suppress(EngineError):  # the parent may be what is gone
+            channel.send(kind, reason=str(error))
     finally:
         if engine is not None:
             engine.close()
@@ -117,7 +118,8 @@ def make_driver(device: str) -> Driver:
 
 def main(descriptor: int) -> None:
     """Serve on an inherited socket."""
-    # The parent decides about interrupts, and nobody is left behind when it is killed.
+    # The parent decides about interrupts, and nobody is left behind when it is killed, or when the
+    # thread ends that started this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     environment.prepare()

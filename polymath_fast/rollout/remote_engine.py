@@ -92,7 +92,7 @@ class RemoteEngine:
     name = "vllm"
 
     def __init__(self, model_dir: Path, *, device: str, **settings: Any) -> None:
-        """Start the process and wait until its engine is ready.
+        """Start the process and wait until its engine is ready; it ends with the calling thread.
 
         Args:
             device: "cpu" or "cuda", which is the first visible device of both processes.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,6 +198,35 @@ def test_ipc_means_an_engine_in_another_process(
     assert choose_weight_sync("ipc", "vllm")[0] == "ipc"
     with pytest.raises(UserError, match="--weight-sync ipc: the model is quantised"):
         choose_weight_sync("ipc", "vllm", quantization="fp8")
+
+
+def test_the_process_ends_with_its_parent() -> None:
+    code = (
+        "import os, socket, subprocess, sys\n"
+        "ours, theirs = socket.socketpair()\n"
+        "command = [sys.executable, '-m', 'polymath_fast.rollout.engine_process']\n"
+        "child = subprocess.Popen([*command, str(theirs.fileno())], pass_fds=[theirs.fileno()])\n"
+        "print(child.pid, flush=True)\n"
+        "input()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{child}/cmdline").is_file() and time.monotonic() < deadline:
+        if not Path(f"/proc/{child}/cmdline").read_bytes():  # a zombie that nobody reaped yet
+            break
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{child}").exists()
 
 
 @pytest.mark.parametrize("data", [[], ["AA", "", "stop", 0], ["", "!", "stop", 0], [1, 2, 3, 4]])
