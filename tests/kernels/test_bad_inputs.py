@@ -158,7 +158,8 @@ def test_a_broken_row_leaves_the_others_alone(op: str, impl: str, bad: float) ->
     good = torch.arange(ROWS) != 5
     assert logprobs[5].isnan()
     assert torch.equal(logprobs[good], clean[good])
-    assert torch.equal(found[good], expected[good])
+    # one row less enters the products, which may then sum up in another order
+    torch.testing.assert_close(found[good], expected[good], rtol=1e-5, atol=1e-6)
     assert not found[5].any()
 
 
