@@ -46,7 +46,7 @@ def test_a_thousand_identical_completions():
     for mine, other, prompt in zip((d_k, d_v), once[2:], alone[2:], strict=True):
         total = prompt[:6] + 1024 * (other[:6] - prompt[:6])
         # equal terms round the same way, so float32 drifts by more than chance would let it
-        assert (mine[:6] - total).norm() < 1e-5 * total.norm()
+        assert (mine[:6] - total).norm() < 1e-4 * total.norm()
 
 
 def test_derivatives_by_finite_differences():
