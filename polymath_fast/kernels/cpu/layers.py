@@ -11,7 +11,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import scalar
-from polymath_fast.kernels.cpu.scalar import exp, maximum
+from polymath_fast.kernels.cpu.scalar import exp, maximum, value
 
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
 _LOWEST = np.float32(-80.0)  # the exponential of its opposite is still finite
@@ -111,31 +111,20 @@ def swiglu_gradient(start, stop, gate_up, upstream, d_gate_up):
         _swiglu(gate, up, sigmoid, upstream[i])
 
 
-def _value(stored):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_value)
-def _compiled_value(stored):
-    if stored == types.uint16:
-        return lambda stored: scalar.from_bfloat16(stored)
-    return lambda stored: stored
-
-
-def _put(out, index, value):
+def _put(out, index, number):
     raise NotImplementedError("compiled code only")
 
 
 @overload(_put)
-def _compiled_put(out, index, value):
+def _compiled_put(out, index, number):
     if out.dtype == types.uint16:
 
-        def put(out, index, value):
-            out[index] = scalar.bfloat16(value)
+        def put(out, index, number):
+            out[index] = scalar.bfloat16(number)
     else:
 
-        def put(out, index, value):
-            out[index] = value
+        def put(out, index, number):
+            out[index] = number
 
     return put
 
@@ -151,42 +140,42 @@ def copy_row(source, out):
 def _inverse_rms(row, eps):
     total = np.float32(0)
     for j in range(row.size):
-        value = _value(row[j])
-        total += value * value
+        x = value(row[j])
+        total += x * x
     return np.float32(1) / np.sqrt(total / np.float32(row.size) + eps)
 
 
 @njit(nogil=True, cache=True)
 def _norm(row, weight, scale, out):
     for j in range(row.size):
-        _put(out, j, _value(row[j]) * scale * _value(weight[j]))
+        _put(out, j, value(row[j]) * scale * value(weight[j]))
 
 
 @njit(nogil=True, cache=True)
 def _norm_wide(row, weight, scale, out):
     for j in range(row.size):
-        out[j] = _value(row[j]) * scale * _value(weight[j])
+        out[j] = value(row[j]) * scale * value(weight[j])
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def _norm_gradient(row, weight, scale, upstream, residual, out, d_weight):
     dot = np.float32(0)
     for j in range(row.size):
-        x = _value(row[j]) * scale
-        g = _value(upstream[j])
+        x = value(row[j]) * scale
+        g = value(upstream[j])
         d_weight[j] += g * x
-        dot += g * _value(weight[j]) * x
+        dot += g * value(weight[j]) * x
     dot /= np.float32(row.size)
     for j in range(row.size):
-        x = _value(row[j]) * scale
-        slope = scale * (_value(upstream[j]) * _value(weight[j]) - dot * x)
-        _put(out, j, _value(residual[j]) + slope)
+        x = value(row[j]) * scale
+        slope = scale * (value(upstream[j]) * value(weight[j]) - dot * x)
+        _put(out, j, value(residual[j]) + slope)
 
 
 @njit(nogil=True, cache=True)
 def _widen(row, out):
     for j in range(row.size):
-        out[j] = _value(row[j])
+        out[j] = value(row[j])
 
 
 @njit(nogil=True, cache=True)
@@ -199,34 +188,34 @@ def _narrow(row, out):
 def _rotate_row(row, cos, sin, half, out):
     low, high = out[:half], out[half:]
     for j in range(half):
-        _put(low, j, row[j] * _value(cos[j]) - row[j + half] * _value(sin[j]))
+        _put(low, j, row[j] * value(cos[j]) - row[j + half] * value(sin[j]))
     for j in range(half):
-        _put(high, j, row[j + half] * _value(cos[j + half]) + row[j] * _value(sin[j + half]))
+        _put(high, j, row[j + half] * value(cos[j + half]) + row[j] * value(sin[j + half]))
 
 
 @njit(nogil=True, cache=True)
 def _rotate_back(row, cos, sin, half, out):
     low, high = out[:half], out[half:]
     for j in range(half):
-        low[j] = _value(row[j]) * _value(cos[j]) + _value(row[j + half]) * _value(sin[j + half])
+        low[j] = value(row[j]) * value(cos[j]) + value(row[j + half]) * value(sin[j + half])
     for j in range(half):
-        high[j] = _value(row[j + half]) * _value(cos[j + half]) - _value(row[j]) * _value(sin[j])
+        high[j] = value(row[j + half]) * value(cos[j + half]) - value(row[j]) * value(sin[j])
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # else each / is a branch
 def _sigmoid(row, out):
     for j in range(row.size):
-        out[j] = np.float32(1) / (np.float32(1) + exp(-maximum(_value(row[j]), _LOWEST)))
+        out[j] = np.float32(1) / (np.float32(1) + exp(-maximum(value(row[j]), _LOWEST)))
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def _swiglu(gate, up, sigmoid, out):
     for j in range(gate.size):
-        _put(out, j, _value(gate[j]) * sigmoid[j] * _value(up[j]))
+        _put(out, j, value(gate[j]) * sigmoid[j] * value(up[j]))
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def _d_gate(gate, up, sigmoid, upstream, out):
     for j in range(gate.size):
-        slope = sigmoid[j] * (np.float32(1) + _value(gate[j]) * (np.float32(1) - sigmoid[j]))
-        _put(out, j, _value(upstream[j]) * _value(up[j]) * slope)
+        slope = sigmoid[j] * (np.float32(1) + value(gate[j]) * (np.float32(1) - sigmoid[j]))
+        _put(out, j, value(upstream[j]) * value(up[j]) * slope)

@@ -94,9 +94,7 @@ class TileProducts:
     def d_weight(
         self, slopes: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, add: bool
     ) -> None:
-        packed = _pack_rows("hidden_pairs", hidden)
-        tasks = split(len(out), bf16.GROUP)
-        parallel(bf16.weight_gradient, tasks, bits(slopes), packed, out.numpy(), add)
+        add_weight_gradient(slopes, hidden, _pack_rows("hidden_pairs", hidden), out, add)
 
 
 class TorchProducts:

@@ -105,6 +105,18 @@ def from_float16(typing_context, bits):
     return types.float32(types.uint16), emit
 
 
+def value(stored):
+    """The fp32 value of a number that is fp32, or the bits of a bf16."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(value)
+def _compiled_value(stored):
+    if stored == types.uint16:
+        return lambda stored: from_bfloat16(stored)
+    return lambda stored: stored
+
+
 def load_row(source, half, scale, out):
     """out (V,) fp32 = source (V,) * scale, fp32 or bits: fp16 where `half`, else bf16."""
     raise NotImplementedError("compiled code only")

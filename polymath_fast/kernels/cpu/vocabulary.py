@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
-from polymath_fast.kernels.cpu import scalar
 from polymath_fast.kernels.cpu.products import Products, bits
+from polymath_fast.kernels.cpu.scalar import value
 from polymath_fast.kernels.cpu.threads import parallel, split
 
 ROUNDING = 2.6e-3
@@ -64,7 +63,7 @@ class VocabReport:
             "vocab/dropped_mass": self.dropped / self.mass if self.mass else 0.0,
             "vocab/error_bound": self.bound,
         }
-        return {name: torch.tensor(value) for name, value in values.items()}
+        return {name: torch.tensor(number) for name, number in values.items()}
 
 
 @dataclass
@@ -186,17 +185,6 @@ def _relative(error: float, found: torch.Tensor) -> float:
     return error / exact if exact > 0 else float(error > 0)
 
 
-def _value(stored):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_value)
-def _compiled_value(stored):
-    if stored == types.uint16:
-        return lambda stored: scalar.from_bfloat16(stored)
-    return lambda stored: stored
-
-
 @njit(nogil=True, cache=True, fastmath=True)
 def _column_sums(start, stop, slopes, norms, peak, mass):
     """Of columns [start, stop): largest |slope|, and sum over rows of |slope| norm."""
@@ -211,7 +199,7 @@ def _column_sums(start, stop, slopes, norms, peak, mass):
             row = slopes[i, left:right]
             norm = norms[i]
             for v in range(right - left):
-                size = abs(_value(row[v]))
+                size = abs(value(row[v]))
                 some_peak[v] = max(some_peak[v], size)
                 some_mass[v] += size * norm
 
@@ -227,7 +215,7 @@ def _row_sums(start, stop, slopes, lengths, out):
             some = row[first : first + 1024]
             part = lengths[first : first + 1024]
             for v in range(some.size):
-                partial += abs(_value(some[v])) * part[v]
+                partial += abs(value(some[v])) * part[v]
             total += partial
         out[i] = total
 
@@ -239,8 +227,8 @@ def _norms(start, stop, matrix, out):
         row = matrix[i]
         total = np.float32(0)
         for v in range(row.size):
-            value = _value(row[v])
-            total += value * value
+            x = value(row[v])
+            total += x * x
         out[i] = np.sqrt(total)
 
 
