@@ -81,7 +81,10 @@ def trl(job: Job) -> list[dict[str, float]]:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    from polymath_fast.precision import choose_dtype
+
     batch = min(16, job.generations)
+    dtype, _ = choose_dtype("auto", "cpu")
     steps: list[float] = []
     generation: list[float] = []
 
@@ -109,14 +112,14 @@ def trl(job: Job) -> list[dict[str, float]]:
                 learning_rate=1e-6,
                 temperature=1.0,
                 beta=0.0,
-                bf16=True,
+                bf16=dtype == "bfloat16",
                 use_cpu=True,
                 gradient_checkpointing=False,
                 report_to=[],
                 save_strategy="no",
                 logging_steps=1,
                 disable_tqdm=True,
-                model_init_kwargs={"dtype": "bfloat16"},
+                model_init_kwargs={"dtype": dtype},
             ),
             train_dataset=Dataset.from_list(
                 [
@@ -150,6 +153,7 @@ def plain(job: Job) -> list[dict[str, float]]:
     from transformers import AutoModelForCausalLM
 
     from polymath_fast import environment, rollout
+    from polymath_fast.precision import choose_dtype, default_dtype
     from polymath_fast.rollout.types import SamplingOptions
     from polymath_fast.samples import load_tokenizer
 
@@ -160,7 +164,7 @@ def plain(job: Job) -> list[dict[str, float]]:
         [{"role": "user", "content": _question(job)}], add_generation_prompt=True, tokenize=False
     )
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=default_dtype("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     engine = rollout.build_engine(
         "vllm",
@@ -170,6 +174,7 @@ def plain(job: Job) -> list[dict[str, float]]:
         max_model_len=len(ids) + job.length,
         max_num_seqs=min(256, job.generations),
         device="cpu",
+        dtype=choose_dtype("auto", "cpu")[0],
     )
     found = []
     for step in range(job.steps):

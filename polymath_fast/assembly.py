@@ -14,6 +14,7 @@ from polymath_fast import (
     environment,
     memory,
     models,
+    precision,
     rewards,
     rollout,
     run_folder,
@@ -41,6 +42,8 @@ class Inputs:
     sync_name: str
     sync_reason: str
     device: str
+    dtype: str
+    dtype_reason: str
 
     @property
     def longest_prompt(self) -> int:
@@ -71,15 +74,22 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
     """Model folder, tokenizer, samples, rewards and engine choice; raises UserError."""
     environment.prepare()
     device = _device(config.device)
+    dtype, dtype_reason = precision.choose_dtype(config.dtype, device)
+    if config.master_weights == "remainder" and dtype != "bfloat16":
+        raise UserError(
+            f"--master-weights remainder completes bfloat16 weights, but here they are {dtype} "
+            f"({dtype_reason}), which need no master: leave it out, or pass --dtype bfloat16"
+        )
     if config.offload_optimizer:
         from polymath_fast.learner.offload import require_gpu
 
         require_gpu(device)
     engine_name, engine_reason = rollout.choose_engine(config.engine)
     if engine_name == "vllm":
-        from polymath_fast.rollout.vllm_process import check_version
+        from polymath_fast.rollout.vllm_process import check_version, require_dtype
 
         check_version()
+        require_dtype(dtype, device)
     model_dir = models.resolve_model(config.model, config.revision, notify)
     if config.release_kv_cache:
         _check_release(engine_name, device)
@@ -115,6 +125,8 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         sync_name=sync_name,
         sync_reason=sync_reason,
         device=device,
+        dtype=dtype,
+        dtype_reason=dtype_reason,
     )
 
 
@@ -141,9 +153,11 @@ def build(config: Config) -> Iterator[Parts]:
         )
         monitor.plan(plan(config, inputs, run_dir, steps_done))
         _set_threads(config)
+        dtype = precision.torch_dtype(inputs.dtype)
         policy = Policy(
             inputs.model_dir,
             device=inputs.device,
+            dtype=dtype,
             gradient_checkpointing=config.gradient_checkpointing,
         )
         monitor.phase("start the engine")
@@ -155,9 +169,14 @@ def build(config: Config) -> Iterator[Parts]:
             max_model_len=inputs.longest_prompt + config.max_completion_length,
             max_num_seqs=min(256, config.num_generations * config.groups_per_step),
             device=inputs.device,
+            dtype=inputs.dtype,
             seed=config.seed,
             kv_cache_gib=memory.vllm_kv_cache_gib(
-                models.read_config(inputs.model_dir), config, inputs.longest_prompt, inputs.device
+                models.read_config(inputs.model_dir),
+                config,
+                inputs.longest_prompt,
+                device=inputs.device,
+                dtype=inputs.dtype,
             ),
             threads=config.threads,
             weight_sync=inputs.sync_name,
@@ -165,7 +184,9 @@ def build(config: Config) -> Iterator[Parts]:
             release_kv_cache=config.release_kv_cache,
         )
         stack.callback(engine.close)
-        reference = Policy(inputs.model_dir, device=inputs.device) if config.beta else None
+        reference = None
+        if config.beta:
+            reference = Policy(inputs.model_dir, device=inputs.device, dtype=dtype)
         learner = Learner(policy, config, reference, engine.weights.attach(policy.model))
         if resumed:
             learner.optimizer.load(resumed.tensors(), resumed.state["updates"])
@@ -185,6 +206,7 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
         if len(inputs.samples) == 1
         else f"{len(inputs.samples)} samples from {config.dataset}",
         "held out": ", ".join(f"{len(v)} problems ({k})" for k, v in inputs.held_out.items()),
+        "weights": f"{inputs.dtype} ({inputs.dtype_reason})",
         "engine": f"{inputs.engine_name} ({inputs.engine_reason})",
         "weight sync": f"{inputs.sync_name} ({inputs.sync_reason})",
         "a step": f"{config.groups_per_step} group(s) x {config.num_generations} completions = "

@@ -38,6 +38,9 @@ class ModelSettings:
     """commit, tag or branch of a hub model"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to learn"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of the weights, in the learner and in the sampler; auto is bfloat16, and float32 on a CPU
+    without bfloat16 instructions"""
     threads: Annotated[int, Range(ge=1, le=4096, works=2)] | None = None
     """CPU threads; as many as there are cores when left out"""
 

@@ -53,8 +53,7 @@ def machine() -> Iterator[Fact]:
     yield "cores", f"{_cores()} usable of {os.cpu_count()}"
     flags = _field(info, "flags").split()
     fast = [label for flag, label in _CPU_FLAGS.items() if flag in flags]
-    slow = "" if "amx_bf16" in flags or "avx512_bf16" in flags else "; bf16 is emulated, slowly"
-    yield "instructions", (", ".join(fast) or "none of " + ", ".join(_CPU_FLAGS.values())) + slow
+    yield "instructions", ", ".join(fast) or "none of " + ", ".join(_CPU_FLAGS.values())
     memory = _read(Path("/proc/meminfo"))
     total, free = (_field(memory, name).split() for name in ("MemTotal", "MemAvailable"))
     if total and free:
@@ -90,23 +89,24 @@ def choices() -> Iterator[Fact]:
     """Which engine and which implementation of each operator a run takes here, and why."""
     import torch
 
-    from polymath_fast import rollout
+    from polymath_fast import precision, rollout
     from polymath_fast.kernels import dispatch
 
     engine, reason = rollout.choose_engine("auto")
     yield "engine", f"{engine}: {reason}"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, why = precision.choose_dtype("auto", device)
+    yield "weights", f"{dtype}: {why}"
     yield "weight sync", "{}: {}".format(*rollout.choose_weight_sync("auto", engine))
     if engine == "vllm":
         from polymath_fast.rollout.vllm_process import check_version
 
         yield "vLLM", f"{check_version()}, inside the tested range"
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    capability = torch.cuda.get_device_capability() if cuda else None
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
     asked = os.environ.get(dispatch.ENVIRONMENT) or None
     for op in dispatch.IMPLEMENTATIONS:
         name, why = dispatch.choose(
-            op, device, torch.bfloat16, default=asked, capability=capability
+            op, device, precision.torch_dtype(dtype), default=asked, capability=capability
         )
         yield op, f"{name}: {why}"
 
@@ -115,7 +115,15 @@ def model_and_memory(model: str) -> Iterator[Fact]:
     """Where a model is and what training it with the default settings takes."""
     import torch
 
-    from polymath_fast import config, embedded_model, memory, models, random_models, rollout
+    from polymath_fast import (
+        config,
+        embedded_model,
+        memory,
+        models,
+        precision,
+        random_models,
+        rollout,
+    )
     from polymath_fast.cache import cache_dir
 
     yield "cache", str(cache_dir())
@@ -133,7 +141,10 @@ def model_and_memory(model: str) -> Iterator[Fact]:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine, _ = rollout.choose_engine("auto")
-    parts = memory.estimate(shape, settings, engine=engine, prompt_tokens=256, device=device)
+    dtype, _ = precision.choose_dtype(settings.dtype, device)
+    parts = memory.estimate(
+        shape, settings, engine=engine, prompt_tokens=256, device=device, dtype=dtype
+    )
     yield "parameters", f"{memory.parameters(shape) / 1e6:,.0f} million"
     for name, size in parts.items():
         yield name, f"{size:.2f} GiB"

@@ -50,6 +50,7 @@ def _memory_facts(config: Config, inputs: Inputs) -> dict[str, str]:
         engine=inputs.engine_name,
         prompt_tokens=inputs.longest_prompt,
         device=inputs.device,
+        dtype=inputs.dtype,
     )
     total, free = sum(needs.values()), _free_gib(inputs.device)
     parts = ", ".join(f"{name} {size:.2f}" for name, size in needs.items())

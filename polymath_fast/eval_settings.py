@@ -49,6 +49,8 @@ class EvalSettings:
     """what samples the completions"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the model runs"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """of the weights; auto is bfloat16, and float32 on a CPU without bfloat16 instructions"""
     kv_cache_gib: float | None = None
     """memory for vLLM's KV cache; vLLM's own choice when left out"""
     threads: int | None = None

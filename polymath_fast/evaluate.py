@@ -19,6 +19,7 @@ from polymath_fast import (
     eval_files,
     eval_results,
     models,
+    precision,
     prompts,
     rollout,
     sources,
@@ -145,6 +146,9 @@ def _start_engine(
         raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
     name, reason = rollout.choose_engine(settings.engine)
     print(f"engine: {name} ({reason})", flush=True)
+    device = "cuda" if has_cuda and settings.device != "cpu" else "cpu"
+    dtype, reason = precision.choose_dtype(settings.dtype, device)
+    print(f"weights: {dtype} ({reason})", flush=True)
     everything = [sample for samples in asked.values() for sample in samples]
     longest = max(len(sample.prompt_ids) for sample in everything)
     return rollout.build_engine(
@@ -154,7 +158,8 @@ def _start_engine(
         stop_token_ids=rollout.stop_token_ids(model_dir, tokenizer),
         max_model_len=longest + settings.max_completion_length,
         max_num_seqs=min(256, settings.k * len(everything)),
-        device="cuda" if has_cuda and settings.device != "cpu" else "cpu",
+        device=device,
+        dtype=dtype,
         seed=settings.seed,
         kv_cache_gib=settings.kv_cache_gib,
         threads=settings.threads,

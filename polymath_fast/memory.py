@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polymath_fast.config import Config
+from polymath_fast.precision import BYTES
 
 GIB = 2**30
 _KV_BLOCK = 16  # tokens that vLLM allocates at a time on a GPU
@@ -26,49 +27,60 @@ def parameters(shape: dict[str, Any]) -> int:
 
 
 def activation_bytes(
-    shape: dict[str, Any], *, device: str, gradient_checkpointing: bool = False
+    shape: dict[str, Any],
+    *,
+    device: str,
+    dtype: str = "bfloat16",
+    gradient_checkpointing: bool = False,
 ) -> int:
-    """What autograd keeps of one token's forward pass below the LM head, in bytes (bfloat16).
+    """What autograd keeps of one token's forward pass below the LM head, in bytes.
 
-    Counted from the layers. transformers' own: both norms keep a float32 and a bfloat16 copy
-    (Gemma's two float32 ones), the gate keeps four vectors of the MLP's width, attention its inputs
-    and output. The fused ones of a CPU keep neither norms nor activations. With
-    `gradient_checkpointing` all but the input of a layer is kept of one layer at a time.
+    Counted from the layers. transformers' own: both norms keep a float32 copy of their input and
+    what they give, before and after its weight (Gemma's the former in float32), the gate keeps four
+    vectors of the MLP's width, attention its inputs and output. The fused ones of a CPU keep
+    neither norms nor activations. With `gradient_checkpointing` all but the input of a layer is
+    kept of one layer at a time.
     """
+    size = BYTES[dtype]
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     q, kv, head = _widths(shape)
     heads, layers = shape["num_attention_heads"], shape["num_hidden_layers"]
     qwen3, gemma = (shape["model_type"] == name for name in ("qwen3", "gemma"))
     if device == "cpu" and not gemma:
-        layer = 4 * hidden + 4 * inner + 4 * q + 4 * kv + 4 * heads + 2 * (q + 2 * kv) * qwen3
-        rest = 2 * hidden + 16
+        layer = size * (2 * (hidden + inner + q + kv) + (q + 2 * kv) * qwen3) + 4 * heads
+        rest = size * hidden + 16
     else:
-        layer = (20 if gemma else 16) * hidden + 8 * inner + 4 * q + 4 * kv + 4 * heads + 8
-        layer += (6 * (q + kv) + 4 * (q + kv) // head) * qwen3
-        rest = (8 if gemma else 6) * hidden + 4 * head
+        normed = 4 + (4 if gemma else size)
+        layer = 2 * (normed + size) * hidden + size * (4 * inner + 2 * q + 2 * kv) + 4 * heads + 8
+        layer += ((4 + size) * (q + kv) + 4 * (q + kv) // head) * qwen3
+        rest = normed * hidden + 2 * size * head
     if gradient_checkpointing:
-        return layers * 2 * hidden + layer + rest
+        return layers * size * hidden + layer + rest
     return layers * layer + rest
 
 
-def kv_cache_bytes(shape: dict[str, Any]) -> int:
-    """Keys and values of one token, in bytes (bfloat16)."""
-    return shape["num_hidden_layers"] * 4 * _widths(shape)[1]
+def kv_cache_bytes(shape: dict[str, Any], dtype: str = "bfloat16") -> int:
+    """Keys and values of one token, in bytes."""
+    return shape["num_hidden_layers"] * 2 * BYTES[dtype] * _widths(shape)[1]
 
 
-def optimizer_bytes(config: Config) -> dict[str, int]:
+def optimizer_bytes(config: Config, dtype: str = "bfloat16") -> dict[str, int]:
     """Bytes a parameter that learning needs on the device, beside the weights themselves."""
-    remainder = config.master_weights == "remainder"
-    state = {
-        "remainder of master weights (int16)" if remainder else "master weights (fp32)": 4
-        - 2 * remainder,
-        "AdamW moments (fp32)": 8,
-    }
+    state = {"AdamW moments (fp32)": 8}
+    if config.master_weights == "remainder":
+        state["remainder of master weights (int16)"] = 2
+    elif dtype != "float32":
+        state["master weights (fp32)"] = 4
     return {"gradient (fp32)": 4} | ({} if config.offload_optimizer else state)
 
 
 def vllm_kv_cache_gib(
-    shape: dict[str, Any], config: Config, prompt_tokens: int, device: str
+    shape: dict[str, Any],
+    config: Config,
+    prompt_tokens: int,
+    *,
+    device: str,
+    dtype: str = "bfloat16",
 ) -> float:
     """GiB for vLLM's KV cache: `--kv-cache-gib`, else 1 on a CPU.
 
@@ -82,11 +94,17 @@ def vllm_kv_cache_gib(
     sequences = min(256, config.num_generations * config.groups_per_step)
     tokens = sequences * (config.max_completion_length + 2 * _KV_BLOCK)
     tokens += config.groups_per_step * prompt_tokens + 64 * _KV_BLOCK
-    return kv_cache_bytes(shape) * tokens / GIB
+    return kv_cache_bytes(shape, dtype) * tokens / GIB
 
 
 def estimate(
-    shape: dict[str, Any], config: Config, *, engine: str, prompt_tokens: int, device: str
+    shape: dict[str, Any],
+    config: Config,
+    *,
+    engine: str,
+    prompt_tokens: int,
+    device: str,
+    dtype: str = "bfloat16",
 ) -> dict[str, float]:
     """GiB for each part of a run, largest moments of all phases added up.
 
@@ -99,19 +117,24 @@ def estimate(
     tokens = min(config.tokens_per_microbatch, rows)
     vocabulary = shape["vocab_size"]
     sequences = min(256, rollouts)
-    cached = kv_cache_bytes(shape) * (prompt_tokens + sequences * config.max_completion_length)
+    longest = prompt_tokens + sequences * config.max_completion_length
+    cached = kv_cache_bytes(shape, dtype) * longest
     if engine == "vllm":
-        cached = vllm_kv_cache_gib(shape, config, prompt_tokens, device) * GIB
+        cached = vllm_kv_cache_gib(shape, config, prompt_tokens, device=device, dtype=dtype) * GIB
     kept = activation_bytes(
-        shape, device=device, gradient_checkpointing=config.gradient_checkpointing
+        shape,
+        device=device,
+        dtype=dtype,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
+    size, kind = BYTES[dtype], {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     # on a GPU they are the learner's; CPU builds of vLLM multiply with a packed copy all the same
     shared = engine != "vllm" or (device != "cpu" and config.weight_sync in ("auto", "alias"))
     parts = {
-        "weights (bf16)": 2 * weights,
-        **{name: size * weights for name, size in optimizer_bytes(config).items()},
-        "reference model (bf16)": 2 * weights if config.beta else 0,
-        "sampler's weights (bf16)": 0 if shared else 2 * weights,
+        f"weights ({kind})": size * weights,
+        **{name: bytes * weights for name, bytes in optimizer_bytes(config, dtype).items()},
+        f"reference model ({kind})": size * weights if config.beta else 0,
+        f"sampler's weights ({kind})": 0 if shared else size * weights,
         "KV cache": cached,
         f"activations of {tokens} tokens": kept * tokens,
         "LM head": 12 * min(_HEAD_CHUNK, tokens * vocabulary)

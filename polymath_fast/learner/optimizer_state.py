@@ -1,4 +1,7 @@
-"""What AdamW remembers of each weight: an exact float32 value and two moments."""
+"""What AdamW remembers of each weight: an exact float32 value and two moments.
+
+Float32 weights are that value themselves, and need no master beside them.
+"""
 
 from __future__ import annotations
 
@@ -45,21 +48,28 @@ class OptimizerState:
             "device": "cpu" if offload else live.device,
             "pin_memory": offload and live.device.type == "cuda",
         }
-        kinds = (torch.int16 if self._remainder else torch.float32, torch.float32, torch.float32)
+        kinds = dict.fromkeys(NAMES, torch.float32)
+        if self._remainder:
+            kinds["master"] = torch.int16
+        elif live.dtype == torch.float32:
+            del kinds["master"]
         self._tensors = {
-            name: torch.zeros(live.numel(), dtype=kind, **where)
-            for name, kind in zip(NAMES, kinds, strict=True)
+            name: torch.zeros(live.numel(), dtype=kind, **where) for name, kind in kinds.items()
         }
-        if not self._remainder:
+        if kinds.get("master") == torch.float32:
             self._tensors["master"].copy_(live)
         self._offloaded = Offloaded(self._tensors, live.device) if offload else None
 
     def sweep(self, visit: Callable[[int, int, dict[str, Tensor]], None]) -> None:
         """visit(start, stop, {name: state of elements [start, stop) on the weights' device})."""
+
+        def complete(start: int, stop: int, tensors: dict[str, Tensor]) -> None:
+            visit(start, stop, {"master": self._live[start:stop]} | tensors)
+
         if self._offloaded:
-            self._offloaded.sweep(visit)
+            self._offloaded.sweep(complete)
         else:
-            visit(0, self._live.numel(), self._tensors)
+            complete(0, self._live.numel(), self._tensors)
 
     def gather(self) -> dict[str, Tensor]:
         """(parameters,) float32 for each of `NAMES`; views of the state where it has that form."""
@@ -71,12 +81,14 @@ class OptimizerState:
         """Take over what `gather` gave, here or elsewhere; the live weights follow the master."""
         if self._offloaded:
             self._offloaded.settle()
-        for name, state in self._tensors.items():
+        for name in NAMES:
+            state = self._tensors.get(name)
             for here, there in self._pieces():
                 value = tensors[name][there]
                 if name == "master":
                     value = self._set_live(here, value)
-                state[here] = value.to(state.device)
+                if state is not None:
+                    state[here] = value.to(state.device)
 
     def _set_live(self, here: slice, master: Tensor) -> Tensor:
         """Round `master` into the live weights; returns what the state has to hold of it."""
@@ -88,7 +100,7 @@ class OptimizerState:
         return lower
 
     def _gathered(self, name: str) -> Tensor:
-        state = self._tensors[name]
+        state = self._tensors.get(name, self._live)
         ends = [0, *(stop for _, stop in self._spans)]
         in_order = ends == [*(start for start, _ in self._spans), state.numel()]
         if in_order and state.dtype == torch.float32:

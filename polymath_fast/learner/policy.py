@@ -16,6 +16,7 @@ from polymath_fast.kernels import prefix_attention_blocks
 from polymath_fast.learner import fused_layers
 from polymath_fast.learner.packing import PackedBatch, pack_prompt
 from polymath_fast.learner.shared_prompt import SharedPrompt
+from polymath_fast.precision import default_dtype
 
 ATTENTION = "polymath_fast"
 SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "gemma")
@@ -114,10 +115,11 @@ class Policy:
         model_dir: Path | str,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
     ):
-        """With `gradient_checkpointing` a backward pass keeps each layer's input and computes the
+        """`dtype`: of the weights; None is what `precision` says of the device. With
+        `gradient_checkpointing` a backward pass keeps each layer's input and computes the
         rest again; the pass of a `share`d prompt, which is short, keeps everything."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -125,6 +127,7 @@ class Policy:
         self.model_dir = Path(model_dir)
         self.config = AutoConfig.from_pretrained(self.model_dir)
         _check_supported(self.config)
+        dtype = dtype or default_dtype(device)
         with _quiet_loading():
             self.model = AutoModelForCausalLM.from_pretrained(
                 self.model_dir, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True

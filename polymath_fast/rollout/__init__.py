@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from polymath_fast.errors import UserError
+from polymath_fast.precision import torch_dtype
 from polymath_fast.rollout.types import Completion, SamplingOptions
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def build_engine(
     max_model_len: int,
     max_num_seqs: int,
     device: str,
+    dtype: str,
     seed: int = 0,
     kv_cache_gib: float | None = None,
     threads: int | None = None,
@@ -110,6 +112,7 @@ def build_engine(
         stop_token_ids: ids that end a completion.
         max_model_len: tokens of the longest prompt plus those of the longest completion.
         max_num_seqs: completions that decode together at most.
+        dtype: of the weights, "bfloat16" or "float32"; see `precision.choose_dtype`.
         weight_sync: of vLLM, see `choose_weight_sync`.
         readable_weights: let vLLM's weights be verified after every sync.
         release_kv_cache: let vLLM's KV cache go while it sleeps.
@@ -118,13 +121,14 @@ def build_engine(
         from polymath_fast.learner.policy import Policy
         from polymath_fast.rollout.transformers_engine import TransformersEngine
 
-        policy = policy or Policy(model_dir, device=device)
+        policy = policy or Policy(model_dir, device=device, dtype=torch_dtype(dtype))
         return TransformersEngine(policy, stop_token_ids=stop_token_ids, max_num_seqs=max_num_seqs)
     settings = {
         "stop_token_ids": stop_token_ids,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "device": device,
+        "dtype": dtype,
         "seed": seed,
         "kv_cache_gib": kv_cache_gib,
         "threads": threads,

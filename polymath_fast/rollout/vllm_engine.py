@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polymath_fast.errors import EngineError, UserError
+from polymath_fast.precision import choose_dtype
 from polymath_fast.rollout import vllm_process
 from polymath_fast.rollout.types import Completion, SamplingOptions
 from polymath_fast.rollout.vllm_sync import AliasSync, ReloadSync
@@ -31,6 +32,7 @@ class VllmEngine:
         max_model_len: int,
         max_num_seqs: int,
         device: str,
+        dtype: str | None = None,
         seed: int = 0,
         kv_cache_gib: float | None = None,
         threads: int | None = None,
@@ -43,6 +45,7 @@ class VllmEngine:
         Args:
             max_model_len: prompt and completion tokens together.
             device: "cpu" or "cuda", which is the first visible device.
+            dtype: of the weights; None is what `precision.choose_dtype` says of the device.
             weight_sync: "alias", "copy" or "reload"; see `rollout.choose_weight_sync`.
             readable_weights: let `weights.verify` read them back also after a reload; on a CPU
                 they are then not repacked.
@@ -55,6 +58,8 @@ class VllmEngine:
         if VllmEngine._running:
             raise UserError("a vLLM engine runs in this process already; close() it first")
         vllm_process.check_version()
+        dtype = dtype or choose_dtype("auto", device)[0]
+        vllm_process.require_dtype(dtype, device)
         vllm_process.prepare(device, kv_cache_gib, threads)
         from vllm import LLM
 
@@ -62,7 +67,7 @@ class VllmEngine:
         self.stop_token_ids = list(stop_token_ids)
         options = {
             "model": str(model_dir),
-            "dtype": "bfloat16",
+            "dtype": dtype,
             "skip_tokenizer_init": True,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,

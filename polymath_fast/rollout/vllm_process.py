@@ -43,6 +43,18 @@ def require_first_device(device: str) -> None:
         )
 
 
+def require_dtype(dtype: str, device: str) -> None:
+    """Raise UserError where vLLM's CPU products do not exist in `dtype`."""
+    import torch
+
+    if device != "cpu" or dtype != "bfloat16" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    raise UserError(
+        "--dtype bfloat16: vLLM cannot multiply it on this processor, which has no AVX512; "
+        "--dtype float32 works, and so does --engine transformers"
+    )
+
+
 def require_release(device: str) -> None:
     """Raise UserError where vLLM cannot free the memory of its KV cache alone."""
     if device == "cpu":

@@ -39,7 +39,9 @@ def _squares(values):
 def update(start, stop, live, master, m, v, grad, segments, half, zero, numbers):
     """One step of elements [start, stop) that lie in `segments` (3, S): starts, stops, decayed.
 
-    live: bf16 or (`half`) fp16 bits, or fp32; master: fp32, or the int16 remainder of bf16 bits.
+    live: bf16 or (`half`) fp16 bits, or fp32; uint8 of any length where master is the weights
+    itself, for loops over memory under two names are not vector code. master: fp32, or the int16
+    remainder of bf16 bits.
     """
     factor, beta1, rest1, beta2, rest2, spread, eps, rate, decay = numbers
     room = np.empty(BLOCK, np.float32)
@@ -93,7 +95,11 @@ def _write(live, master, index, value, half):
 
 @overload(_write)
 def _compiled_write(live, master, index, value, half):
-    if live.dtype == types.float32:
+    if live.dtype == types.uint8:
+
+        def write(live, master, index, value, half):
+            master[index] = value
+    elif live.dtype == types.float32:
 
         def write(live, master, index, value, half):
             master[index] = value

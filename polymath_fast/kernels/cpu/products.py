@@ -102,8 +102,10 @@ class TorchProducts:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
-        self._wide = buffer("wide_weight", tuple(weight.shape), torch.float32)
-        self._wide.copy_(weight)
+        self._wide = weight
+        if weight.dtype != torch.float32:
+            self._wide = buffer("wide_weight", tuple(weight.shape), torch.float32)
+            self._wide.copy_(weight)
         self._narrow = weight.dtype == torch.bfloat16 and _has_matrix_unit()
         self.slope_dtype = torch.bfloat16 if self._narrow else torch.float32
 
@@ -122,16 +124,14 @@ class TorchProducts:
         weight = self._weight if self._narrow else self._wide
         weight = weight if columns is None else weight[columns]
         with _fp32_products("ieee"):
-            out.copy_(torch.mm(slopes[:count, : len(weight)], weight))
+            _add_product(slopes[:count, : len(weight)], weight, out, False)
 
     def d_weight(
         self, slopes: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, add: bool
     ) -> None:
         hidden = hidden if self._narrow else hidden.float()
         with _fp32_products("ieee"):
-            # torch rounds a bf16 product to bf16; chunks are added up in fp32 all the same
-            partial = torch.mm(slopes[:, : len(out)].t(), hidden)
-            out.add_(partial) if add else out.copy_(partial)
+            _add_product(slopes[:, : len(out)].t(), hidden, out, add)
 
 
 def packed_rows(hidden: torch.Tensor) -> np.ndarray | None:
@@ -153,7 +153,16 @@ def add_weight_gradient(
         tasks = split(len(out), bf16.GROUP)
         parallel(bf16.weight_gradient, tasks, bits(slopes), packed, out.numpy(), add)
         return
-    partial = torch.mm(slopes.t(), hidden)
+    _add_product(slopes.t(), hidden, out, add)
+
+
+def _add_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    """out fp32 = or += left @ right."""
+    if left.dtype == torch.float32:
+        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+        return
+    # torch rounds a bf16 product to bf16; parts are added up in fp32 all the same
+    partial = torch.mm(left, right)
     out.add_(partial) if add else out.copy_(partial)
 
 

@@ -72,8 +72,9 @@ def flat_adamw(
     Args:
         live: (n,) bf16, fp16 or fp32 weights of the model; written: p rounded to nearest (bf16:
             ties away from zero).
-        master: (n,) fp32 p; or int16, what p has beyond a bf16 `live` (`halves.split`), which saves
-            two bytes a weight and changes no bit of any result.
+        master: (n,) fp32 p, which may be an fp32 `live` itself; or int16, what p has beyond a bf16
+            `live` (`halves.split`), which saves two bytes a weight and changes no bit of any
+            result.
         exp_avg, exp_avg_sq: (n,) fp32 m and v.
         grad: (n,) fp32 gradient times `grad_scale`. The state may be fp64 throughout, for the
             reference.

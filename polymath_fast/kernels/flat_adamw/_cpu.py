@@ -1,7 +1,7 @@
 """Flat AdamW on a CPU: one compiled pass, bound by memory.
 
 Bytes a weight: 4 for the norm; 18 read and 14 written with an fp32 master of bf16 weights, 16 and
-12 with a remainder; 4 more where the gradient is cleared.
+12 with a remainder or with fp32 weights; 4 more where the gradient is cleared.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ def flat_adamw(
             grad[start:stop] = 0
         return
     numbers = (factor, beta1, 1 - beta1, beta2, 1 - beta2, spread, eps, rate, decay)
-    weights = live if live.dtype == torch.float32 else live.view(torch.uint16)
+    if master.data_ptr() == live.data_ptr():
+        weights = torch.empty(0, dtype=torch.uint8)
+    else:
+        weights = live if live.dtype == torch.float32 else live.view(torch.uint16)
     parallel(
         adamw.update,
         split(len(live), _QUANTUM),
