@@ -14,6 +14,7 @@ from polymath_fast.learner import fused_layers
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
 from polymath_fast.models import resolve_model
+from polymath_fast.precision import torch_dtype
 
 PUBLISHED = {
     "smollm2-135m": 134_515_008,
@@ -35,14 +36,15 @@ FAMILIES = ["tiny", "tiny-qwen2", "tiny-qwen3", "tiny-gemma"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_activations_are_what_autograd_keeps(
-    family: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    family: str, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ "cuda": transformers' own layers, which is what runs there."""
     if kind == "cuda":
         monkeypatch.setattr(fused_layers, "fuse", lambda model, attention: "not on a GPU")
     folder = resolve_model(f"random:{family}")
-    policy = Policy(folder, dtype=torch.bfloat16)
+    policy = Policy(folder, dtype=torch_dtype(dtype))
     rows = [
         TrainingRow(
             prompt_ids=tuple(range(40)),
@@ -66,7 +68,8 @@ def test_activations_are_what_autograd_keeps(
         policy.hidden(batch)
     measured = sum(storage.nbytes() for storage in kept.values()) / batch.input_ids.shape[1]
     shape = json.loads((folder / "config.json").read_text())
-    assert memory.activation_bytes(shape, device=kind) == pytest.approx(measured, rel=0.05)
+    estimated = memory.activation_bytes(shape, device=kind, dtype=dtype)
+    assert estimated == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -79,16 +82,24 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_all(device: str) -> Non
 
 def test_the_cache_of_a_token() -> None:
     # SmolLM2: 30 layers, 3 key heads of 64; keys and values of two bytes.
-    assert memory.kv_cache_bytes(random_models.FAMILIES["smollm2-135m"]) == 30 * 3 * 64 * 2 * 2
+    shape = random_models.FAMILIES["smollm2-135m"]
+    assert memory.kv_cache_bytes(shape) == 30 * 3 * 64 * 2 * 2
+    assert memory.kv_cache_bytes(shape, "float32") == 30 * 3 * 64 * 2 * 4
 
 
-def estimate(engine: str = "transformers", device: str = "cuda", **settings: object) -> dict:
+def estimate(
+    engine: str = "transformers",
+    device: str = "cuda",
+    dtype: str = "bfloat16",
+    **settings: object,
+) -> dict:
     return memory.estimate(
         random_models.FAMILIES["qwen2.5-1.5b"],
         Config(**settings),
         engine=engine,
         prompt_tokens=100,
         device=device,
+        dtype=dtype,
     )
 
 
@@ -117,6 +128,14 @@ def test_parts_follow_the_settings() -> None:
     assert halved["activations of 8192 tokens"] == pytest.approx(
         plain["activations of 16384 tokens"] / 2
     )
+
+
+def test_float32_weights_are_twice_as_long_and_their_own_master() -> None:
+    gib = PUBLISHED["qwen2.5-1.5b"] / 2**30
+    parts = estimate("vllm", device="cpu", dtype="float32", beta=0.1)
+    for name in ("weights (fp32)", "reference model (fp32)", "sampler's weights (fp32)"):
+        assert parts[name] == pytest.approx(4 * gib)
+    assert not [name for name in parts if "master" in name or "bf16" in name]
 
 
 def test_a_small_batch_needs_no_more_than_its_tokens() -> None:

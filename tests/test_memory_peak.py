@@ -11,6 +11,7 @@ import pytest
 
 from polymath_fast import memory, models
 from polymath_fast.config import Config
+from polymath_fast.precision import choose_dtype
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"num_generations": 24, "groups_per_step": 1, "max_completion_length": 64}
@@ -59,5 +60,6 @@ def test_the_estimate_is_within_15_percent_of_the_peak(smollm2: Path, checkpoint
         engine="transformers",
         prompt_tokens=60,
         device="cpu",
+        dtype=choose_dtype("auto", "cpu")[0],
     )
     assert sum(parts.values()) == pytest.approx(float(done.stdout), rel=0.15)

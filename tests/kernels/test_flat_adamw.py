@@ -114,6 +114,16 @@ def test_other_live_dtypes_are_roundings_of_the_same_master(name, dtype) -> None
     assert torch.equal(ours["live"][inside], ours["master"][inside].to(dtype))
 
 
+@IMPLEMENTATIONS
+def test_float32_weights_may_be_the_master_themselves(name: str) -> None:
+    apart, one = start(torch.float32), start(torch.float32)
+    one["live"] = one["master"]
+    for state in (apart, one):
+        run(name, state, gradients(4), Settings())
+    for key in ("master", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(apart[key], one[key]), key
+
+
 def test_any_split_and_any_number_of_threads_give_the_same_bits(monkeypatch) -> None:
     whole, parts = start(), start()
     before = torch.get_num_threads()

@@ -150,3 +150,36 @@ def test_parameters_that_no_pass_reached_have_no_gradient() -> None:
     assert torch.equal(optimizer.grad, 2 * expected)
     optimizer.zero_grad()
     assert not optimizer.grad.any()
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["own storage", "foreign storage"])
+def test_float32_weights_are_their_own_master(scattered: bool) -> None:
+    """Trained as torch's AdamW trains them in float64; saved, and continued from what was saved."""
+    places = {"inner": (3, (6, 6)), "scale": (40, (6,)), "table": (46, (11, 6))}
+    storage = FlatStorage(torch.zeros(120), places) if scattered else None
+    model, wide = Model(torch.float32), Model(torch.float64)
+    optimizer = FlatAdamW(model, Config(**SETTINGS), storage)
+    decay = SETTINGS["weight_decay"]
+    groups = [
+        {"params": [wide.table, wide.inner], "weight_decay": decay},
+        {"params": [wide.scale], "weight_decay": 0.0},
+    ]
+    truth = torch.optim.AdamW(groups, betas=(0.9, SETTINGS["adam_beta2"]))
+    for x in batches(6):
+        wide(x.double()).backward()
+        torch.nn.utils.clip_grad_norm_(wide.parameters(), SETTINGS["max_grad_norm"])
+        for group in truth.param_groups:
+            group["lr"] = 1e-3
+        truth.step()
+        truth.zero_grad()
+    train((model, optimizer), batches(3))
+    saved = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    second = Model(torch.float32)
+    resumed = FlatAdamW(second, Config(**SETTINGS))
+    resumed.load(saved, optimizer.updates)
+    for made in ((model, optimizer), (second, resumed)):
+        train(made, batches(6)[3:])
+        for ours, exact in zip(made[0].parameters(), wide.parameters(), strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=2e-7)
+    assert optimizer.tensors()["master"].numel() == 6 + 66 + 36
+    assert_same((model, optimizer), (second, resumed))

@@ -16,6 +16,7 @@ from polymath_fast.learner.packing import TrainingRow
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.step import Learner
 from polymath_fast.models import resolve_model
+from polymath_fast.precision import default_dtype
 from polymath_fast.rollout.types import SamplingOptions
 
 pytestmark = pytest.mark.vllm
@@ -160,7 +161,7 @@ def test_updates_are_what_a_fresh_engine_reads_from_the_checkpoint(pair, tmp_pat
     assert after.token_ids != before.token_ids
     engine.close()
     learner.save(tmp_path / "saved")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=default_dtype("cpu"))
     ids = torch.tensor([[*PROMPT, *after.token_ids]])
     with torch.no_grad():
         logits = plain(ids).logits[0, len(PROMPT) - 1 : -1].float()

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from polymath_fast.errors import EngineError
 from polymath_fast.learner.policy import Policy
+from polymath_fast.precision import default_dtype
 from polymath_fast.rollout import stop_token_ids
 from polymath_fast.rollout.types import SamplingOptions
 
@@ -71,7 +72,7 @@ def test_samples_with_temperature_scaled_logprobs(engine, smollm2, prompts, devi
     sampling = SamplingOptions(max_completion_length=40, temperature=0.6, seed=3)
     groups = engine.generate_many(prompts, 6, sampling)
     assert [len(group) for group in groups] == [6, 6]
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).to(device)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=default_dtype(device)).to(device)
     stops, differences = set(engine.stop_token_ids), []
     for prompt, group in zip(prompts, groups, strict=True):
         assert len({tuple(c.token_ids) for c in group}) > 1
@@ -104,8 +105,8 @@ def test_pushed_weights_are_what_it_samples_from(engine, smollm2, prompts, devic
     engine.weights.push(policy.named_weights(), 7)
     after = engine.generate(prompts[0], 1, greedy)[0]
     assert (before[0].weight_version, after.weight_version) == (0, 7)
-    original = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).to(device)
-    changed = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).to(device)
+    original = AutoModelForCausalLM.from_pretrained(smollm2, dtype=default_dtype(device)).to(device)
+    changed = AutoModelForCausalLM.from_pretrained(smollm2, dtype=default_dtype(device)).to(device)
     change(changed)
     found = torch.tensor(after.sampling_logprobs)
     error = (found - forward_logprobs(changed, prompts[0], after, 1.0)).abs().mean()

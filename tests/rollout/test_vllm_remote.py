@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from polymath_fast.errors import EngineError
 from polymath_fast.learner.policy import Policy
+from polymath_fast.precision import default_dtype
 from polymath_fast.rollout.remote_engine import RemoteEngine
 from polymath_fast.rollout.types import SamplingOptions
 
@@ -54,7 +55,9 @@ def test_updates_reach_an_engine_in_another_process(tiny_model, monkeypatch):
         engine.weights.verify(policy.named_weights())
         after = engine.generate(prompt, 1, greedy)[0]
         assert after.weight_version == 2
-        truth = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).to(device)
+        truth = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=default_dtype(device)).to(
+            device
+        )
         original = logprobs_of(truth, prompt, after)
         truth.load_state_dict({n: w.clone() for n, w in policy.named_weights()})
         found = torch.tensor(after.sampling_logprobs)

@@ -7,6 +7,7 @@ import torch
 
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.learner.policy import Policy
+from polymath_fast.precision import choose_dtype
 
 pytestmark = pytest.mark.vllm
 
@@ -28,7 +29,7 @@ def llm(tiny_model):
     vllm_transfer.register()  # a second import must not fail
     made = LLM(
         str(tiny_model),
-        dtype="bfloat16",
+        dtype=choose_dtype("auto", "cpu")[0],
         load_format=vllm_transfer.BACKEND,
         weight_transfer_config=WeightTransferConfig(backend=vllm_transfer.BACKEND),
         skip_tokenizer_init=True,
