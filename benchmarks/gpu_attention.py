@@ -17,6 +17,7 @@ from benchmarks.attention_rivals import AttentionData, passes, random_data, riva
 from benchmarks.gpu_sections import timed_table
 from benchmarks.timing import Variants
 from polymath_fast.kernels import prefix_attention
+from polymath_fast.kernels.prefix_attention.blocks import Block
 from polymath_fast.kernels.triton import attention_tiles
 from polymath_fast.kernels.triton.attention_schedule import Sizes, schedule
 from polymath_fast.kernels.triton.attention_tiles import Way
@@ -111,7 +112,7 @@ def _flex(data: AttentionData) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     tile = Sizes(128, 128)
-    block = (data.prompt_len, tuple(data.cu_seqlens.tolist()))
+    block = Block(data.prompt_len, tuple(data.cu_seqlens.tolist()))
     last = torch.from_numpy(schedule((block,), tile, tile, tile, HEADS[1]).last).cuda()
     rows = len(data.q)
 

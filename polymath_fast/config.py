@@ -176,6 +176,10 @@ class OptimizerSettings:
     active_vocabulary: Literal["off", "auto"] = "off"
     """auto leaves vocabulary columns that hardly matter out of the LM head's gradient, where that
     saves time and its relative error stays below that of rounding to bfloat16"""
+    prefix_tree: Literal["off", "auto", "on"] = "auto"
+    """completions of a prompt that begin with the same tokens share the rows of the model for them,
+    exactly; auto where that saves more than attention pays for it, on for each common run of 8
+    tokens or more"""
     gradient_checkpointing: bool = False
     """keep only the inputs of the model's layers for the backward pass and compute the rest again:
     about a third more work, a fraction of the memory"""

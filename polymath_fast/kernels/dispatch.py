@@ -10,12 +10,12 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -71,6 +71,7 @@ def choose(
     capability: tuple[int, int] | None = None,
     built: bool | None = None,
     flash_attn: bool | None = None,
+    unable: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str, str]:
     """The implementation of `op` that runs on these inputs, and the reason in words.
 
@@ -82,6 +83,7 @@ def choose(
         capability: CUDA compute capability of the device, None when it has none.
         built: whether csrc/<op>.cu has been compiled; None looks for the file.
         flash_attn: whether that library is installed; None looks for it.
+        unable: implementation -> why it cannot do what is asked of `op` in this call.
 
     Raises:
         ValueError: an implementation was asked for that does not exist or cannot run here.
@@ -90,16 +92,21 @@ def choose(
     existing = IMPLEMENTATIONS[op]
     _check_name(impl, "impl")
     asked = impl
+
+    def refuse(name: str) -> str | None:
+        found = _refusal(op, name, device, dtype, capability, built, flash_attn)
+        return unable.get(name) if found is None else found
+
     if asked == "auto" and default is not None and default in existing:
         asked = default
     if asked != "auto":
-        refusal = _refusal(op, asked, device, dtype, capability, built, flash_attn)
+        refusal = refuse(asked)
         if refusal:
             raise ValueError(f"{op}: impl={asked!r} is not possible here: {refusal}; use 'auto'")
         return asked, f"asked for {asked!r}"
     refusals = []
     for candidate in existing:
-        refusal = _refusal(op, candidate, device, dtype, capability, built, flash_attn)
+        refusal = refuse(candidate)
         if refusal is None:
             because = "; ".join(refusals) or f"the fastest one for {device.type} tensors"
             return candidate, because
@@ -107,22 +114,35 @@ def choose(
     raise ValueError(f"{op}: nothing runs on {device.type} {dtype}: {'; '.join(refusals)}")
 
 
-def resolve(op: str, tensor: torch.Tensor, impl: str) -> ModuleType:
+def resolve(
+    op: str, tensor: torch.Tensor, impl: str, unable: Mapping[str, str] = MappingProxyType({})
+) -> ModuleType:
     """The module that implements `op` for `tensor`, honouring `use` and POLYMATH_FAST_IMPL.
 
     Falling back to the reference on a CUDA tensor is allowed but slow, so it warns, once.
     """
-    default = _default.get() or os.environ.get(ENVIRONMENT) or None
-    if default is not None:
-        _check_name(default, ENVIRONMENT)
+    name, reason = choose_here(op, tensor.device, tensor.dtype, impl, unable)
     on_cuda = tensor.device.type == "cuda"
-    capability = torch.cuda.get_device_capability(tensor.device) if on_cuda else None
-    name, reason = choose(
-        op, tensor.device, tensor.dtype, impl=impl, default=default, capability=capability
-    )
     if on_cuda and name == "reference" and not reason.startswith("asked"):
         _warn_once(op, reason)
     return importlib.import_module(f"polymath_fast.kernels.{op}.{FILES[name]}")
+
+
+def choose_here(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    impl: str = "auto",
+    unable: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[str, str]:
+    """`choose` with the defaults and the device of this process."""
+    default = _default.get() or os.environ.get(ENVIRONMENT) or None
+    if default is not None:
+        _check_name(default, ENVIRONMENT)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return choose(
+        op, device, dtype, impl=impl, default=default, capability=capability, unable=unable
+    )
 
 
 def library_path(op: str) -> Path:

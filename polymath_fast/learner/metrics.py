@@ -18,9 +18,14 @@ class UpdateMetrics:
         self._sums: dict[str, torch.Tensor] = {}
         self._maxima: dict[str, torch.Tensor] = {}
         self._updates: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._rows = self._saved = self._batches = self._in_trees = 0
 
     def add_microbatch(self, out: PolicyLossOutput, batch: PackedBatch) -> None:
         """Take in one call of the loss."""
+        self._rows += sum(int(block.cu_seqlens[-1]) for block in batch.blocks)
+        self._saved += batch.rows_saved
+        self._batches += 1
+        self._in_trees += batch.rows_saved > 0
         tokens = out.metrics["tokens"]
         weighted = {
             "policy/entropy": out.metrics["entropy"] * tokens,
@@ -64,6 +69,8 @@ class UpdateMetrics:
             "policy/grad_norm": sum(norms) / len(norms) if norms else float("nan"),
             "update/nonfinite": float(len(self._updates) - len(norms)),
             "update/skipped": 0.0,
+            "packing/tree_used": self._in_trees / max(1, self._batches),
+            "packing/rows_saved_ratio": self._saved / max(1, self._rows + self._saved),
         }
 
     def _kl(self, out: PolicyLossOutput, batch: PackedBatch) -> torch.Tensor:

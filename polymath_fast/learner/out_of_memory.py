@@ -7,20 +7,26 @@ from contextlib import contextmanager
 
 from polymath_fast.config import Config
 from polymath_fast.errors import OutOfMemory
-from polymath_fast.learner.packing import TrainingRow, split_rows
+from polymath_fast.learner.packing import TrainingRow, pack, split_rows
+from polymath_fast.learner.prefix_tree import PrefixTree, Rule, plan
 
 
 @contextmanager
-def named(config: Config, rows: Sequence[TrainingRow], undo: Callable[[], None]) -> Iterator[None]:
+def named(
+    config: Config,
+    rows: Sequence[TrainingRow],
+    undo: Callable[[], None],
+    rule: Rule | None = None,
+) -> Iterator[None]:
     """Memory errors of learning from `rows` become `OutOfMemory` with a way out, after `undo`;
-    others pass."""
+    others pass. `rule`: by which the rows share a prefix tree."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         undo()
-        raise OutOfMemory(advice(config, rows)) from error
+        raise OutOfMemory(advice(config, rows, rule)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -31,11 +37,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return refused or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def advice(config: Config, rows: Sequence[TrainingRow]) -> str:
+def advice(config: Config, rows: Sequence[TrainingRow], rule: Rule | None = None) -> str:
     """What did not fit, the knob, and a value for it."""
+    tree = None if rule is None else plan(rows, rule)
     largest = max(
-        _model_rows([rows[index] for index in part])
-        for parts in split_rows(rows, config.tokens_per_microbatch)
+        _model_rows([rows[index] for index in part], tree)
+        for parts in split_rows(rows, config.tokens_per_microbatch, tree)
         for part in parts
     )
     smallest = max(len(row.prompt_ids) for row in rows) + config.max_completion_length
@@ -52,8 +59,6 @@ def advice(config: Config, rows: Sequence[TrainingRow]) -> str:
     )
 
 
-def _model_rows(rows: Sequence[TrainingRow]) -> int:
+def _model_rows(rows: Sequence[TrainingRow], tree: PrefixTree | None) -> int:
     """Tokens that enter the model for one micro-batch, its prompts once each."""
-    prompts = {row.prompt_ids for row in rows}
-    inputs = {(row.prompt_ids, row.inputs) for row in rows}
-    return sum(map(len, prompts)) + sum(len(tokens) for _, tokens in inputs)
+    return pack(rows, tree=tree).input_ids.numel()

@@ -3,6 +3,7 @@
 A packed row holds, for every distinct prompt, [prompt | completion_1 | ... | completion_B]. The
 last token of a completion predicts nothing, so it is a target but never an input. Completions of
 one prompt with the same inputs share the rows of the model: their targets read the same states.
+With a `PrefixTree` completions that begin alike share the rows of their beginning, too.
 
 Legend: T rows that enter the model, N completion tokens (targets), B completions.
 """
@@ -15,6 +16,8 @@ from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
+
+from polymath_fast.learner.prefix_tree import PrefixTree, common_length, flat_segments
 
 TARGETS_PER_ROW = 4  # most targets of a micro-batch for each row of the model it may hold
 
@@ -51,7 +54,9 @@ class PromptBlock:
     start: int
     prompt_len: int
     cu_seqlens: Tensor
-    """(b + 1,) int32, row offsets of the block's completions counted from the prompt's end"""
+    """(b + 1,) int32, row offsets of the block's segments counted from the prompt's end"""
+    parents: tuple[int, ...] = ()
+    """the segment that each one continues, -1 for the prompt; empty: all of them continue that"""
 
     @property
     def end(self) -> int:
@@ -66,6 +71,7 @@ class PackedBatch:
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64, restarting at the prompt's end
     blocks: tuple[PromptBlock, ...]
+    rows_saved: int  # rows that completions would need beside these without a prefix tree
     hidden_rows: Tensor  # (N,) int64: the row of T whose hidden state predicts targets[i]
     targets: Tensor  # (N,) int64
     cu_seqlens: Tensor  # (B + 1,) int32 over the N targets
@@ -89,20 +95,23 @@ def merge_duplicates(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
     ]
 
 
-def split_rows(rows: Sequence[TrainingRow], max_tokens: int) -> Iterator[list[list[int]]]:
+def split_rows(
+    rows: Sequence[TrainingRow], max_tokens: int, tree: PrefixTree | None = None
+) -> Iterator[list[list[int]]]:
     """Indices of `rows` for each micro-batch: at most `max_tokens` rows of the model each.
 
     Yields lists of micro-batches. Several in one list are completions of one prompt that do not fit
     together: the prompt is to be computed once for all of them, and is held meanwhile. Else a
     micro-batch holds its prompts, each once. Completions with the same inputs count once, and are
-    brought together, as prompts are. A completion that does not fit by itself gets a micro-batch of
-    its own. Targets are bounded as well, to `TARGETS_PER_ROW` x `max_tokens`.
+    brought together, as prompts are; with `tree`, so are those that begin alike, and the rows that
+    it shares count once. A completion that does not fit by itself gets a micro-batch of its own.
+    Targets are bounded as well, to `TARGETS_PER_ROW` x `max_tokens`.
     """
     chunk, used = [], _Size()
-    for _, members in groupby(_together(rows), key=lambda index: rows[index].prompt_ids):
+    for _, members in groupby(_together(rows, tree), key=lambda index: rows[index].prompt_ids):
         members = list(members)
         prompt_len = len(rows[members[0]].prompt_ids)
-        parts = _parts(rows, members, max_tokens - prompt_len, TARGETS_PER_ROW * max_tokens)
+        parts = _parts(rows, members, max_tokens - prompt_len, TARGETS_PER_ROW * max_tokens, tree)
         size = sum((size for _, size in parts), _Size(rows=prompt_len))
         whole = used + size
         if chunk and (whole.rows > max_tokens or whole.targets > TARGETS_PER_ROW * max_tokens):
@@ -128,7 +137,11 @@ class _Size:
 
 
 def _parts(
-    rows: Sequence[TrainingRow], members: Sequence[int], max_rows: int, max_targets: int
+    rows: Sequence[TrainingRow],
+    members: Sequence[int],
+    max_rows: int,
+    max_targets: int,
+    tree: PrefixTree | None,
 ) -> list[tuple[list[int], _Size]]:
     """Completions of one prompt, cut so that the rows and targets of each part fit."""
     parts: list[tuple[list[int], _Size]] = [([], _Size())]
@@ -137,6 +150,8 @@ def _parts(
         row = rows[index]
         part, used = parts[-1]
         new = 0 if row.inputs == previous else len(row.inputs)
+        if tree is not None and part:
+            new = tree.new_rows(row.prompt_ids, previous, row.inputs)
         size = used + _Size(new, len(row.token_ids))
         if part and (size.rows > max_rows or size.targets > max_targets):
             part, size = [], _Size(len(row.inputs), len(row.token_ids))
@@ -147,12 +162,15 @@ def _parts(
     return parts
 
 
-def _together(rows: Sequence[TrainingRow]) -> list[int]:
-    """Indices of `rows`, same prompts and within them same inputs side by side; else in order."""
+def _together(rows: Sequence[TrainingRow], tree: PrefixTree | None) -> list[int]:
+    """Indices of `rows`, same prompts and within them same inputs side by side; else in order, or
+    with a tree in that of the inputs."""
     first: dict = {}
     for index, row in enumerate(rows):
         first.setdefault(row.prompt_ids, index)
         first.setdefault((row.prompt_ids, row.inputs), index)
+    if tree is not None:
+        return sorted(range(len(rows)), key=lambda i: (first[rows[i].prompt_ids], rows[i].inputs))
     return sorted(
         range(len(rows)),
         key=lambda i: (first[rows[i].prompt_ids], first[rows[i].prompt_ids, rows[i].inputs], i),
@@ -161,26 +179,19 @@ def _together(rows: Sequence[TrainingRow]) -> list[int]:
 
 def shared_token_ratio(rows: Sequence[TrainingRow]) -> tuple[float, float]:
     """Shares of the completions' inputs that need no row of their own: because the completion is
-    there already, and because another one of its prompt begins alike (a prefix tree; includes the
-    former)."""
+    there already, and because another one of its prompt begins alike (a prefix tree without a rule;
+    includes the former)."""
     total = sum(len(row.inputs) * row.multiplicity for row in rows)
     if not total:
         return 0.0, 0.0
     distinct = sorted({(row.prompt_ids, row.inputs) for row in rows})
     kept = sum(len(inputs) for _, inputs in distinct)
     branches = kept - sum(
-        _common_length(one, other)
+        common_length(one, other)
         for (prompt, one), (next_prompt, other) in pairwise(distinct)
         if prompt == next_prompt
     )
     return 1 - kept / total, 1 - branches / total
-
-
-def _common_length(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y),
-        min(len(one), len(other)),
-    )
 
 
 def pack(
@@ -188,34 +199,35 @@ def pack(
     device: torch.device | str = "cpu",
     *,
     prompt_apart: bool = False,
+    tree: PrefixTree | None = None,
 ) -> PackedBatch:
     """Lay rows out as one packed batch; rows with the same prompt must stand next to each other.
 
     With `prompt_apart` the rows have one prompt, which is computed elsewhere: it is no part of
-    `input_ids`, and `hidden_rows` counts from its last state, which is row 0.
+    `input_ids`, and `hidden_rows` counts from its last state, which is row 0. `tree` is a plan for
+    these rows, maybe among others.
     """
     input_ids: list[int] = []
     positions: list[int] = []
     hidden_rows: list[int] = []
     blocks: list[PromptBlock] = []
-    for prompt, members in groupby(rows, key=lambda row: row.prompt_ids):
+    saved = 0
+    for prompt, group in groupby(rows, key=lambda row: row.prompt_ids):
+        members = list(group)
         start, length = len(input_ids), len(prompt)
         last = 0 if prompt_apart else start + length - 1
         if not prompt_apart:
             input_ids += prompt
             positions += range(length)
-        begin = len(input_ids)
-        places: dict[tuple[int, ...], int] = {}
-        for row in members:
-            inputs = row.inputs
-            if inputs not in places:
-                places[inputs] = len(input_ids) - begin
-                input_ids += inputs
-                positions += range(length, length + len(inputs))
-            first = last + 1 + places[inputs]
-            hidden_rows += [last, *range(first, first + len(inputs))]
-        offsets = torch.tensor([*places.values(), len(input_ids) - begin], dtype=torch.int32)
-        blocks.append(PromptBlock(start, length, offsets))
+        inputs = [row.inputs for row in members]
+        made = flat_segments(inputs) if tree is None else tree.segments(prompt, inputs)
+        input_ids += made.tokens
+        positions += [length + depth for depth in made.depths]
+        for each in inputs:
+            hidden_rows += [last, *(last + 1 + place for place in made.rows[each])]
+        saved += sum(map(len, set(inputs))) - len(made.tokens)
+        offsets = torch.tensor(made.offsets, dtype=torch.int32)
+        blocks.append(PromptBlock(start, length, offsets, made.parents))
     lengths = torch.tensor([len(row.token_ids) for row in rows], dtype=torch.int32)
     cu_seqlens = torch.zeros(len(rows) + 1, dtype=torch.int32)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
@@ -232,6 +244,7 @@ def pack(
         input_ids=flat(input_ids, torch.int64).unsqueeze(0),
         position_ids=flat(positions, torch.int64).unsqueeze(0),
         blocks=tuple(blocks),
+        rows_saved=saved,
         hidden_rows=flat(hidden_rows, torch.int64),
         targets=flat([token for row in rows for token in row.token_ids], torch.int64),
         cu_seqlens=cu_seqlens.to(device),

@@ -57,7 +57,7 @@ def shared_prompt_attention(
         k, v = shared_prompt.extend(module.layer_idx, k, v)
     elif shared_prompt is not None:
         shared_prompt.keep(module.layer_idx, k, v)
-    blocks = [(block.prompt_len, block.cu_seqlens) for block in packed.blocks]
+    blocks = [(block.prompt_len, block.cu_seqlens, block.parents) for block in packed.blocks]
     return prefix_attention_blocks(q, k, v, blocks, scale=scaling).unsqueeze(0), None
 
 
@@ -141,6 +141,12 @@ class Policy:
     def head(self) -> nn.Linear:
         """The LM head; its weight is (V, H) and may be the embedding itself."""
         return self.model.get_output_embeddings()
+
+    @property
+    def head_dim(self) -> int:
+        """Entries of one head of attention."""
+        given = getattr(self.config, "head_dim", None)
+        return given or self.config.hidden_size // self.config.num_attention_heads
 
     def hidden(self, batch: PackedBatch, prompt: SharedPrompt | None = None) -> Tensor:
         """(N, H) hidden states; row i predicts `batch.targets[i]`.

@@ -27,6 +27,8 @@ from polymath_fast.learner.packing import (
     split_rows,
 )
 from polymath_fast.learner.policy import Policy
+from polymath_fast.learner.prefix_tree import plan
+from polymath_fast.learner.tree_rule import rule_for
 from polymath_fast.rollout.types import RolloutBatch
 
 
@@ -55,6 +57,9 @@ class Learner:
         self.config = config
         self.reference = reference
         self.optimizer = FlatAdamW(policy.model, config, storage)
+        self.tree_rule = rule_for(
+            config.prefix_tree, policy.device, policy.head.weight.dtype, policy.head_dim
+        )
 
     def update(self, rows: Sequence[TrainingRow], step: int) -> dict[str, float]:
         """Learn from the rows of one batch; returns metrics, or {"update/skipped": 1.0}.
@@ -72,13 +77,13 @@ class Learner:
         trained = sum(len(row.token_ids) for row in rows if row.trained)
         share = config.updates_per_batch
         divisors = Divisors(tokens=max(1, trained // share), completions=max(1, len(rows) // share))
-        with out_of_memory.named(config, needed, undo=self.optimizer.zero_grad):
+        with out_of_memory.named(config, needed, self.optimizer.zero_grad, self.tree_rule):
             found = self._learn(needed, loss_spec(config, divisors), step)
-        duplicates, tree = shared_token_ratio(needed)
+        duplicates, shared = shared_token_ratio(needed)
         return found | {
             "learning_rate": learning_rate_at(step, config),
             "packing/duplicate_token_ratio": duplicates,
-            "packing/shared_token_ratio": tree,
+            "packing/shared_token_ratio": shared,
             "update/entropy_only": float(config is not self.config),
         }
 
@@ -144,11 +149,13 @@ class Learner:
         A prompt whose completions need several micro-batches is computed once for all of them, and
         its gradient follows their last: call backward for each batch before taking the next one.
         """
-        for parts in split_rows(rows, self.config.tokens_per_microbatch):
+        tree = None if self.tree_rule is None else plan(rows, self.tree_rule)
+        for parts in split_rows(rows, self.config.tokens_per_microbatch, tree):
             apart = len(parts) > 1
             prompt = policy.share(rows[parts[0][0]].prompt_ids) if apart else None
             for part in parts:
-                batch = pack([rows[i] for i in part], policy.device, prompt_apart=apart)
+                chosen = [rows[i] for i in part]
+                batch = pack(chosen, policy.device, prompt_apart=apart, tree=tree)
                 yield part, batch, policy.hidden(batch, prompt)
             if prompt is not None:
                 prompt.backward()

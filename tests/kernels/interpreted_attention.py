@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
-from attention_checks import LAYOUTS, compare, make, run
+from attention_checks import LAYOUTS, TREES, compare, make, run
 
 from polymath_fast.kernels import dispatch
 from polymath_fast.kernels.prefix_attention import _triton
+from polymath_fast.kernels.prefix_attention.blocks import Block
 from polymath_fast.kernels.triton import attention_schedule
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
@@ -37,6 +38,17 @@ def pieces(monkeypatch):
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"every length", "one token each"}))
 def test_agrees_with_float64(name) -> None:
     compare(attend, LAYOUTS[name], heads=(2, 1))
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("name", sorted(set(TREES) - {"many short ones"}))
+def test_a_tree_agrees_with_float64(name) -> None:
+    compare(attend, TREES[name], heads=(2, 1))
+
+
+@pytest.mark.usefixtures("pieces")
+def test_a_tree_without_its_prompts() -> None:
+    compare(attend, TREES["trees beside each other"], heads=(2, 1), alone=True)
 
 
 @pytest.mark.usefixtures("pieces")
@@ -81,7 +93,7 @@ def test_strided_inputs() -> None:
     scattered = [x.repeat_interleave(2, dim=2)[..., ::2] for x in tensors]
     for views in (heads_first, scattered):
         assert not views[0].is_contiguous()
-        blocks = ((5, (0, 14, 20)),)
+        blocks = (Block(5, (0, 14, 20)),)
         leaves = [x.detach().requires_grad_() for x in views[:3]]
         out = attend(*leaves, blocks, 0.3)
         out.backward(views[3])
@@ -90,7 +102,7 @@ def test_strided_inputs() -> None:
 
 
 def test_only_the_gradients_that_are_wanted() -> None:
-    layout, blocks = [(5, [14])], ((5, (0, 14)),)
+    layout, blocks = [(5, [14])], (Block(5, (0, 14)),)
     q, k, v, grad = make(layout, (2, 1), 16, FP32)
     every = run(attend, [q, k, v, grad], layout, 0.3)
     q.requires_grad_()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import attention_checks
 import numpy as np
 import pytest
+from attention_checks import TREES, of_completions
 
+from polymath_fast.kernels.prefix_attention.blocks import Block
 from polymath_fast.kernels.triton import attention_schedule
 from polymath_fast.kernels.triton.attention_schedule import Sizes, schedule
 
@@ -18,24 +21,23 @@ LAYOUTS = {
     "ragged": [(7, [5, 1, 0, 17, 0, 2])],
     "one token each": [(5, [1] * 30)],
     "several blocks": [(3, [9, 1]), (1, []), (20, [0, 31, 2]), (2, [1])],
+    **TREES,
 }
 
 
 def blocks_of(layout):
-    return tuple((prompt, tuple(itertools.accumulate(ls, initial=0))) for prompt, ls in layout)
+    return tuple(
+        Block(prompt, tuple(itertools.accumulate(lengths, initial=0)), *map(tuple, more))
+        for prompt, lengths, *more in layout
+    )
 
 
 def visible(layout, prompts_ask=True):
     """(T, T) bool, whether query i may see key j."""
-    owner = []
-    for block, (prompt, lengths) in enumerate(layout):
-        for segment, length in enumerate([prompt, *lengths]):
-            owner += [(block, segment)] * length
-    seen = np.zeros((len(owner), len(owner)), dtype=bool)
-    for (i, (block, mine)), (j, (other, theirs)) in itertools.product(enumerate(owner), repeat=2):
-        asks = prompts_ask or mine > 0
-        seen[i, j] = asks and j <= i and block == other and theirs in (0, mine)
-    return seen
+    asks = np.ones(sum(prompt + sum(lengths) for prompt, lengths, *_ in layout), dtype=bool)
+    if not prompts_ask:
+        asks = of_completions(layout).numpy()
+    return attention_checks.visible(layout).numpy() & asks[:, None]
 
 
 @pytest.fixture
@@ -61,11 +63,16 @@ def test_tiles_of_queries_meet_their_keys_once(layout, table, prompts_ask):
     made = schedule(blocks_of(layout), *SMALL, kv_heads=1, prompts_ask=prompts_ask)
     stored = np.cumsum(truth.any(1)) - 1
     sizes = SMALL[table == "gradients"]
+    runs = made.gradient_runs if table == "gradients" else made.runs
     met = np.zeros(truth.shape, dtype=int)
-    for first, end, low, high, own, whole, shift in getattr(made, table):
+    for first, end, low, high, own, whole, shift, run, last in getattr(made, table):
         assert first - shift == stored[first]
         assert 0 < end - first <= sizes.queries
         met[first:end, low:high] += 1
+        for above, below in runs[run:last]:
+            assert 0 < below - above <= sizes.keys
+            met[first:end, above:below] += 1
+            assert truth[first, above:below].all()
         met[first:end, own:end] += 1
         assert truth[first:end, low:high].all()
         assert truth[first:end, own : own + whole * sizes.keys].all()

@@ -10,6 +10,7 @@ import torch
 
 from polymath_fast import kernels
 from polymath_fast.kernels import dispatch, token_logprobs
+from polymath_fast.kernels.prefix_attention import NO_TREES
 
 ROW, TARGET = torch.randn(1, 5), torch.tensor([2])
 
@@ -44,6 +45,10 @@ def test_a_library_runs_where_it_is_installed() -> None:
     assert name == "triton" and "float32" in reason
     with pytest.raises(ValueError, match="flash-attn is not installed"):
         choose(impl="flash", flash_attn=False)
+    name, reason = choose(flash_attn=True, unable=NO_TREES)
+    assert name == "triton" and "takes no tree" in reason
+    with pytest.raises(ValueError, match="'flash' is not possible here: it takes no tree"):
+        choose(impl="flash", flash_attn=True, unable=NO_TREES)
     with pytest.raises(ValueError, match="7.5 is below 8.0"):
         dispatch.choose(op, "cuda", torch.float16, impl="flash", capability=(7, 5))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_checks import LAYOUTS, compare, eager, make, offsets_of, run
+from attention_checks import LAYOUTS, TREES, compare, eager, make, offsets_of, run, visible
 
 from polymath_fast.kernels import prefix_attention, prefix_attention_blocks
 from polymath_fast.kernels.prefix_attention import _cpu, reference
 
+EVERY = LAYOUTS | TREES
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -18,13 +19,13 @@ def inputs(lengths, prompt_len, heads=(6, 2), dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY.values(), ids=EVERY)
 def test_agrees_with_float64(layout, dtype):
     compare(_cpu.prefix_attention, layout, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("implementation", [_cpu, reference])
 def test_queries_of_the_completions_alone(implementation, layout, dtype):
     """The prompt's keys and values are given, its own output is known: the other rows are equal."""
@@ -82,6 +83,46 @@ def test_reference_is_ordinary_attention():
         torch.testing.assert_close(out[rows], alone)
 
 
+@pytest.mark.parametrize("layout", TREES.values(), ids=TREES)
+def test_a_tree_is_ordinary_attention_with_a_mask(layout):
+    q, k, v, grad = (x.double() for x in make(layout, (2, 2), 8, torch.float64))
+    mask = visible(layout)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = prefix_attention_blocks(*leaves, offsets_of(layout), impl="reference")
+    found = [out, *torch.autograd.grad(out, leaves, grad)]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in leaves), attn_mask=mask
+    )[0].transpose(0, 1)
+    for ours, truth in zip(found, [out, *torch.autograd.grad(out, leaves, grad)], strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_a_tree_says_what_repeated_beginnings_say(impl):
+    """[prompt | a b c], [prompt | a b d e], [prompt | f]: rows that are shared, and rows that are
+    computed for each, get the same outputs, and shared keys the sum of the gradients."""
+    q, k, v, grad = make([(3, [2, 1, 2, 1])], (4, 2), 16, torch.float32)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    offsets = torch.tensor([0, 2, 3, 5, 6], dtype=torch.int32)
+    tree = prefix_attention(*leaves, 3, offsets, parents=[-1, 0, 0, -1], impl=impl)
+    rows = torch.tensor([0, 1, 2, 3, 4, 5, 3, 4, 6, 7, 8])
+    bounds = torch.tensor([0, 3, 7, 8], dtype=torch.int32)
+    apart = prefix_attention(*(x[rows] for x in leaves), 3, bounds, impl=impl)
+    torch.testing.assert_close(apart, tree[rows])
+    weights = grad[rows].clone()
+    weights[6:8] = 0  # the same rows again
+    found = torch.autograd.grad(tree, leaves, grad)
+    for ours, truth in zip(found, torch.autograd.grad(apart, leaves, weights), strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+def test_a_flat_tree_is_no_tree():
+    q, k, v, cu_seqlens = inputs([4, 6], 5)
+    plain = prefix_attention(q, k, v, 5, cu_seqlens)
+    flat = prefix_attention(q, k, v, 5, cu_seqlens, parents=[-1, -1])
+    assert torch.equal(plain, flat)
+
+
 def test_completions_do_not_see_each_other():
     q, k, v, cu_seqlens = inputs([4, 6], 5)
     before = prefix_attention(q, k, v, 5, cu_seqlens)
@@ -127,6 +168,13 @@ def test_strided_inputs():
         (lambda a: a | {"impl": "flash"}, "the tensors are on cpu"),
         (lambda a: a | {"impl": "cuda"}, "prefix_attention has only"),
         (lambda a: a | {"scale": -1.0}, "scale -1.0"),
+        (lambda a: a | {"parents": [-1]}, "1 parents for 2 segments"),
+        (lambda a: a | {"parents": [-1, 1]}, "segment 1 has parent 1"),
+        (lambda a: a | {"parents": [-2, 0]}, "segment 0 has parent -2"),
+        (
+            lambda a: a | {"parents": [-1, -1, 0], "cu_seqlens": torch.tensor([0, 2, 4, 10])},
+            "segment 2 has parent 0; it must be -1",
+        ),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -11,6 +11,8 @@ import torch
 from attention_checks import LAYOUTS, compare, make, run
 from flash_double import FlashDouble
 
+from polymath_fast.kernels.prefix_attention.blocks import Block
+
 IMPLEMENTATION = "polymath_fast.kernels.prefix_attention._flash"
 
 
@@ -67,4 +69,4 @@ def test_the_layout_is_made_once_for_all_layers(double):
 def test_widths_that_the_library_does_not_take(double, head_dim):
     q, k, v, _ = make([(3, [2])], (1, 1), head_dim, torch.float32)
     with pytest.raises(ValueError, match=f"head_dim {head_dim}.*multiples of 8 up to 256"):
-        implementation().prefix_attention(q, k, v, ((3, (0, 2)),), 0.3)
+        implementation().prefix_attention(q, k, v, (Block(3, (0, 2)),), 0.3)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from attention_checks import LAYOUTS, compare, make, offsets_of, run
+from attention_checks import LAYOUTS, TREES, compare, make, offsets_of, run
 
 from polymath_fast.kernels import prefix_attention_blocks
 
@@ -51,6 +51,19 @@ def test_agrees_with_float64(name, dtype, head_dim, layout) -> None:
 def test_awkward_layouts(name, layout) -> None:
     for alone in (False, True):
         compare(implementation(name), layout, head_dim=64, dtype=BF16, device="cuda", alone=alone)
+
+
+@pytest.mark.parametrize("layout", TREES.values(), ids=TREES)
+def test_trees(layout) -> None:
+    for alone in (False, True):
+        compare(
+            implementation("_triton"), layout, head_dim=64, dtype=BF16, device="cuda", alone=alone
+        )
+
+
+def test_a_tree_of_full_tiles() -> None:
+    layout = [(130, [300, 200, 77, 150, 260], [-1, 0, 0, 2, -1])]
+    compare(implementation("_triton"), layout, head_dim=128, dtype=BF16, device="cuda", scale=0.1)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from polymath_fast.kernels.prefix_attention import _cpu, reference, tiles
+from polymath_fast.kernels.prefix_attention.blocks import Block
 
 pytestmark = pytest.mark.skipif(not tiles.tiles.available(), reason="needs AVX512-BF16")
 
@@ -28,8 +29,12 @@ def gradients(attention, tensors, prompt_len, bounds, grad):
     return [out.detach(), *(x.grad for x in leaves)]
 
 
+def torch_pieces(q, k, v, prompt_len, bounds, scale):
+    return _cpu.PrefixAttention.apply(q, k, v, prompt_len, bounds, (), scale)
+
+
 def exact(q, k, v, prompt_len, bounds, scale):
-    block = (prompt_len, tuple(bound - prompt_len for bound in bounds))
+    block = Block(prompt_len, tuple(bound - prompt_len for bound in bounds))
     return reference.prefix_attention(q, k, v, (block,), scale)
 
 
@@ -40,7 +45,7 @@ def test_error_is_that_of_rounding(prompt_len, lengths, heads, size):
     shapes = [(bounds[-1], count, size) for count in (heads[0], heads[1], heads[1], heads[0])]
     *tensors, grad = (torch.randn(shape).bfloat16() for shape in shapes)
     found = gradients(tiles.TileAttention.apply, tensors, prompt_len, bounds, grad)
-    pieces = gradients(_cpu.PrefixAttention.apply, tensors, prompt_len, bounds, grad)
+    pieces = gradients(torch_pieces, tensors, prompt_len, bounds, grad)
     wide = [x.double() for x in tensors]
     truth = gradients(exact, wide, prompt_len, bounds, grad.double())
     for name, ours, theirs, true in zip(

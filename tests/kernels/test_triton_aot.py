@@ -39,6 +39,7 @@ FEW = {
     "scaled-rows-bf16",
     "group-advantages-batch",
     "attention-forward-hopper-bf16-128",
+    "attention-query-hopper-bf16-64-tree",
     "attention-key-hopper-bf16-64",
     "weight-sync-fp32-bf16",
     "flat-adamw-bf16",

@@ -9,6 +9,9 @@ from torch import Tensor
 from polymath_fast.kernels import dispatch
 from polymath_fast.kernels.prefix_attention.blocks import to_blocks
 
+NO_TREES = {"flash": "it takes no tree of segments (triton, cpu and reference do)"}
+"""implementation -> why it refuses `parents`"""
+
 
 def prefix_attention(
     q: Tensor,
@@ -17,13 +20,16 @@ def prefix_attention(
     prompt_len: int,
     cu_seqlens: Tensor,
     *,
+    parents: Sequence[int] | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Causal attention of rows packed as [prompt | completion_1 | ... | completion_B].
 
     The prompt attends causally to itself; completion i attends to the whole prompt and causally to
-    itself, never to another completion. T = prompt_len + cu_seqlens[-1] rows.
+    itself, never to another completion. T = prompt_len + cu_seqlens[-1] rows. With `parents` the
+    completions are segments of a tree: each attends to the prompt, to its ancestors and causally to
+    itself, so that completions which begin alike share the rows of their beginning.
 
     Args:
         q: (T, Hq, D), any of bfloat16, float16, float32, float64; strided views are fine. Or
@@ -34,20 +40,24 @@ def prefix_attention(
         prompt_len: rows of the prompt, at least 1.
         cu_seqlens: (B + 1,) int32 on the CPU, completion offsets counted from the prompt's end;
             starts at 0, never falls; an empty completion is two equal offsets.
+        parents: (B,) the segment that each one continues, -1 for the prompt; None = all continue
+            the prompt. In preorder: what continues a segment stands right behind it.
         scale: factor on the scores, above 0; None = 1 / sqrt(D).
         impl: "auto", "reference", "cpu", "triton" or "flash". "triton" takes D up to 256, up to 128
-            in float32; "flash" (the flash-attn package) multiples of 8 up to 256, not float32.
+            in float32; "flash" (the flash-attn package) multiples of 8 up to 256, not float32, no
+            tree.
 
     Returns:
         q's shape and dtype, differentiable in q, k and v, once. Deterministic.
 
     Raises:
-        ValueError: shapes, dtypes or offsets do not fit, or `impl` cannot run here.
+        ValueError: shapes, dtypes, offsets or parents do not fit, or `impl` cannot run here.
 
     Source: the online softmax of FlashAttention (arXiv 2205.14135) over a shared prefix as in
     Hydragen (arXiv 2402.05099), with the exact backward of merged pieces.
     """
-    return prefix_attention_blocks(q, k, v, [(prompt_len, cu_seqlens)], scale=scale, impl=impl)
+    block = (prompt_len, cu_seqlens, () if parents is None else parents)
+    return prefix_attention_blocks(q, k, v, [block], scale=scale, impl=impl)
 
 
 @dispatch.untraced
@@ -55,7 +65,7 @@ def prefix_attention_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: Sequence[tuple[int, Tensor]],
+    blocks: Sequence[tuple[int, Tensor] | tuple[int, Tensor, Sequence[int]]],
     *,
     scale: float | None = None,
     impl: str = "auto",
@@ -63,14 +73,16 @@ def prefix_attention_blocks(
     """`prefix_attention` of several prompts, one block of rows after the other, in one call.
 
     Args:
-        blocks: (prompt_len, cu_seqlens) of each; together they cover the T rows of k and v.
+        blocks: (prompt_len, cu_seqlens) of each, or (prompt_len, cu_seqlens, parents); together
+            they cover the T rows of k and v.
         q: T rows, or those of the completions of all blocks alone.
         k, v, scale, impl: as for `prefix_attention`. Returns and raises the same.
     """
     _check(q, k, v, scale)
     packed = to_blocks(blocks, q.shape[0], k.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    implementation = dispatch.resolve("prefix_attention", q, impl)
+    unable = NO_TREES if any(block.parents for block in packed) else {}
+    implementation = dispatch.resolve("prefix_attention", q, impl, unable)
     return implementation.prefix_attention(q, k, v, packed, scale)
 
 

@@ -75,7 +75,7 @@ def _layout(
 
     own, shared, everything = [], [], [0]
     start = query = 0
-    for prompt_len, offsets in blocks:
+    for prompt_len, offsets, _ in blocks:
         middle, count = start + prompt_len, offsets[-1]
         query += prompt_len if prompts_ask else 0
         prompt, asking = slice(start, middle), slice(query, query + count)

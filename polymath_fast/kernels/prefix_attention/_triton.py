@@ -40,9 +40,16 @@ class _Tables:
     queries: Tensor
     gradients: Tensor
     units: Tensor
+    runs: Tensor
+    gradient_runs: Tensor
     sums: Tensor
     slots: int
     tiles: Tiles
+
+    @property
+    def tree(self) -> bool:
+        """Whether a segment continues another one."""
+        return len(self.runs) > 0
 
 
 @lru_cache(maxsize=16)
@@ -52,7 +59,10 @@ def _tables(
     """One copy to the device, from pinned memory, so that the host does not wait for it."""
     ways = (tiles.forward, tiles.query, tiles.key)
     made = schedule(blocks, *(way.sizes for way in ways), kv_heads, prompts_ask)
-    tables = (made.last, made.queries, made.gradients, made.units, made.sums)
+    tables = (
+        made.last, made.queries, made.gradients, made.units, made.runs, made.gradient_runs,
+        made.sums,
+    )  # fmt: skip
     # every table starts at a multiple of 16 bytes: kernels are compiled for that
     lengths = [-(-table.size // 4) * 4 for table in tables]
     packed = torch.zeros(sum(lengths), dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -80,10 +90,11 @@ class PrefixAttention(torch.autograd.Function):
         way = tables.tiles.forward
         with torch.cuda.device_of(q):
             attention_kernel[(len(tables.queries) * heads,)](
-                q, k, v, out, lse, tables.last, tables.queries,
+                q, k, v, out, lse, tables.last, tables.queries, tables.runs,
                 rows, heads, heads // k.shape[1], scale * LOG2E,
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-                **_shape(depth, way, q), num_warps=way.warps, num_stages=way.stages,
+                **_shape(depth, way, q), TREE=tables.tree, num_warps=way.warps,
+                num_stages=way.stages,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tables, ctx.scale = tables, scale
@@ -133,9 +144,10 @@ def _query_gradient(
     way = tables.tiles.query
     query_gradient_kernel[(len(tables.gradients) * heads,)](
         q, k, v, grad, lse, delta, d_q, tables.last, tables.gradients,
+        tables.gradient_runs,
         rows, heads, heads // k.shape[1], scale * LOG2E, scale,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad.stride()[:2],
-        **_shape(depth, way, q), num_warps=way.warps, num_stages=way.stages,
+        **_shape(depth, way, q), TREE=tables.tree, num_warps=way.warps, num_stages=way.stages,
     )  # fmt: skip
     return d_q
 

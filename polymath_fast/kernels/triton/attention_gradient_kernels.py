@@ -14,7 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from polymath_fast.kernels.triton.attention_kernels import dot, key_tile, load_tile
+from polymath_fast.kernels.triton.attention_kernels import (
+    dot,
+    key_tile,
+    load_tile,
+    tree_tile,
+    tree_tiles,
+)
 
 
 @triton.jit
@@ -40,16 +46,16 @@ def _query_step(
 
 @triton.jit(do_not_specialize=["rows", "heads", "group"])
 def query_gradient_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, d_q_ptr, last_ptr, queries_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, d_q_ptr, last_ptr, queries_ptr, runs_ptr,
     rows, heads, group, factor, scale,
     stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head,
     stride_grad, stride_grad_head,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    TREE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """d_q (rows, heads, DEPTH) of one tile of queries of one head."""
     head = (tl.program_id(0) % heads).to(tl.int64)
-    entry = queries_ptr + (tl.program_id(0) // heads) * 7
+    entry = queries_ptr + (tl.program_id(0) // heads) * 9
     first, end = tl.load(entry), tl.load(entry + 1)
     shared_low, shared_high = tl.load(entry + 2), tl.load(entry + 3)
     own_low, whole_own = tl.load(entry + 4), tl.load(entry + 5)
@@ -83,10 +89,13 @@ def query_gradient_kernel(
             q, grad, lse, delta, k_ptr, v_ptr, last_ptr, query, start, stop, d_q,
             stride_k, stride_v, factor, DEPTH, WIDTH, KEYS, True, WIDEN,
         )  # fmt: skip
-    for t in range(whole, whole + masked):
+    above, runs_ptr = tree_tiles(entry, runs_ptr, TREE)
+    for t in range(whole, whole + masked + above):
         start, stop = key_tile(
             t, whole_shared, whole, tail, shared_low, shared_high, own_low, end, KEYS
         )
+        if TREE:
+            start, stop = tree_tile(t - whole - masked, runs_ptr, start, stop)
         d_q = _query_step(
             q, grad, lse, delta, k_ptr, v_ptr, last_ptr, query, start, stop, d_q,
             stride_k, stride_v, factor, DEPTH, WIDTH, KEYS, False, WIDEN,

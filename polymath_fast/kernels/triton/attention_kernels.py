@@ -1,7 +1,8 @@
 """Forward kernel of attention over shared prompts, and what its gradient kernels share with it.
 
 A program owns a tile of queries of one head and walks over the keys of the prompt, then over those
-of the completions in the tile: one online softmax (arXiv 2205.14135), nothing to merge afterwards.
+of the completions in the tile and, where segments form a tree, of what these continue: one online
+softmax (arXiv 2205.14135), nothing to merge afterwards.
 Heads of one group are neighbours in the grid, so that their keys come from the L2 cache. Scores
 are in base-2 units: p = 2 ** (s - lse2), s = q k scale log2(e).
 
@@ -62,6 +63,25 @@ def key_tile(
 
 
 @triton.jit
+def tree_tiles(entry, runs_ptr, TREE: tl.constexpr):
+    """How many tiles of keys a tile of queries meets above its own segment, and where they are."""
+    if TREE:
+        first = tl.load(entry + 7)
+        return tl.load(entry + 8) - first, runs_ptr + 2 * first
+    else:
+        return 0, runs_ptr
+
+
+@triton.jit
+def tree_tile(v, runs_ptr, start, stop):
+    """First row and end of the v-th of them; `start` and `stop` below 0."""
+    there = v >= 0
+    place = runs_ptr + 2 * v
+    low, high = tl.load(place, mask=there, other=0), tl.load(place + 1, mask=there, other=0)
+    return tl.where(there, low, start), tl.where(there, high, stop)
+
+
+@triton.jit
 def _attend(
     q, k_ptr, v_ptr, last_ptr, query, start, end, peak, total, out, stride_k, stride_v, factor,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
@@ -87,18 +107,18 @@ def _attend(
 
 @triton.jit(do_not_specialize=["rows", "heads", "group"])
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, last_ptr, queries_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, last_ptr, queries_ptr, runs_ptr,
     rows, heads, group, factor,
     stride_q, stride_q_head, stride_k, stride_k_head, stride_v, stride_v_head,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    TREE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """out (rows, heads, DEPTH) and lse2 (heads, rows) of one tile of queries of one head.
 
-    queries: table of `attention_schedule`. group: query heads that share a head of keys.
+    queries, runs: tables of `attention_schedule`. group: query heads that share a head of keys.
     """
     head = (tl.program_id(0) % heads).to(tl.int64)
-    entry = queries_ptr + (tl.program_id(0) // heads) * 7
+    entry = queries_ptr + (tl.program_id(0) // heads) * 9
     first, end = tl.load(entry), tl.load(entry + 1)
     shared_low, shared_high = tl.load(entry + 2), tl.load(entry + 3)
     own_low, whole_own = tl.load(entry + 4), tl.load(entry + 5)
@@ -127,10 +147,13 @@ def attention_kernel(
             q, k_ptr, v_ptr, last_ptr, query, start, stop, peak, total, out, stride_k, stride_v,
             factor, DEPTH, WIDTH, KEYS, True, WIDEN,
         )  # fmt: skip
-    for v in range(whole, whole + masked):
+    above, runs_ptr = tree_tiles(entry, runs_ptr, TREE)
+    for v in range(whole, whole + masked + above):
         start, stop = key_tile(
             v, whole_shared, whole, tail, shared_low, shared_high, own_low, end, KEYS
         )
+        if TREE:
+            start, stop = tree_tile(v - whole - masked, runs_ptr, start, stop)
         peak, total, out = _attend(
             q, k_ptr, v_ptr, last_ptr, query, start, stop, peak, total, out, stride_k, stride_v,
             factor, DEPTH, WIDTH, KEYS, False, WIDEN,

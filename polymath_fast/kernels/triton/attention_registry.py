@@ -17,11 +17,14 @@ _DEPTHS = {
     ("single", "fp32"): (64, 128),
 }
 """kind of tiles and dtype -> entries of a head; fp16 takes what bf16 does"""
-_KERNELS = {
-    "forward": attention_kernels.attention_kernel,
-    "query": attention_gradient_kernels.query_gradient_kernel,
-    "key": attention_gradient_kernels.key_gradient_kernel,
-}
+_KERNELS = (
+    ("forward", attention_kernels.attention_kernel, False),
+    ("forward", attention_kernels.attention_kernel, True),
+    ("query", attention_gradient_kernels.query_gradient_kernel, False),
+    ("query", attention_gradient_kernels.query_gradient_kernel, True),
+    ("key", attention_gradient_kernels.key_gradient_kernel, None),
+)
+"""what a program owns, its kernel, and whether segments are in a tree, where that matters"""
 
 
 def attention_variants() -> Iterator[Variant]:
@@ -29,15 +32,16 @@ def attention_variants() -> Iterator[Variant]:
     for (kind, dtype), depths in _DEPTHS.items():
         for depth in depths:
             tiles = fitting(kind, depth)
-            for name, kernel in _KERNELS.items():
+            for name, kernel, tree in _KERNELS:
                 way = getattr(tiles, name)
                 # of fp32 and of tiles of 32 rows the newest units take no products
                 matrix = None if dtype == "fp32" or (kind, name, depth) == _NARROW else True
                 yield Variant(
-                    f"attention-{name}-{'small' if kind == 'single' else kind}-{dtype}-{depth}",
+                    f"attention-{name}-{'small' if kind == 'single' else kind}-{dtype}-{depth}"
+                    + "-tree" * bool(tree),
                     kernel,
                     _types(dtype),
-                    _constants(depth, way),
+                    _constants(depth, way) | ({} if tree is None else {"TREE": tree}),
                     way.warps,
                     way.stages,
                     _CAPABILITIES[kind],
@@ -73,7 +77,7 @@ def _types(dtype: str) -> dict[str, str]:
     return (
         {f"{name}_ptr": f"*{dtype}:16" for name in matrices}
         | dict.fromkeys(("lse_ptr", "delta_ptr", "slots_ptr"), "*fp32:16")
-        | dict.fromkeys(("last_ptr", "queries_ptr", "units_ptr", "sums_ptr"), "*i32:16")
+        | dict.fromkeys(("last_ptr", "queries_ptr", "runs_ptr", "units_ptr", "sums_ptr"), "*i32:16")
         | dict.fromkeys(("rows", "heads", "kv_heads", "group"), "i32")
         | dict.fromkeys(("factor", "scale"), "fp32")
         | dict.fromkeys(strides, "i32:16")
