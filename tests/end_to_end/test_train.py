@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -58,15 +59,17 @@ def test_learns_and_leaves_a_complete_run_folder(flags, tmp_path):
     out = run(flags, tmp_path / "run")
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 11))
-    assert all(set(KEYS) <= row.keys() for row in rows)
+    learned = [row for row in rows if not row["update/skipped"]]  # all are "e" in the end, perhaps
+    assert len(learned) >= 6 and all(set(KEYS) <= row.keys() for row in learned)
     assert rows[-1]["reward/mean"] > rows[0]["reward/mean"] + 0.3
-    assert all(row["sampling/logprob_diff_mean"] < 0.03 for row in rows)
+    assert all(row["sampling/logprob_diff_mean"] < 0.03 for row in learned)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.toml", "metrics.jsonl", "completions.jsonl", "report.html"} <= names
     completions = (tmp_path / "run/completions.jsonl").read_text().splitlines()
     assert len(completions) == 10 * 32
     versions = [json.loads(line)["weight_version"] for line in completions]
-    assert versions == [i // 32 for i in range(320)]  # one update per batch of 32
+    updates = [0, *accumulate(int(not row["update/skipped"]) for row in rows)]
+    assert versions == [updates[i // 32] for i in range(320)]  # at most one for a batch of 32
     assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {
         "step_000005", "step_000010",
     }  # fmt: skip
