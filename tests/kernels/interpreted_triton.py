@@ -25,8 +25,10 @@ from polymath_fast.kernels.group_advantages import _triton as triton_advantages
 from polymath_fast.kernels.group_advantages import reference as advantages
 from polymath_fast.kernels.grpo_loss._triton import grpo_loss
 from polymath_fast.kernels.linear_grpo_loss._triton import linear_grpo_loss
+from polymath_fast.kernels.linear_logprobs._triton import gradients as head_gradients
 from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
 from polymath_fast.kernels.policy_loss import PolicyLossSpec, prepare
+from polymath_fast.kernels.token_logprobs._triton import gradient as token_gradient
 from polymath_fast.kernels.token_logprobs._triton import token_logprobs
 from polymath_fast.kernels.triton import head, head_gradient
 from polymath_fast.kernels.triton.coefficients import known_beforehand
@@ -518,3 +520,36 @@ def test_weight_sync(src, dst, monkeypatch) -> None:
     monkeypatch.setattr(triton_sync, "CHUNK", 4096)
     monkeypatch.setattr(triton_sync, "BLOCK", 512)
     check(triton_sync.weight_sync, layouts(src, dst))
+
+
+def test_rows_gradient_starts_from_the_logits_again() -> None:
+    """As graphs of torch.compile need it: the bits of a plain call's backward pass."""
+    tensors = make_logits(21, 1000, BF16, "cpu")
+    leaf, (g, g_entropy) = tensors["logits"].requires_grad_(), upstream(21)
+    for by_entropy in (None, g_entropy):
+        logprobs, entropy = token_logprobs(leaf, tensors["targets"], 0.7)
+        outputs = ((logprobs, entropy), (g, by_entropy))
+        if by_entropy is None:
+            outputs = (logprobs, g)
+        (expected,) = torch.autograd.grad(outputs[0], leaf, outputs[1])
+        again = token_gradient(leaf.detach(), tensors["targets"], 0.7, g, by_entropy)
+        assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("chunk", [16, 64], ids=["chunks", "one-chunk"])
+def test_head_gradients_start_from_the_inputs_again(chunk, monkeypatch) -> None:
+    monkeypatch.setattr(head.Head, "_rows_that_fit", lambda self: chunk)
+    tensors = make_head(37, 1000, 48, BF16, "cpu", bias=True)
+    g, g_entropy = upstream(37)
+    g[::3] = g_entropy[::3] = 0
+    leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    hidden, weight, bias = leaves
+    outputs = linear_logprobs(hidden, weight, tensors["targets"], bias, 0.7)
+    expected = torch.autograd.grad(outputs, leaves, (g, g_entropy))
+    hidden, weight, bias = (leaf.detach() for leaf in leaves)
+    given = (hidden, weight, tensors["targets"], bias, 0.7, g, g_entropy)
+    everything = head_gradients(*given, (True, True, True))
+    for again, exact in zip(everything, expected, strict=True):
+        assert torch.equal(again, exact)
+    only = head_gradients(*given, (False, True, False))
+    assert only[0] is only[2] is None and torch.equal(only[1], expected[1])

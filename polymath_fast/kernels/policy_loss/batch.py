@@ -121,6 +121,22 @@ def prepare(
     )
 
 
+def check_logprobs(
+    logprobs: torch.Tensor, entropy: torch.Tensor | None, spec: PolicyLossSpec
+) -> None:
+    """logprobs (N,) float; entropy (N,), or None where the spec has no use for it.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if logprobs.ndim != 1 or not logprobs.is_floating_point():
+        raise ValueError(f"logprobs must be float (N,), got {tuple(logprobs.shape)}")
+    if entropy is not None and entropy.shape != logprobs.shape:
+        raise ValueError(f"entropy is {tuple(entropy.shape)}, logprobs {tuple(logprobs.shape)}")
+    if entropy is None and (spec.entropy_coef or spec.top_entropy_quantile < 1):
+        raise ValueError("entropy_coef and top_entropy_quantile need entropy (N,)")
+
+
 def _check_inputs(
     spec: PolicyLossSpec,
     old_logprobs: torch.Tensor | None,
