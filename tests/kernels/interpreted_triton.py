@@ -27,10 +27,10 @@ from polymath_fast.kernels.grpo_loss._triton import grpo_loss
 from polymath_fast.kernels.linear_grpo_loss._triton import linear_grpo_loss
 from polymath_fast.kernels.linear_logprobs._triton import gradients as head_gradients
 from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
-from polymath_fast.kernels.policy_loss import PolicyLossSpec, prepare
+from polymath_fast.kernels.policy_loss import PolicyLossSpec, batch, prepare
 from polymath_fast.kernels.token_logprobs._triton import gradient as token_gradient
 from polymath_fast.kernels.token_logprobs._triton import token_logprobs
-from polymath_fast.kernels.triton import head, head_gradient
+from polymath_fast.kernels.triton import head, head_gradient, offsets
 from polymath_fast.kernels.triton.coefficients import known_beforehand
 from polymath_fast.kernels.weight_sync import _triton as triton_sync
 
@@ -520,6 +520,70 @@ def test_weight_sync(src, dst, monkeypatch) -> None:
     monkeypatch.setattr(triton_sync, "CHUNK", 4096)
     monkeypatch.setattr(triton_sync, "BLOCK", 512)
     check(triton_sync.weight_sync, layouts(src, dst))
+
+
+BAD_OFFSETS = [
+    pytest.param([2, 9, 20], r"cu_seqlens\[0\] was 2 ", id="start"),
+    pytest.param([0, 9, 7, 20], r"cu_seqlens\[2\] was 7 ", id="fall"),
+    pytest.param([0, 9, 19], r"cu_seqlens\[2\] was 19 ", id="short"),
+    pytest.param([0, 30, 20], r"cu_seqlens\[2\] was 20 ", id="beyond"),
+    pytest.param([0, -5, 20], r"cu_seqlens\[1\] was -5 ", id="negative"),
+    pytest.param([0, 2**40], r"cu_seqlens\[1\] was 2147483647 ", id="huge"),
+    pytest.param([0, *range(1500), 1400, 20], r"cu_seqlens\[1501\] was 1400 ", id="second-block"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("cuts", [[0, 20], [0, 0, 7, 7, 20], [*[0] * 2000, 20]], ids=len)
+def test_offsets_that_fit_come_through(dtype, cuts) -> None:
+    given = torch.tensor(cuts, dtype=dtype)
+    # a slice is contiguous and not aligned; every other one is neither
+    spread = given.repeat_interleave(2)
+    for view in (given, torch.cat([given[:1], given])[1:], spread[::2]):
+        safe, sound = offsets.checked_offsets(view, 20)
+        assert safe.dtype == torch.int64 and safe.tolist() == cuts and sound == 1
+    verify_targets("cpu")
+
+
+@pytest.mark.parametrize(("cuts", "message"), BAD_OFFSETS)
+def test_offsets_that_do_not_fit_are_told_to_the_host(cuts, message) -> None:
+    given = torch.tensor(cuts, dtype=torch.int64)
+    safe, sound = offsets.checked_offsets(given, 20)
+    assert safe.tolist() == [0] + [20] * (len(cuts) - 1) and sound.isnan()
+    with pytest.raises(ValueError, match=message + ".*from 0 to the 20 tokens"):
+        verify_targets("cpu")
+    verify_targets("cpu")
+
+
+def test_offsets_of_no_tokens() -> None:
+    for cuts in ([0], [0, 0, 0]):
+        safe, sound = offsets.checked_offsets(torch.tensor(cuts, dtype=torch.int32), 0)
+        assert safe.tolist() == cuts and sound == 1
+    safe, sound = offsets.checked_offsets(torch.tensor([3]), 0)
+    assert safe.tolist() == [0] and sound.isnan()
+    with pytest.raises(ValueError, match="was 3"):
+        verify_targets("cpu")
+
+
+@pytest.mark.parametrize(("spec", "names"), SPECS[:4])
+@pytest.mark.parametrize("op", ["grpo_loss", "linear_grpo_loss"])
+def test_bad_offsets_have_no_gradient(op, spec, names, monkeypatch) -> None:
+    """The loss is NaN, all gradients are 0, nothing reads outside its memory."""
+    shape = (21, 100) if op == "grpo_loss" else (21, 100, 32)
+    tensors = (make_logits if op == "grpo_loss" else make_head)(*shape, BF16, "cpu")
+    given = make_batch(21, "cpu", *names)
+    # what is asked of the table of losses once, with offsets of its own on the CPU, is then known
+    loss_result(op, "_triton", tensors, given, spec)
+    monkeypatch.setattr(batch, "_looked_at_later", lambda device: True)
+    bad = given | {"cu_seqlens": torch.tensor([0, 7, 7, 50, 40], dtype=torch.int32)}
+    result = loss_result(op, "_triton", tensors, bad, spec)
+    assert result.output.loss.isnan() and result.logprobs.isfinite().all()
+    assert result.output.metrics["nonfinite_rows"] == given["mask"].sum()
+    for gradient in result.gradients.values():
+        assert gradient is None or (gradient == 0).all()
+    with pytest.raises(ValueError, match=r"cu_seqlens\[4\] was 40 "):
+        loss_result(op, "_triton", tensors, given, spec)
+    assert loss_result(op, "_triton", tensors, given, spec).output.loss.isfinite()
 
 
 def test_rows_gradient_starts_from_the_logits_again() -> None:

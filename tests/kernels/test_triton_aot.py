@@ -38,6 +38,7 @@ FEW = {
     "target-sums-bias",
     "scaled-rows-bf16",
     "group-advantages-batch",
+    "offsets-i32",
     "attention-forward-hopper-bf16-128",
     "attention-key-hopper-bf16-64",
     "weight-sync-fp32-bf16",

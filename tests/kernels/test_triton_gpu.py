@@ -118,6 +118,25 @@ def test_a_target_outside_is_raised_by_the_next_call(op: str) -> None:
     verify_targets("cuda")
 
 
+@pytest.mark.parametrize("cuts", [[1, 20, 40], [0, 30, 20], [0, 20, 10**6], [0, 20, 39]], ids=str)
+def test_offsets_that_do_not_fit_are_told_to_the_host(cuts: list[int]) -> None:
+    """Without an access outside of memory; calls after it work."""
+    tensors = make_head(40, 3000, 64, BF16, "cuda")
+    leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight")]
+    advantages = torch.tensor([1.0, -1.0], device="cuda")
+    for spec in (PolicyLossSpec(), PolicyLossSpec(loss_type="gspo")):
+        given = (*leaves, tensors["targets"], advantages)
+        offsets = torch.tensor(cuts, dtype=torch.int32, device="cuda")
+        out = linear_grpo_loss(*given, offsets, spec=spec, impl="triton")
+        gradients = torch.autograd.grad(out.loss, leaves)
+        assert out.loss.isnan() and out.logprobs.isfinite().all()
+        assert all((gradient == 0).all() for gradient in gradients)
+        with pytest.raises(ValueError, match="from 0 to the 40 tokens"):
+            verify_targets("cuda")
+        good = torch.tensor([0, 20, 40], dtype=torch.int32, device="cuda")
+        assert linear_grpo_loss(*given, good, spec=spec, impl="triton").loss.isfinite()
+
+
 @pytest.mark.parametrize("vocab_tol", [0.0, "auto"])
 def test_nothing_waits_for_the_device(vocab_tol: float | str) -> None:
     spec = PolicyLossSpec(loss_type="gspo", entropy_coef=0.01, top_entropy_quantile=0.5)

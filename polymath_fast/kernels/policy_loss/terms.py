@@ -114,7 +114,7 @@ def _importance(batch: PolicyBatch, old: torch.Tensor, spec: PolicyLossSpec) -> 
     """(N,) weights that correct for the sampler, given or computed."""
     if spec.importance_sampling_mode is None:
         return batch.importance_weights
-    weights = corrections.importance_weights(
+    weights = corrections.correction_weights(
         old,
         batch.sampling_logprobs,
         batch.cu_seqlens,

@@ -13,6 +13,7 @@ from polymath_fast.kernels.group_advantages import _triton as advantages
 from polymath_fast.kernels.triton import (
     gradient_kernels,
     head_kernels,
+    offsets,
     product_kernels,
     row_kernels,
     rows,
@@ -42,6 +43,8 @@ def variants() -> Iterator[Variant]:
     yield _target_sums(bias=True)
     for scale in ("group", "batch", "none"):
         yield _advantages(scale)
+    for dtype in ("i32", "i64"):
+        yield _offsets(dtype)
     yield from attention_variants()
     for src, dst in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp16"), ("bf16", "fp16")):
         yield _weight_sync(src, dst)
@@ -368,6 +371,18 @@ def _advantages(scale: str) -> Variant:
         "COLUMNS": advantages.COLUMNS,
     }
     return Variant(f"group-advantages-{scale}", advantages.advantages_kernel, types, constants)
+
+
+def _offsets(dtype: str) -> Variant:
+    types = {
+        "cu_ptr": f"*{dtype}:16",
+        "note_ptr": _INT64,
+        "out_ptr": _INT64,
+        "sound_ptr": _FP32,
+        "offsets": "i32",
+        "count": "i32",
+    }
+    return Variant(f"offsets-{dtype}", offsets.offsets_kernel, types, {"BLOCK": offsets.BLOCK})
 
 
 def _weight_sync(src: str, dst: str) -> Variant:
