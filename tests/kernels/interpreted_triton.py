@@ -5,6 +5,8 @@ Small tiles, so that awkward shapes have whole tiles, tails and more than one of
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -520,6 +522,24 @@ def test_weight_sync(src, dst, monkeypatch) -> None:
     monkeypatch.setattr(triton_sync, "CHUNK", 4096)
     monkeypatch.setattr(triton_sync, "BLOCK", 512)
     check(triton_sync.weight_sync, layouts(src, dst))
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["stored", "sums-alone"])
+def test_a_persistent_product_has_the_same_bits(keep) -> None:
+    """Its programs take several tiles each, more than four in all here, and the last ones fewer."""
+    tensors = make_head(130, 3000, 47, BF16, "cpu", bias=True)
+    given = [tensors[name] for name in ("hidden", "weight", "bias", "targets")]
+    index = torch.arange(130)
+    live = torch.tensor([130], dtype=torch.int32) if keep else None
+    found = []
+    for persistent in (False, True):
+        one = head.Head(*given, 0.7)
+        one.tiles = replace(one.tiles, persistent=persistent)
+        chunk = one.chunk(index, slice(0, 130), live)
+        found.append((chunk.found, chunk.exps if keep else chunk.found))
+    assert found[0][0].isfinite().all()
+    for plain, ours in zip(*found, strict=True):
+        assert torch.equal(plain, ours)
 
 
 BAD_OFFSETS = [

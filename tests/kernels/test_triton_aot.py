@@ -27,6 +27,7 @@ FEW = {
     "fused-bf16-1",
     "fused-bf16-bonus-2",
     "exp-gemm-hopper-descriptors-store",
+    "exp-gemm-hopper-descriptors-store-flat",
     "exp-gemm-hopper-pointers-store-bias",
     "exp-gemm-ampere-pointers-store",
     "hidden-gemm-hopper-descriptors",
