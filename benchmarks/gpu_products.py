@@ -22,6 +22,9 @@ TILES = (
     Tiles(256, 128, 64, 8, 3),
     Tiles(128, 256, 64, 8, 3, group=8),
     Tiles(128, 256, 64, 8, 3, group=32),
+    Tiles(128, 256, 64, 8, 3, persistent=True),
+    Tiles(128, 256, 64, 8, 3, group=8, persistent=True),
+    Tiles(128, 128, 64, 4, 4, persistent=True),
 )
 
 
@@ -33,7 +36,8 @@ def time_tiles() -> dict[str, Any]:
         variants = {}
         for tiles in TILES:
             for keep in (False, True):
-                label = f"H={depth} {tiles.m}x{tiles.n}x{tiles.k} w{tiles.warps} s{tiles.stages} g{tiles.group}"  # noqa: E501
+                label = f"H={depth} {tiles.m}x{tiles.n}x{tiles.k} w{tiles.warps} s{tiles.stages}"
+                label += f" g{tiles.group}" + " persistent" * tiles.persistent
                 variants[label + " stored" * keep] = _product_alone(
                     hidden, weight, targets, tiles, keep
                 )

@@ -28,7 +28,7 @@ from polymath_fast.kernels.grpo_loss import _triton as logit_loss
 from polymath_fast.kernels.triton import head
 
 ROOT = Path(__file__).parents[1]
-TESTS_LIMIT = 150.0
+KERNEL_TESTS_LIMIT, OTHER_TESTS_LIMIT = 150.0, 90.0
 """seconds"""
 LENGTH = 512
 """tokens a completion"""
@@ -60,12 +60,12 @@ def _logits(count: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def random_head(
-    count: int, vocab: int, depth: int
+    count: int, vocab: int, depth: int, device: str = "cuda"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    hidden = torch.randn(count, depth, device="cuda").bfloat16()
-    weight = (torch.randn(vocab, depth, device="cuda") * 3 / depth**0.5).bfloat16()
-    targets = torch.randint(vocab, (count,), device="cuda")
+    hidden = torch.randn(count, depth, device=device).bfloat16()
+    weight = (torch.randn(vocab, depth, device=device) * 3 / depth**0.5).bfloat16()
+    targets = torch.randint(vocab, (count,), device=device)
     hidden[::2] += weight[targets[::2]]
     return hidden, weight, targets
 
@@ -275,13 +275,22 @@ def _without_exps(run: Callable[[], None]) -> None:
 
 
 def gpu_tests() -> dict[str, Any]:
-    """The tests that are marked gpu."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels"]
+    """The kernels' tests that are marked gpu."""
+    return _pytest(KERNEL_TESTS_LIMIT, "tests/kernels")
+
+
+def other_gpu_tests() -> dict[str, Any]:
+    """Those of whatever uses the kernels: sampler, learner, other trainers."""
+    return _pytest(OTHER_TESTS_LIMIT, "tests/learner", "tests/rollout", "tests/integrations")
+
+
+def _pytest(limit: float, *folders: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *folders]
     try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TESTS_LIMIT)
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired as late:
         said = (late.stdout or b"").decode(errors="replace")
-        return {"error": f"not done after {TESTS_LIMIT:.0f} s: {said[-500:]}"}
+        return {"error": f"not done after {limit:.0f} s: {said[-500:]}"}
     print(run.stdout[-3000:])
     summary = run.stdout.strip().splitlines()[-1] if run.stdout.strip() else run.stderr[-300:]
     return {"summary": summary} | ({"error": summary} if run.returncode else {})

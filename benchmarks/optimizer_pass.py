@@ -26,7 +26,7 @@ def flat_adamw_case(device: str) -> Case:
         shape={"n": count},
         variants=variants,
         baseline="torch, fused AdamW",
-        check=lambda: _check(device),
+        check=lambda: check_updates(device),
         # read gradient twice, master and moments; write master, moments, live weights
         bytes=34.0 * count,
     )
@@ -74,7 +74,7 @@ def _torch(state: dict[str, Tensor]) -> Callable[[], None]:
     return run
 
 
-def _check(device: str) -> dict[str, float]:
+def check_updates(device: str) -> dict[str, float]:
     """Two updates of a small state against torch's AdamW in float64, with clipping."""
     errors = {}
     for name, remainder in (("master", False), ("master, remainder", True)):

@@ -25,6 +25,14 @@ from benchmarks.timing import copy_rate, gemm_rate, interleave
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numba", "triton", "liger-kernel", "trl")
+CPUINFO = Path("/proc/cpuinfo")
+INSTRUCTION_SETS = {
+    "AMX": "amx_bf16",
+    "AVX512-BF16": "avx512_bf16",
+    "AVX512": "avx512f",
+    "AVX2": "avx2",
+}
+"""name -> flag of the processor, the fastest first"""
 
 
 def main() -> int:
@@ -153,19 +161,29 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def machine_name(device: str) -> str:
-    """A folder name: the GPU, or the processor and its number of cores."""
+    """A folder name: the GPU, or the processor, its instruction set and its number of cores."""
     return re.sub(r"[^a-z0-9]+", "-", _hardware(device).lower()).strip("-")
+
+
+def instruction_set(flags: set[str]) -> str:
+    """The one that decides how fast matrix products are; processors of one name differ in it.
+
+    flags: as Linux names what a processor can do.
+    """
+    return next((name for name, flag in INSTRUCTION_SETS.items() if flag in flags), "")
 
 
 def _hardware(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name().removeprefix("NVIDIA ")
-    features = torch.backends.cpu.get_cpu_capability()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            features = line.split(":", 1)[1].strip()
-            break
-    return f"{features}, {torch.get_num_threads()} threads"
+    facts = {"model name": torch.backends.cpu.get_cpu_capability(), "flags": ""}
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text().split("\n\n", 1)[0].splitlines():
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    extensions = instruction_set(set(facts["flags"].split()))
+    parts = [facts["model name"], extensions, f"{torch.get_num_threads()} threads"]
+    return ", ".join(part for part in parts if part)
 
 
 if __name__ == "__main__":

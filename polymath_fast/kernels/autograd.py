@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
+
+R = TypeVar("R")
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,3 +29,46 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *incoming)
 
     return call
+
+
+def gradients_of(
+    function: Callable[..., tuple[torch.Tensor, ...]],
+    inputs: tuple[torch.Tensor | None, ...],
+    needs: tuple[bool, ...],
+    incoming: tuple[torch.Tensor | None, ...],
+) -> list[torch.Tensor | None]:
+    """Gradients of `inputs` through `function(*inputs)`.
+
+    Args:
+        needs: which inputs want a gradient; the others get None.
+        incoming: the loss's gradients by what the function returns; None counts as zero.
+    """
+    with torch.set_grad_enabled(any(needs)):
+        leaves = [
+            None if tensor is None else tensor.detach().requires_grad_(wanted)
+            for tensor, wanted in zip(inputs, needs, strict=True)
+        ]
+        outputs = function(*leaves)
+        if not any(needs):
+            return [None] * len(needs)
+        known = [(out, g) for out, g in zip(outputs, incoming, strict=True) if g is not None]
+        outputs, gradients = zip(*known, strict=True)
+        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(outputs, wanted, gradients))
+    return [next(found) if need else None for need in needs]
+
+
+def in_fresh_thread(function: Callable[[], R], device: torch.device) -> R:
+    """`function()` in a thread of its own, on the current stream of `device`.
+
+    A registered operator runs below autograd, which is a state of the thread: PyTorch's own
+    operations record nothing there.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def run() -> R:
+        with torch.cuda.stream(stream):
+            return function()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()

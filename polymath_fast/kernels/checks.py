@@ -97,6 +97,12 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature={temperature}: must be a finite number above 0")
 
 
+def check_vocab_tol(vocab_tol: float | str) -> None:
+    """ "auto", or a number from 0 to below 1."""
+    if vocab_tol != "auto" and not (isinstance(vocab_tol, int | float) and 0 <= vocab_tol < 1):
+        raise ValueError(f"vocab_tol={vocab_tol!r}: must be 'auto' or a number from 0 to below 1")
+
+
 def _check_matrix(name: str, shape: str, tensor: torch.Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.ndim != 2 or tensor.dtype not in FLOATS:

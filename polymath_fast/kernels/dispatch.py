@@ -153,12 +153,13 @@ def library_path(op: str) -> Path:
 def untraced(
     function: Callable[P, R] | None = None, *, within: Callable[P, R] | None = None
 ) -> Any:
-    """Keep torch.compile from tracing into an operator: it breaks the graph and runs as it is.
+    """Keep torch.compile from tracing into an operator.
 
     torch.compiler.disable as a decorator would import the compiler, which takes seconds; this does
     so only where the compiler is at work already.
 
-    within: the same operator in a form that stays inside a graph, where no gradient is wanted.
+    within: the same operator in a form that stays inside a graph; without one the graph breaks, and
+        the operator runs as it is.
     """
     if function is None:
         return functools.partial(untraced, within=within)
@@ -167,7 +168,7 @@ def untraced(
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        if within is not None and not wants_gradient(*args, *kwargs.values()):
+        if within is not None:
             return within(*args, **kwargs)
         return torch.compiler.disable(function)(*args, **kwargs)
 

@@ -1,4 +1,6 @@
-"""Targets outside the vocabulary that a kernel met on a GPU: noted there, raised on the host later.
+"""Bad inputs that a kernel met on a GPU: noted there, raised on the host later.
+
+Targets outside the vocabulary, and offsets of completions that do not rise from 0 to N.
 
 To raise at once the host would have to wait. Kernels write what they met to pinned host memory,
 which both sides see; the next operator call looks at it, which costs nothing.
@@ -13,9 +15,12 @@ _VALUE_BITS = 32
 
 
 def note_for(device: torch.device) -> torch.Tensor:
-    """(2,) int64 that kernels on `device` write to: (row + 1, target) in one number, and V."""
+    """(4,) int64 that kernels on `device` write to.
+
+    (row + 1, target) in one number, and V; (place + 1, offset) in one number, and N.
+    """
     if device not in _notes:
-        _notes[device] = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        _notes[device] = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
     return _notes[device]
 
 
@@ -23,32 +28,42 @@ def raise_noted(device: torch.device) -> None:
     """Raise what kernels that have ended on `device` noted, once; waits for nothing.
 
     Raises:
-        ValueError: naming the target, its row and the rule.
+        ValueError: naming the target or offset, its place and the rule.
     """
     note = _notes.get(device)
     if note is None:
         return
-    packed, vocab = note.tolist()
-    if not packed:
-        return
+    target, vocab, offset, count = note.tolist()
     note.zero_()
-    row = (packed >> _VALUE_BITS) - 1
-    target = (packed + 2**31) % 2**_VALUE_BITS - 2**31
-    raise ValueError(
-        f"targets[{row}] was {target} in an earlier call on {device}, outside [0, {vocab}); that "
-        "row had no log-prob and no gradient. Leave tokens out with mask=, there is no ignored id "
-        "such as -100"
-    )
+    if offset:
+        place, value = _unpack(offset)
+        raise ValueError(
+            f"cu_seqlens[{place}] was {value} in an earlier call on {device}: offsets must rise "
+            f"from 0 to the {count} tokens given; the loss of that call was NaN and had no "
+            "gradient. For example [0, 3, 7] for completions of 3 and 4 tokens"
+        )
+    if target:
+        row, value = _unpack(target)
+        raise ValueError(
+            f"targets[{row}] was {value} in an earlier call on {device}, outside [0, {vocab}); "
+            "that row had no log-prob and no gradient. Leave tokens out with mask=, there is no "
+            "ignored id such as -100"
+        )
+
+
+def _unpack(packed: int) -> tuple[int, int]:
+    """Where, and what was there, as int32."""
+    return (packed >> _VALUE_BITS) - 1, (packed + 2**31) % 2**_VALUE_BITS - 2**31
 
 
 def verify_targets(device: torch.device | str = "cuda") -> None:
-    """Wait for `device`, and raise if an operator met a target outside [0, V) since the last look.
+    """Wait for `device`, and raise if an operator met bad targets or offsets since the last look.
 
     Every operator raises for the calls before it; this is for the last one, or for where a step
     waits anyway.
 
     Raises:
-        ValueError: naming one such target, its row and the rule.
+        ValueError: naming one such target or offset, its place and the rule.
     """
     device = torch.device(device)
     if device.type == "cuda":

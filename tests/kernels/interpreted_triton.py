@@ -5,6 +5,8 @@ Small tiles, so that awkward shapes have whole tiles, tails and more than one of
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -25,10 +27,12 @@ from polymath_fast.kernels.group_advantages import _triton as triton_advantages
 from polymath_fast.kernels.group_advantages import reference as advantages
 from polymath_fast.kernels.grpo_loss._triton import grpo_loss
 from polymath_fast.kernels.linear_grpo_loss._triton import linear_grpo_loss
+from polymath_fast.kernels.linear_logprobs._triton import gradients as head_gradients
 from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
-from polymath_fast.kernels.policy_loss import PolicyLossSpec, prepare
+from polymath_fast.kernels.policy_loss import PolicyLossSpec, batch, prepare
+from polymath_fast.kernels.token_logprobs._triton import gradient as token_gradient
 from polymath_fast.kernels.token_logprobs._triton import token_logprobs
-from polymath_fast.kernels.triton import head, head_gradient
+from polymath_fast.kernels.triton import head, head_gradient, offsets
 from polymath_fast.kernels.triton.coefficients import known_beforehand
 from polymath_fast.kernels.weight_sync import _triton as triton_sync
 
@@ -518,3 +522,118 @@ def test_weight_sync(src, dst, monkeypatch) -> None:
     monkeypatch.setattr(triton_sync, "CHUNK", 4096)
     monkeypatch.setattr(triton_sync, "BLOCK", 512)
     check(triton_sync.weight_sync, layouts(src, dst))
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["stored", "sums-alone"])
+def test_a_persistent_product_has_the_same_bits(keep) -> None:
+    """Its programs take several tiles each, more than four in all here, and the last ones fewer."""
+    tensors = make_head(130, 3000, 47, BF16, "cpu", bias=True)
+    given = [tensors[name] for name in ("hidden", "weight", "bias", "targets")]
+    index = torch.arange(130)
+    live = torch.tensor([130], dtype=torch.int32) if keep else None
+    found = []
+    for persistent in (False, True):
+        one = head.Head(*given, 0.7)
+        one.tiles = replace(one.tiles, persistent=persistent)
+        chunk = one.chunk(index, slice(0, 130), live)
+        found.append((chunk.found, chunk.exps if keep else chunk.found))
+    assert found[0][0].isfinite().all()
+    for plain, ours in zip(*found, strict=True):
+        assert torch.equal(plain, ours)
+
+
+BAD_OFFSETS = [
+    pytest.param([2, 9, 20], r"cu_seqlens\[0\] was 2 ", id="start"),
+    pytest.param([0, 9, 7, 20], r"cu_seqlens\[2\] was 7 ", id="fall"),
+    pytest.param([0, 9, 19], r"cu_seqlens\[2\] was 19 ", id="short"),
+    pytest.param([0, 30, 20], r"cu_seqlens\[2\] was 20 ", id="beyond"),
+    pytest.param([0, -5, 20], r"cu_seqlens\[1\] was -5 ", id="negative"),
+    pytest.param([0, 2**40], r"cu_seqlens\[1\] was 2147483647 ", id="huge"),
+    pytest.param([0, *range(1500), 1400, 20], r"cu_seqlens\[1501\] was 1400 ", id="second-block"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("cuts", [[0, 20], [0, 0, 7, 7, 20], [*[0] * 2000, 20]], ids=len)
+def test_offsets_that_fit_come_through(dtype, cuts) -> None:
+    given = torch.tensor(cuts, dtype=dtype)
+    # a slice is contiguous and not aligned; every other one is neither
+    spread = given.repeat_interleave(2)
+    for view in (given, torch.cat([given[:1], given])[1:], spread[::2]):
+        safe, sound = offsets.checked_offsets(view, 20)
+        assert safe.dtype == torch.int64 and safe.tolist() == cuts and sound == 1
+    verify_targets("cpu")
+
+
+@pytest.mark.parametrize(("cuts", "message"), BAD_OFFSETS)
+def test_offsets_that_do_not_fit_are_told_to_the_host(cuts, message) -> None:
+    given = torch.tensor(cuts, dtype=torch.int64)
+    safe, sound = offsets.checked_offsets(given, 20)
+    assert safe.tolist() == [0] + [20] * (len(cuts) - 1) and sound.isnan()
+    with pytest.raises(ValueError, match=message + ".*from 0 to the 20 tokens"):
+        verify_targets("cpu")
+    verify_targets("cpu")
+
+
+def test_offsets_of_no_tokens() -> None:
+    for cuts in ([0], [0, 0, 0]):
+        safe, sound = offsets.checked_offsets(torch.tensor(cuts, dtype=torch.int32), 0)
+        assert safe.tolist() == cuts and sound == 1
+    safe, sound = offsets.checked_offsets(torch.tensor([3]), 0)
+    assert safe.tolist() == [0] and sound.isnan()
+    with pytest.raises(ValueError, match="was 3"):
+        verify_targets("cpu")
+
+
+@pytest.mark.parametrize(("spec", "names"), SPECS[:4])
+@pytest.mark.parametrize("op", ["grpo_loss", "linear_grpo_loss"])
+def test_bad_offsets_have_no_gradient(op, spec, names, monkeypatch) -> None:
+    """The loss is NaN, all gradients are 0, nothing reads outside its memory."""
+    shape = (21, 100) if op == "grpo_loss" else (21, 100, 32)
+    tensors = (make_logits if op == "grpo_loss" else make_head)(*shape, BF16, "cpu")
+    given = make_batch(21, "cpu", *names)
+    # what is asked of the table of losses once, with offsets of its own on the CPU, is then known
+    loss_result(op, "_triton", tensors, given, spec)
+    monkeypatch.setattr(batch, "_looked_at_later", lambda device: True)
+    bad = given | {"cu_seqlens": torch.tensor([0, 7, 7, 50, 40], dtype=torch.int32)}
+    result = loss_result(op, "_triton", tensors, bad, spec)
+    assert result.output.loss.isnan() and result.logprobs.isfinite().all()
+    assert result.output.metrics["nonfinite_rows"] == given["mask"].sum()
+    for gradient in result.gradients.values():
+        assert gradient is None or (gradient == 0).all()
+    with pytest.raises(ValueError, match=r"cu_seqlens\[4\] was 40 "):
+        loss_result(op, "_triton", tensors, given, spec)
+    assert loss_result(op, "_triton", tensors, given, spec).output.loss.isfinite()
+
+
+def test_rows_gradient_starts_from_the_logits_again() -> None:
+    """As graphs of torch.compile need it: the bits of a plain call's backward pass."""
+    tensors = make_logits(21, 1000, BF16, "cpu")
+    leaf, (g, g_entropy) = tensors["logits"].requires_grad_(), upstream(21)
+    for by_entropy in (None, g_entropy):
+        logprobs, entropy = token_logprobs(leaf, tensors["targets"], 0.7)
+        outputs = ((logprobs, entropy), (g, by_entropy))
+        if by_entropy is None:
+            outputs = (logprobs, g)
+        (expected,) = torch.autograd.grad(outputs[0], leaf, outputs[1])
+        again = token_gradient(leaf.detach(), tensors["targets"], 0.7, g, by_entropy)
+        assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("chunk", [16, 64], ids=["chunks", "one-chunk"])
+def test_head_gradients_start_from_the_inputs_again(chunk, monkeypatch) -> None:
+    monkeypatch.setattr(head.Head, "_rows_that_fit", lambda self: chunk)
+    tensors = make_head(37, 1000, 48, BF16, "cpu", bias=True)
+    g, g_entropy = upstream(37)
+    g[::3] = g_entropy[::3] = 0
+    leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    hidden, weight, bias = leaves
+    outputs = linear_logprobs(hidden, weight, tensors["targets"], bias, 0.7)
+    expected = torch.autograd.grad(outputs, leaves, (g, g_entropy))
+    hidden, weight, bias = (leaf.detach() for leaf in leaves)
+    given = (hidden, weight, tensors["targets"], bias, 0.7, g, g_entropy)
+    everything = head_gradients(*given, (True, True, True))
+    for again, exact in zip(everything, expected, strict=True):
+        assert torch.equal(again, exact)
+    only = head_gradients(*given, (False, True, False))
+    assert only[0] is only[2] is None and torch.equal(only[1], expected[1])

@@ -391,3 +391,15 @@ def test_entropy_bonus_of_top_tokens_is_a_mean_over_them() -> None:
     (loss, gradient), (other, other_gradient) = _ours(case, spec), _ours(case, divided)
     assert_close(other, loss)
     assert_close(other_gradient, gradient)
+
+
+@pytest.mark.parametrize("cuts", [[1, 3], [0, 2], [0, 4, 3], []], ids=str)
+def test_importance_weights_refuse_offsets_that_do_not_fit(cuts: list[int]) -> None:
+    values = torch.zeros(3)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        importance_weights(values, values, torch.tensor(cuts, dtype=torch.int32))
+
+
+def test_tokens_without_a_completion_are_refused() -> None:
+    with pytest.raises(ValueError, match="no completion for the 3 tokens"):
+        policy_loss(torch.zeros(3), torch.zeros(0), torch.tensor([0]))

@@ -20,6 +20,7 @@ from polymath_fast.kernels import (
     verify_targets,
 )
 from polymath_fast.kernels.flat_adamw import Segments
+from polymath_fast.kernels.triton import head
 
 pytestmark = pytest.mark.gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -116,6 +117,41 @@ def test_a_target_outside_is_raised_by_the_next_call(op: str) -> None:
         verify_targets("cuda")
     run(targets)
     verify_targets("cuda")
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["stored", "sums-alone"])
+def test_a_persistent_product_has_the_same_bits(keep: bool) -> None:
+    tensors = make_head(1500, 50_000, 192, BF16, "cuda", bias=True)
+    given = [tensors[name] for name in ("hidden", "weight", "bias", "targets")]
+    index = torch.arange(1500, device="cuda")
+    live = torch.full((1,), 1500, dtype=torch.int32, device="cuda") if keep else None
+    found = []
+    for persistent in (False, True):
+        one = head.Head(*given, 0.7)
+        one.tiles = replace(one.tiles, persistent=persistent)
+        chunk = one.chunk(index, slice(0, 1500), live)
+        found.append([chunk.found, chunk.exps if keep else chunk.found])
+    for plain, ours in zip(*found, strict=True):
+        assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("cuts", [[1, 20, 40], [0, 30, 20], [0, 20, 10**6], [0, 20, 39]], ids=str)
+def test_offsets_that_do_not_fit_are_told_to_the_host(cuts: list[int]) -> None:
+    """Without an access outside of memory; calls after it work."""
+    tensors = make_head(40, 3000, 64, BF16, "cuda")
+    leaves = [tensors[name].requires_grad_() for name in ("hidden", "weight")]
+    advantages = torch.tensor([1.0, -1.0], device="cuda")
+    for spec in (PolicyLossSpec(), PolicyLossSpec(loss_type="gspo")):
+        given = (*leaves, tensors["targets"], advantages)
+        offsets = torch.tensor(cuts, dtype=torch.int32, device="cuda")
+        out = linear_grpo_loss(*given, offsets, spec=spec, impl="triton")
+        gradients = torch.autograd.grad(out.loss, leaves)
+        assert out.loss.isnan() and out.logprobs.isfinite().all()
+        assert all((gradient == 0).all() for gradient in gradients)
+        with pytest.raises(ValueError, match="from 0 to the 40 tokens"):
+            verify_targets("cuda")
+        good = torch.tensor([0, 20, 40], dtype=torch.int32, device="cuda")
+        assert linear_grpo_loss(*given, good, spec=spec, impl="triton").loss.isfinite()
 
 
 @pytest.mark.parametrize("vocab_tol", [0.0, "auto"])

@@ -168,12 +168,16 @@ def _add_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add
 
 @contextmanager
 def _fp32_products(precision: str) -> Iterator[None]:
-    """How oneDNN multiplies fp32 matrices: "ieee", or "bf16" factors with fp32 sums."""
+    """How oneDNN multiplies fp32 matrices: "ieee", or "bf16" factors with fp32 sums.
+
+    Autocast, which would round the factors and the result, does not reach inside.
+    """
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     settings.fp32_precision = precision
     try:
-        yield
+        with torch.autocast("cpu", enabled=False):
+            yield
     finally:
         settings.fp32_precision = before
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from polymath_fast.kernels import checks, dispatch
+from polymath_fast.kernels.grpo_loss import compiled
 from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec, prepare
 
 __all__ = ["grpo_loss"]
 
 
-@dispatch.untraced
+@dispatch.untraced(within=compiled.grpo_loss)
 def grpo_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,

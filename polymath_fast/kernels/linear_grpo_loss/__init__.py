@@ -7,12 +7,13 @@ from typing import Literal
 import torch
 
 from polymath_fast.kernels import checks, dispatch
+from polymath_fast.kernels.linear_grpo_loss import compiled
 from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec, prepare
 
 __all__ = ["linear_grpo_loss"]
 
 
-@dispatch.untraced
+@dispatch.untraced(within=compiled.linear_grpo_loss)
 def linear_grpo_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -84,8 +85,7 @@ def linear_grpo_loss(
         mask=mask,
         multiplicity=multiplicity,
     )
-    if vocab_tol != "auto" and not (isinstance(vocab_tol, int | float) and 0 <= vocab_tol < 1):
-        raise ValueError(f"vocab_tol={vocab_tol!r}: must be 'auto' or a number from 0 to below 1")
+    checks.check_vocab_tol(vocab_tol)
     implementation = dispatch.resolve("linear_grpo_loss", hidden, impl)
     return implementation.linear_grpo_loss(
         hidden, weight, targets.long(), bias, batch, spec, vocab_tol

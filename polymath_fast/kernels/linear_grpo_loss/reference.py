@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from polymath_fast.kernels import dispatch
 from polymath_fast.kernels.linear_logprobs.reference import linear_logprobs
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
@@ -27,7 +28,7 @@ def linear_grpo_loss(
     """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64; exact, `vocab_tol` or not."""
     logprobs, entropy = linear_logprobs(hidden, weight, targets, bias, spec.temperature)
     out = differentiable_loss(batch, logprobs, entropy, spec)
-    if not vocab_tol:
+    if not (vocab_tol and dispatch.wants_gradient(hidden, weight, bias)):
         return out
     nothing = torch.zeros((), device=hidden.device)
     kept = {"vocab/live_share": torch.ones_like(nothing)}

@@ -26,6 +26,21 @@ def linear_logprobs(
     return _LinearLogprobs.apply(hidden, weight, targets, bias, temperature)
 
 
+def gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    by_logprob: torch.Tensor,
+    by_entropy: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """By hidden, weight and bias, of a loss with these derivatives (N,) by their log-probs."""
+    given = (hidden, weight, bias, targets, temperature)
+    return head_gradients(*given, by_logprob, by_entropy, needs)[0]
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, targets, bias, temperature):
@@ -41,7 +56,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, by_logprob: torch.Tensor, by_entropy: torch.Tensor):
         hidden, weight, targets, bias = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        (d_hidden, d_weight, d_bias), _ = head_gradients(
-            hidden, weight, bias, targets, ctx.temperature, by_logprob, by_entropy, needs
+        d_hidden, d_weight, d_bias = gradients(
+            hidden, weight, targets, bias, ctx.temperature, by_logprob, by_entropy, needs
         )
         return d_hidden, d_weight, None, d_bias, None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from polymath_fast.kernels.autograd import first_order
-from polymath_fast.kernels.triton.head import Head
+from polymath_fast.kernels.triton.head import Chunk, Head
 from polymath_fast.kernels.triton.head_gradient import HeadGradient
 from polymath_fast.kernels.triton.live import all_chunks, live_chunks
 
@@ -29,6 +29,52 @@ def linear_logprobs(
     return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature)
 
 
+def gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    by_logprob: torch.Tensor,
+    by_entropy: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """By hidden, weight and bias, of a loss with these derivatives (N,) by their log-probs."""
+    head = Head(hidden, weight, bias, targets, temperature)
+    chunk = _only_chunk(head) if 0 < len(hidden) <= head.rows else None
+    return _gradients(head, chunk, by_logprob, by_entropy, needs)
+
+
+def _only_chunk(head: Head) -> Chunk:
+    """All rows of a head at once, with their exponentials."""
+    count, device = len(head.hidden), head.hidden.device
+    index = torch.arange(count, device=device)
+    live = torch.full((1,), count, dtype=torch.int32, device=device)
+    return head.chunk(index, slice(0, count), live)
+
+
+def _gradients(
+    head: Head,
+    kept: Chunk | None,
+    g: torch.Tensor | None,
+    g_entropy: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """kept: the only chunk of the head, where all rows fit in one."""
+    g = torch.zeros_like(g_entropy) if g is None else g
+    size = g.abs() if g_entropy is None else torch.maximum(g.abs(), g_entropy.abs())
+    unit = size.amax() if len(size) else size.new_ones(())
+    unit = torch.where(unit > 0, unit, 1).float()
+    gradient = HeadGradient(head, needs, unit)
+    if kept is not None:
+        gradient.add(kept, g, g_entropy)
+        return gradient.finish()
+    for chunk in live_chunks(head, size != 0, others=False):
+        rows = chunk.index
+        gradient.add(chunk, g[rows], None if g_entropy is None else g_entropy[rows])
+    return gradient.finish()
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, targets, temperature):  # noqa: ANN001
@@ -38,9 +84,7 @@ class _LinearLogprobs(torch.autograd.Function):
         head = Head(hidden, weight, bias, targets, temperature)
         count = len(hidden)
         if any(ctx.needs_input_grad) and 0 < count <= head.rows:
-            index = torch.arange(count, device=hidden.device)
-            live = torch.full((1,), count, dtype=torch.int32, device=hidden.device)
-            chunk = head.chunk(index, slice(0, count), live)
+            chunk = _only_chunk(head)
             ctx.kept = head, chunk
             return chunk.found[0].clone(), chunk.found[1].clone()
         found = torch.empty(2, count, device=hidden.device)
@@ -55,16 +99,5 @@ class _LinearLogprobs(torch.autograd.Function):
             return None, None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
-        head = kept[0] if kept else Head(hidden, weight, bias, targets, ctx.temperature)
-        g = torch.zeros_like(g_entropy) if g is None else g
-        size = g.abs() if g_entropy is None else torch.maximum(g.abs(), g_entropy.abs())
-        unit = size.amax() if len(size) else size.new_ones(())
-        unit = torch.where(unit > 0, unit, 1).float()
-        gradient = HeadGradient(head, ctx.needs_input_grad[:3], unit)
-        if kept:
-            gradient.add(kept[1], g, g_entropy)
-        else:
-            for chunk in live_chunks(head, size != 0, others=False):
-                rows = chunk.index
-                gradient.add(chunk, g[rows], None if g_entropy is None else g_entropy[rows])
-        return *gradient.finish(), None, None
+        head, chunk = kept or (Head(hidden, weight, bias, targets, ctx.temperature), None)
+        return *_gradients(head, chunk, g, g_entropy, ctx.needs_input_grad[:3]), None, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from polymath_fast.kernels.autograd import gradients_of, in_fresh_thread
 from polymath_fast.kernels.checks import working_dtype
 from polymath_fast.kernels.token_logprobs.reference import token_logprobs
 
@@ -44,3 +45,22 @@ def linear_logprobs(
     ]
     logprobs, entropy = (torch.cat(results) for results in zip(*parts, strict=True))
     return logprobs, entropy
+
+
+def gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    by_logprob: torch.Tensor,
+    by_entropy: torch.Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """By hidden, weight and bias, of a loss with these derivatives (N,) by their log-probs."""
+
+    def head(*leaves: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear_logprobs(leaves[0], leaves[1], targets, leaves[2], temperature)
+
+    given = (head, (hidden, weight, bias), needs, (by_logprob, by_entropy))
+    return tuple(in_fresh_thread(lambda: gradients_of(*given), hidden.device))

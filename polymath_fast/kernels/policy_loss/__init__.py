@@ -8,14 +8,16 @@ times the gradient of that log-prob. `prepare` gathers what is known before the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from polymath_fast.kernels import checks, dispatch
 from polymath_fast.kernels.autograd import first_order
-from polymath_fast.kernels.policy_loss.batch import PolicyBatch, prepare
+from polymath_fast.kernels.policy_loss import compiled
+from polymath_fast.kernels.policy_loss.batch import PolicyBatch, check_logprobs, prepare
 from polymath_fast.kernels.policy_loss.corrections import importance_weights
+from polymath_fast.kernels.policy_loss.output import PolicyLossOutput
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
 from polymath_fast.kernels.policy_loss.terms import PolicyTerms, policy_terms, summarize
 
@@ -33,20 +35,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class PolicyLossOutput:
-    """What a policy loss returns."""
-
-    loss: torch.Tensor
-    """0-d, differentiable"""
-    logprobs: torch.Tensor
-    """(N,) log-probs of the targets at the spec's temperature, detached"""
-    entropy: torch.Tensor | None
-    """(N,) entropies at the spec's temperature, detached"""
-    metrics: dict[str, torch.Tensor]
-    """0-d tensors on the device; nothing here waits for a GPU"""
-
-
+@dispatch.untraced(within=compiled.policy_loss)
 def policy_loss(
     logprobs: torch.Tensor,
     advantages: torch.Tensor,
@@ -79,13 +68,8 @@ def policy_loss(
         ValueError: wrong shapes, dtypes or devices; a term of the spec whose input is missing.
     """
     spec = PolicyLossSpec() if spec is None else spec
-    if logprobs.ndim != 1 or not logprobs.is_floating_point():
-        raise ValueError(f"logprobs must be float (N,), got {tuple(logprobs.shape)}")
-    if entropy is not None and entropy.shape != logprobs.shape:
-        raise ValueError(f"entropy is {tuple(entropy.shape)}, logprobs {tuple(logprobs.shape)}")
-    if entropy is None and (spec.entropy_coef or spec.top_entropy_quantile < 1):
-        raise ValueError("entropy_coef and top_entropy_quantile need entropy (N,)")
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    check_logprobs(logprobs, entropy, spec)
+    dtype = checks.working_dtype(logprobs.dtype)
     batch = prepare(
         spec,
         logprobs.numel(),

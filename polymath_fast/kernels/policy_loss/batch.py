@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from polymath_fast.kernels.checks import check_tensor
+from polymath_fast.kernels.faults import raise_noted
 from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_sum
 from polymath_fast.kernels.policy_loss.spec import (
     SEQUENCE_MEAN,
@@ -64,10 +65,11 @@ def prepare(
 
     Raises:
         ValueError: a tensor of another shape, dtype or device than the contract says; a term of
-            the spec whose input is missing. What cannot be seen without waiting for a GPU is
-            checked on CPU tensors only.
+            the spec whose input is missing. Offsets that do not fit are raised by a later call
+            where the tensors are on a GPU (see `faults`): this one's loss is NaN and has no
+            gradient.
     """
-    cu_seqlens = _check_cu_seqlens(cu_seqlens, count, device)
+    cu_seqlens, sound = check_cu_seqlens(cu_seqlens, count, device)
     completions = cu_seqlens.numel() - 1
     _check_inputs(spec, old_logprobs, ref_logprobs, sampling_logprobs, importance_weights)
     if multiplicity is not None and spec.top_entropy_quantile < 1:
@@ -107,6 +109,8 @@ def prepare(
     by_token = spec.formula != "vespo"
     multiplicity = per_token("multiplicity", multiplicity, True)
     weights, entropy_weights = _all_weights(spec, mask, cu_seqlens, ids, dtype, multiplicity)
+    if sound is not None:
+        weights = weights * sound
     return PolicyBatch(
         cu_seqlens=cu_seqlens,
         advantages=per_token("advantages", advantages, True),
@@ -119,6 +123,22 @@ def prepare(
         importance_weights=per_token("importance_weights", importance_weights, by_token),
         multiplicity=multiplicity,
     )
+
+
+def check_logprobs(
+    logprobs: torch.Tensor, entropy: torch.Tensor | None, spec: PolicyLossSpec
+) -> None:
+    """logprobs (N,) float; entropy (N,), or None where the spec has no use for it.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if logprobs.ndim != 1 or not logprobs.is_floating_point():
+        raise ValueError(f"logprobs must be float (N,), got {tuple(logprobs.shape)}")
+    if entropy is not None and entropy.shape != logprobs.shape:
+        raise ValueError(f"entropy is {tuple(entropy.shape)}, logprobs {tuple(logprobs.shape)}")
+    if entropy is None and (spec.entropy_coef or spec.top_entropy_quantile < 1):
+        raise ValueError("entropy_coef and top_entropy_quantile need entropy (N,)")
 
 
 def _check_inputs(
@@ -184,8 +204,10 @@ def _all_weights(
     return by_loss, weights(spec.entropy_aggregation, divisor)
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
-    """(B + 1,) int64."""
+def check_cu_seqlens(
+    cu_seqlens: torch.Tensor, count: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(B + 1,) int64, safe to use; on a GPU also 0-d: 1, or NaN where they did not fit."""
     check_tensor("cu_seqlens", cu_seqlens)
     if (
         cu_seqlens.ndim != 1
@@ -197,6 +219,13 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, count: int, device: torch.device
             f"cu_seqlens must be int32 (B + 1,) on {device}, got {cu_seqlens.dtype} "
             f"{tuple(cu_seqlens.shape)} on {cu_seqlens.device}; for example [0, 3, 7]"
         )
+    if cu_seqlens.numel() == 1 and count:
+        raise ValueError(f"cu_seqlens has no completion for the {count} tokens given")
+    if _looked_at_later(device):
+        from polymath_fast.kernels.triton.offsets import checked_offsets
+
+        raise_noted(device)
+        return checked_offsets(cu_seqlens, count)
     cu_seqlens = cu_seqlens.long()
     if device.type == "cpu":
         falls = bool((cu_seqlens.diff() < 0).any())
@@ -205,4 +234,9 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, count: int, device: torch.device
                 f"cu_seqlens must rise from 0 to the {count} tokens given, got "
                 f"{cu_seqlens[:8].tolist()}{' ...' if cu_seqlens.numel() > 8 else ''}"
             )
-    return cu_seqlens
+    return cu_seqlens, None
+
+
+def _looked_at_later(device: torch.device) -> bool:
+    """Whether looking at a tensor's numbers would make the host wait."""
+    return device.type == "cuda"

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from polymath_fast.kernels.policy_loss.batch import check_cu_seqlens
 from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_mean, sequence_sum
 from polymath_fast.kernels.policy_loss.spec import CORRECTIONS, PolicyLossSpec
 
@@ -29,7 +30,8 @@ def importance_weights(
         logprobs: (N,) under the policy the ratio of the loss is taken against, before the update.
         sampling_logprobs: (N,) as the rollout engine reported them. NaN, where it could not say,
             counts as equal.
-        cu_seqlens: (B + 1,) int32.
+        cu_seqlens: (B + 1,) int32. Where they do not fit, weights of completions on a GPU are NaN,
+            and a later call raises.
         mask: (N,) bool, True on trained tokens; None = all.
         mode: "token_*": one weight a token; "sequence_*": the product over the completion.
             "*_truncate": clamped to [clip_min, clip_max]; "*_mask": 0 outside of it (IcePop).
@@ -38,7 +40,7 @@ def importance_weights(
         (N,) for token modes, (B,) for sequence modes, detached; TRL's and verl's definitions.
 
     Raises:
-        ValueError: unknown mode, shapes that differ.
+        ValueError: unknown mode, shapes that differ, offsets that do not fit.
 
     Source: Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (2025).
     """
@@ -49,6 +51,30 @@ def importance_weights(
             f"logprobs {tuple(logprobs.shape)} and sampling_logprobs "
             f"{tuple(sampling_logprobs.shape)} must both be (N,)"
         )
+    offsets, sound = check_cu_seqlens(cu_seqlens, len(logprobs), logprobs.device)
+    weights = correction_weights(
+        logprobs,
+        sampling_logprobs,
+        offsets,
+        mask=mask,
+        mode=mode,
+        clip_max=clip_max,
+        clip_min=clip_min,
+    )
+    return weights * sound if sound is not None and mode.startswith("sequence") else weights
+
+
+def correction_weights(
+    logprobs: torch.Tensor,
+    sampling_logprobs: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    mode: str,
+    clip_max: float | None,
+    clip_min: float | None,
+) -> torch.Tensor:
+    """`importance_weights` of inputs that are known to fit."""
     difference = (logprobs - sampling_logprobs).detach().nan_to_num(nan=0.0)
     if mask is not None:
         difference = torch.where(mask, difference, 0)

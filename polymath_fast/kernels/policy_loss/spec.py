@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
 
 TOKEN_MEAN = "token-mean"
 SEQUENCE_MEAN = "seq-mean-token-mean"
@@ -129,6 +132,30 @@ class PolicyLossSpec:
         _check_numbers(self)
         _check_combinations(self)
         _check_unused(self)
+        # kept, not made when asked for: torch.compile then has one string to guard
+        object.__setattr__(self, "_packed", _pack(self))
+
+    @property
+    def packed(self) -> str:
+        """Options that differ from their defaults, "name=value;name=value", without the divisors.
+
+        This is how a spec gets into a graph of torch.compile. Divisors change from step to step
+        and would make a new graph each time; they travel as numbers of their own.
+        """
+        return self._packed
+
+    @classmethod
+    def unpacked(
+        cls, text: str, normalizer: float | None, entropy_normalizer: float | None
+    ) -> PolicyLossSpec:
+        """The spec with these `packed` options and divisors."""
+        divisors = {"normalizer": normalizer, "entropy_normalizer": entropy_normalizer}
+        return cls(**_options(text), **divisors)
+
+    @classmethod
+    def unpacked_options(cls, text: str) -> PolicyLossSpec:
+        """The same where the divisors do not matter: they are 1."""
+        return cls.unpacked(text, 1.0, 1.0)
 
     @property
     def formula(self) -> str:
@@ -175,6 +202,32 @@ class PolicyLossSpec:
             or (self.importance_sampling_mode or "").startswith("sequence")
         )
         return "sequence" if by_sequence else "token"
+
+
+DIVISORS = ("normalizer", "entropy_normalizer")
+"""options that `PolicyLossSpec.packed` leaves out"""
+
+
+def _pack(spec: PolicyLossSpec) -> str:
+    parts = []
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if field.name in DIVISORS or value == field.default:
+            continue
+        if isinstance(value, str):
+            parts.append(f"{field.name}='{value}'")
+        elif value is None or isinstance(value, bool | int):
+            parts.append(f"{field.name}={value}")
+        else:
+            # NumPy's numbers print their type as well
+            parts.append(f"{field.name}={float(value)!r}")
+    return ";".join(parts)
+
+
+@lru_cache(maxsize=256)
+def _options(text: str) -> dict[str, Any]:
+    pairs = (part.split("=", 1) for part in text.split(";") if part)
+    return {name: ast.literal_eval(value) for name, value in pairs}
 
 
 _READERS: dict[str, tuple[str, ...]] = {

@@ -151,6 +151,8 @@ TOKEN_LOSSES: dict[str, Callable[[TokenInputs, PolicyLossSpec], TokenLoss]] = {
     "dppo_kl": dppo_kl,
 }
 """formula of `PolicyLossSpec` -> token loss"""
+CLIPPING = ("clip", "cispo", "cispo_two_sided", "dppo_tv", "dppo_kl")
+"""formulas that say which tokens a bound took the gradient from"""
 
 
 def _weighted(x: TokenInputs, clamped: torch.Tensor) -> TokenLoss:

@@ -11,7 +11,12 @@ from polymath_fast.kernels.policy_loss.batch import PolicyBatch
 from polymath_fast.kernels.policy_loss.kl import kl_penalty
 from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_mean
 from polymath_fast.kernels.policy_loss.spec import TOKEN_MEAN, PolicyLossSpec
-from polymath_fast.kernels.policy_loss.table import TOKEN_LOSSES, TokenInputs, TokenLoss
+from polymath_fast.kernels.policy_loss.table import (
+    CLIPPING,
+    TOKEN_LOSSES,
+    TokenInputs,
+    TokenLoss,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +114,7 @@ def _importance(batch: PolicyBatch, old: torch.Tensor, spec: PolicyLossSpec) -> 
     """(N,) weights that correct for the sampler, given or computed."""
     if spec.importance_sampling_mode is None:
         return batch.importance_weights
-    weights = corrections.importance_weights(
+    weights = corrections.correction_weights(
         old,
         batch.sampling_logprobs,
         batch.cu_seqlens,
@@ -237,3 +242,26 @@ def summarize(
         metrics["clip_ratio/high"] = mean(high)
         metrics["clip_ratio/region"] = mean(low | high)
     return metrics
+
+
+def metric_names(
+    spec: PolicyLossSpec, *, entropy: bool, sampling: bool, weights: bool
+) -> tuple[str, ...]:
+    """Keys of `summarize` in order, known before there are tensors.
+
+    Args:
+        entropy, sampling, weights: whether the call has entropies, `sampling_logprobs` and
+            `importance_weights`.
+    """
+    names = ["tokens", "nonfinite_rows", "ratio/mean", "ratio/max"]
+    if entropy:
+        names.append("entropy")
+    if spec.beta:
+        names.append("kl")
+    if weights or spec.importance_sampling_mode is not None:
+        names.append("importance_weight/mean")
+    if sampling:
+        names += ["sampling/logprob_diff_mean", "sampling/logprob_diff_max"]
+    if spec.formula in CLIPPING:
+        names += ["clip_ratio/low", "clip_ratio/high", "clip_ratio/region"]
+    return tuple(names)

@@ -17,6 +17,20 @@ def token_logprobs(
     return _TokenLogprobs.apply(logits, targets, temperature)
 
 
+def gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    by_logprob: torch.Tensor,
+    by_entropy: torch.Tensor | None,
+) -> torch.Tensor:
+    """(N, V) gradient by `logits` of a loss with these derivatives (N,) by their log-probs."""
+    rows = LogitRows(logits, targets, temperature)
+    rows.statistics()
+    by_entropy = torch.zeros_like(by_logprob) if by_entropy is None else by_entropy
+    return rows.gradient(by_logprob, by_entropy, inplace=False)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float):

@@ -23,6 +23,20 @@ def token_logprobs(
     return _TokenLogprobs.apply(logits, targets, temperature, inplace)
 
 
+def gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    by_logprob: torch.Tensor,
+    by_entropy: torch.Tensor | None,
+) -> torch.Tensor:
+    """(N, V) gradient by `logits` of a loss with these derivatives (N,) by their log-probs."""
+    found = rows.statistics(logits, targets, temperature)
+    out = torch.empty_like(logits)
+    rows.slopes(logits, targets, found, by_logprob, by_entropy, temperature, out)
+    return out
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, targets, temperature, inplace):  # noqa: ANN001

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from polymath_fast.kernels.autograd import gradients_of, in_fresh_thread
 from polymath_fast.kernels.checks import working_dtype
 
 
@@ -23,3 +24,19 @@ def token_logprobs(
     entropy = -(log_p.exp() * surprise).sum(-1)
     sound = peak[:, 0].isfinite()
     return torch.where(sound, logprobs, torch.nan), torch.where(sound, entropy, torch.nan)
+
+
+def gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    by_logprob: torch.Tensor,
+    by_entropy: torch.Tensor | None,
+) -> torch.Tensor:
+    """(N, V) gradient by `logits` of a loss with these derivatives (N,) by their log-probs."""
+
+    def rows(leaf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_logprobs(leaf, targets, temperature)
+
+    given = (rows, (logits,), (True,), (by_logprob, by_entropy))
+    return in_fresh_thread(lambda: gradients_of(*given), logits.device)[0]

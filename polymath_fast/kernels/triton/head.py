@@ -21,7 +21,13 @@ from polymath_fast.kernels.triton.head_kernels import (
     target_logits_kernel,
 )
 from polymath_fast.kernels.triton.products import product
-from polymath_fast.kernels.triton.tiles import best_rows, describable, processors, tiles_for
+from polymath_fast.kernels.triton.tiles import (
+    best_rows,
+    describable,
+    flattens,
+    processors,
+    tiles_for,
+)
 
 MEMORY_SHARE = 64
 """a chunk may take this fraction of the device's memory"""
@@ -176,8 +182,10 @@ class Head:
                 for operand, size in zip(operands, sizes, strict=True)
             )
         programs = triton.cdiv(count, tiles.m) * triton.cdiv(self.vocab, tiles.n)
-        if any_again is not None:
+        again_only = any_again is not None
+        if again_only or tiles.persistent:
             programs = min(programs, processors(hidden.device))
+        flatten = tiles.persistent and others and not again_only and flattens(hidden.device)
         exp_gemm_kernel[(programs,)](
             *operands,
             self.bias,
@@ -198,7 +206,8 @@ class Head:
             BIAS=self.bias is not None,
             STORE=exps is not None,
             OTHERS=others,
-            AGAIN=any_again is not None,
+            AGAIN=again_only,
+            FLATTEN=flatten,
             DESCRIPTORS=by_descriptor,
             WIDEN=not hidden.is_cuda,
             BLOCK_M=tiles.m,

@@ -90,6 +90,7 @@ def exp_gemm_kernel(
     STORE: tl.constexpr,
     OTHERS: tl.constexpr,
     AGAIN: tl.constexpr,
+    FLATTEN: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -102,6 +103,8 @@ def exp_gemm_kernel(
     hidden (rows, depth) and weight (vocab, depth) are descriptors or pointers. Programs take tiles
     in turn. STORE: E of the first `live` rows, zeros in what is left of their last tile. OTHERS:
     sums of the rows after them, too. AGAIN: only rows that `again` marks, nothing if `any` is 0.
+    FLATTEN: join the loops over tiles and over their depth, so that loads for the next tile begin
+    before this one's epilogue; for few programs that have many tiles each, all of them wanted.
     WIDEN: for Triton's interpreter, which takes the bits of bf16 operands for integers.
     """
     live = rows
@@ -110,7 +113,7 @@ def exp_gemm_kernel(
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(vocab, BLOCK_N)
     if AGAIN:
         tiles = tl.where(tl.load(any_ptr) != 0, tiles, 0)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = tile_of(tile, rows, vocab, BLOCK_M, BLOCK_N, GROUP_M)
         row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -119,7 +122,10 @@ def exp_gemm_kernel(
             wanted = wanted & (tile_m * BLOCK_M < live)
         if AGAIN:
             wanted = wanted & (tl.load(again_ptr + row, mask=wanted, other=0) != 0)
-        if tl.max(wanted.to(tl.int32), axis=0) != 0:
+        busy = True
+        if AGAIN or not OTHERS or not FLATTEN:
+            busy = tl.max(wanted.to(tl.int32), axis=0) != 0
+        if busy:
             total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if DESCRIPTORS:
                 for k in range(0, tl.cdiv(depth, BLOCK_K)):

@@ -13,6 +13,7 @@ from polymath_fast.kernels.group_advantages import _triton as advantages
 from polymath_fast.kernels.triton import (
     gradient_kernels,
     head_kernels,
+    offsets,
     product_kernels,
     row_kernels,
     rows,
@@ -21,7 +22,13 @@ from polymath_fast.kernels.triton.adamw_variants import adamw_variants
 from polymath_fast.kernels.triton.aot import Variant
 from polymath_fast.kernels.triton.attention_registry import attention_variants
 from polymath_fast.kernels.triton.scaling import scale_kernel
-from polymath_fast.kernels.triton.tiles import BACKWARD_TILES, LIVE_STEP, TILES, Tiles
+from polymath_fast.kernels.triton.tiles import (
+    BACKWARD_TILES,
+    FLATTENING,
+    LIVE_STEP,
+    TILES,
+    Tiles,
+)
 from polymath_fast.kernels.weight_sync import _triton as sync
 
 _FLOATS = {"bf16": 8, "fp16": 8, "fp32": 4}
@@ -42,6 +49,8 @@ def variants() -> Iterator[Variant]:
     yield _target_sums(bias=True)
     for scale in ("group", "batch", "none"):
         yield _advantages(scale)
+    for dtype in ("i32", "i64"):
+        yield _offsets(dtype)
     yield from attention_variants()
     for src, dst in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp16"), ("bf16", "fp16")):
         yield _weight_sync(src, dst)
@@ -147,12 +156,15 @@ def _head_variants() -> Iterator[Variant]:
                     "hidden": f"tensordesc<bf16[{tiles.m}, {tiles.k}]>",
                     "weight": f"tensordesc<bf16[{tiles.n}, {tiles.k}]>",
                 }
-            for store, others, again, bias in _EXP_FLAGS:
+            for store, others, again, bias, flat in _EXP_FLAGS:
+                if flat and kind != "hopper":
+                    continue
                 constants = {
                     "BIAS": bias,
                     "STORE": store,
                     "OTHERS": others,
                     "AGAIN": again,
+                    "FLATTEN": flat,
                     "DESCRIPTORS": descriptors,
                     "WIDEN": False,
                 } | _blocks(tiles)
@@ -161,6 +173,7 @@ def _head_variants() -> Iterator[Variant]:
                 constants |= {} if again else {"any_ptr": None}
                 words = [kind, "descriptors" if descriptors else "pointers"]
                 flags = {"store": store, "alone": not others, "again": again, "bias": bias}
+                flags["flat"] = flat
                 words += [word for word, on in flags.items() if on]
                 yield Variant(
                     "exp-gemm-" + "-".join(words),
@@ -169,7 +182,7 @@ def _head_variants() -> Iterator[Variant]:
                     constants,
                     tiles.warps,
                     tiles.stages,
-                    capabilities,
+                    FLATTENING if flat else capabilities,
                     matrix=True,
                 )
     for bias in (False, True):
@@ -197,15 +210,18 @@ def _head_variants() -> Iterator[Variant]:
 
 
 _EXP_FLAGS = (
-    (True, True, False, False),
-    (True, True, True, False),
-    (True, False, False, False),
-    (True, False, True, False),
-    (False, True, False, False),
-    (True, True, False, True),
-    (False, True, True, True),
+    (True, True, False, False, False),
+    (True, True, True, False, False),
+    (True, False, False, False, False),
+    (True, False, True, False, False),
+    (False, True, False, False, False),
+    (True, True, False, True, False),
+    (False, True, True, True, False),
+    (True, True, False, False, True),
+    (False, True, False, False, True),
 )
-"""store, others, again, bias: the ways a step and a forward pass go, and one of each with bias"""
+"""store, others, again, bias, flat: the ways a step and a forward pass go, one of each with bias,
+and those of a persistent product on Hopper"""
 
 
 def _product_variants() -> Iterator[Variant]:
@@ -368,6 +384,18 @@ def _advantages(scale: str) -> Variant:
         "COLUMNS": advantages.COLUMNS,
     }
     return Variant(f"group-advantages-{scale}", advantages.advantages_kernel, types, constants)
+
+
+def _offsets(dtype: str) -> Variant:
+    types = {
+        "cu_ptr": f"*{dtype}:16",
+        "note_ptr": _INT64,
+        "out_ptr": _INT64,
+        "sound_ptr": _FP32,
+        "offsets": "i32",
+        "count": "i32",
+    }
+    return Variant(f"offsets-{dtype}", offsets.offsets_kernel, types, {"BLOCK": offsets.BLOCK})
 
 
 def _weight_sync(src: str, dst: str) -> Variant:

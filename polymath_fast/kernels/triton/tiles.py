@@ -17,6 +17,8 @@ class Tiles:
     warps: int
     stages: int
     group: int = 16
+    persistent: bool = False
+    """one program a multiprocessor, which takes tiles in turn; the forward product only"""
 
     def options(self) -> dict[str, int]:
         """As a kernel takes them."""
@@ -40,6 +42,8 @@ TILES = {
 checks without a GPU"""
 BACKWARD_TILES = TILES | {"interpreter": Tiles(256, 64, 64, 4, 1)}
 """their depth divides the height of `TILES`: rows up to a whole tile are zero past the live ones"""
+FLATTENING = (90,)
+"""compute capabilities (times 10) where a persistent product joins its loops; 10.0 would spill"""
 LIVE_STEP = 128
 """rows; a multiple of the height of all `TILES`"""
 
@@ -69,6 +73,14 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def flattens(device: torch.device) -> bool:
+    """Whether a persistent product joins its loops there; an interpreter does."""
+    if device.type != "cuda":
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor in FLATTENING
 
 
 def describable(matrix: torch.Tensor) -> bool:

@@ -1,0 +1,139 @@
+"""Sections of the GPU suite: the update, group advantages, and log-probs of the LM head.
+
+The checks take a device, so that they run, and can be tested, without a GPU as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import rivals
+from benchmarks.gpu_sections import GRADIENT_ERROR, random_head, timed_table
+from benchmarks.gpu_timing import interleave
+from benchmarks.optimizer_pass import check_updates, flat_adamw_case
+from benchmarks.timing import Variants
+from polymath_fast.kernels import grad_norm, group_advantages, linear_logprobs
+
+NORM_ERROR = 1e-6
+"""relative; the norm is summed up in fp64 and rounded to fp32"""
+ADVANTAGE_ERROR = 1e-6
+COMPLETIONS, GROUP = 2048, 128
+ROWS, DEPTH, VOCAB = 8192, 1536, 151_936
+
+
+def correct_optimizer(device: str = "cuda") -> dict[str, Any]:
+    """`grad_norm`, and two updates of `flat_adamw`, against float64."""
+    torch.manual_seed(0)
+    grad = torch.randn(2**20 + 13, device=device)
+    truth = torch.linalg.vector_norm(grad.double())
+    values = {"relative error of the norm": float((grad_norm(grad) - truth).abs() / truth)}
+    found = _held(values, NORM_ERROR)
+    updates = check_updates(device)
+    return found | {"values": found["values"] | {f"{n} error": e for n, e in updates.items()}}
+
+
+def time_optimizer() -> dict[str, Any]:
+    """2^28 weights: norm, clip and update beside torch's clip, fused AdamW and copy; the norm."""
+    case = flat_adamw_case("cuda")
+    rows = timed_table(case.variants, byte_count=int(case.bytes))["rows"]
+    grad = torch.randn(case.shape["n"], device="cuda")
+    norms: Variants = {
+        "grad_norm": lambda: grad_norm(grad),
+        "torch, vector_norm": lambda: torch.linalg.vector_norm(grad),
+    }
+    return {"rows": rows + timed_table(norms, byte_count=grad.nbytes)["rows"]}
+
+
+def correct_advantages(device: str = "cuda") -> dict[str, Any]:
+    """Every scale and baseline against the reference in float64; equal rewards give exactly 0."""
+    rewards, groups = _rewards(device)
+    rewards[groups == 1] = 0.1
+    values, equal = {}, 0.0
+    for scale in ("group", "batch", "none"):
+        for baseline in ("mean", "leave_one_out"):
+            how = {"scale": scale, "baseline": baseline}
+            found = group_advantages(rewards, groups, **how)
+            truth = group_advantages(rewards.double(), groups, impl="reference", **how)
+            values[f"{scale}, {baseline} error"] = float((found - truth).abs().max())
+            equal = max(equal, float(found[groups == 1].abs().max()))
+    held = _held(values, ADVANTAGE_ERROR)
+    return held | ({"error": f"equal rewards give {equal}, not 0"} if equal else {})
+
+
+def time_advantages() -> dict[str, Any]:
+    """2,048 completions in groups of 128: launches, not bytes, are what it takes."""
+    rewards, groups = _rewards("cuda")
+    variants: Variants = {
+        "triton": lambda: group_advantages(rewards, groups, impl="triton"),
+        "reference": lambda: group_advantages(rewards, groups, impl="reference"),
+        "torch, equal groups": rivals.group_advantages(rewards, GROUP)["eager"],
+    }
+    timings = interleave(variants)
+    return {"rows": [{"what": name} | timing.row() for name, timing in timings.items()]}
+
+
+def correct_head_logprobs(
+    device: str = "cuda", rows: int = 512, depth: int = DEPTH, vocab: int = VOCAB
+) -> dict[str, Any]:
+    """Gradients of `linear_logprobs`, in one chunk and with rows that have none, against fp32."""
+    hidden, weight, targets = random_head(rows, vocab, depth, device)
+    g, g_entropy = torch.randn(2, rows, device=device).unbind()
+    g[::3] = g_entropy[::3] = 0
+    found = []
+    for dtype, impl in ((torch.bfloat16, "auto"), (torch.float32, "reference")):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight)]
+        outputs = linear_logprobs(*leaves, targets, impl=impl)
+        found.append(torch.autograd.grad(outputs, leaves, (g, g_entropy)))
+    values = {}
+    for name, ours, truth in zip(("hidden", "weight"), *found, strict=True):
+        error = (ours.double() - truth.double()).norm() / truth.double().norm()
+        values[f"{name} gradient error"] = float(error)
+    return _held(values, GRADIENT_ERROR)
+
+
+def time_head_logprobs() -> dict[str, Any]:
+    """N = 8192, H = 1536, V = 151936: forward alone, and with gradients."""
+    hidden, weight, targets = random_head(ROWS, VOCAB, DEPTH)
+    nothing = torch.zeros(ROWS, device="cuda")
+    data = rivals.HeadData(hidden, weight, targets, nothing[: ROWS // 512], nothing)
+    work = 2 * ROWS * VOCAB * DEPTH
+
+    def forward() -> None:
+        with torch.no_grad():
+            linear_logprobs(hidden, weight, targets, impl="triton")
+
+    alone = timed_table({"triton": forward} | rivals.head_logprobs(data), flop_count=work)
+    both: Variants = {
+        "triton": _backward(
+            data, lambda *leaves: linear_logprobs(*leaves, targets, impl="triton")[0]
+        ),
+        "eager": _backward(
+            data,
+            lambda x, w: rivals.chosen_logprobs(torch.nn.functional.linear(x, w), targets),
+        ),
+    }
+    trained = timed_table(both, flop_count=3 * work, repeats=5)
+    rows = [row | {"what": f"forward, {row['what']}"} for row in alone["rows"]]
+    return {"rows": rows + [row | {"what": f"both, {row['what']}"} for row in trained["rows"]]}
+
+
+def _backward(
+    data: rivals.HeadData, logprobs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Callable[[], None]:
+    return lambda: logprobs(*data.leaves()).sum().backward()
+
+
+def _rewards(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,) rewards of 0 and 1, and group ids."""
+    torch.manual_seed(0)
+    groups = torch.arange(COMPLETIONS, device=device) // GROUP
+    return torch.randint(0, 2, (COMPLETIONS,), device=device).float(), groups
+
+
+def _held(values: dict[str, float], limit: float) -> dict[str, Any]:
+    """Values, and an error that keeps the suite from passing if one is too large."""
+    wrong = {name: value for name, value in values.items() if not value <= limit}
+    return {"values": values} | ({"error": f"beyond {limit}: {wrong}"} if wrong else {})

@@ -1,0 +1,84 @@
+"""The benchmarks' own code, as far as it runs without a GPU: names, order, checks that can fail."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_operators, gpu_suite, run
+
+FLAGS = {
+    "fpu sse2 avx avx2": "AVX2",
+    "avx2 avx512f avx512bw": "AVX512",
+    "avx2 avx512f avx512_bf16": "AVX512-BF16",
+    "avx2 avx512f avx512_bf16 amx_bf16 amx_tile": "AMX",
+    "fpu sse2": "",
+}
+
+
+@pytest.mark.parametrize(("flags", "name"), FLAGS.items())
+def test_processors_of_one_name_are_told_apart(
+    flags: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    # the second core must not count
+    info.write_text(
+        f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\n"
+        "processor\t: 1\nmodel name\t: another\nflags\t\t: amx_bf16\n"
+    )
+    monkeypatch.setattr(run, "CPUINFO", info)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    middle = f"-{name.lower()}" if name else ""
+    assert run.machine_name("cpu") == f"amd-epyc{middle}-2-threads"
+
+
+def test_a_processor_that_linux_does_not_describe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "CPUINFO", Path("/nowhere"))
+    assert run.machine_name("cpu").endswith("-threads")
+
+
+def test_results_lie_in_the_folder_of_their_machine() -> None:
+    files = sorted(run.RESULTS.glob("*/*.json"))
+    assert files
+    for path in files:
+        found = json.loads(path.read_text())["machine"]
+        name = found.get("name") or found["gpu"].removeprefix("NVIDIA ")
+        assert re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") == path.parent.name
+
+
+def test_what_a_section_needs_comes_before_it() -> None:
+    order = list(gpu_suite.SECTIONS)
+    for section, needed in gpu_suite.NEEDS.items():
+        assert order.index(needed) < order.index(section)
+
+
+def test_the_checks_hold_on_a_cpu() -> None:
+    sizes = {"rows": 60, "depth": 32, "vocab": 500}
+    for found in (
+        gpu_operators.correct_optimizer("cpu"),
+        gpu_operators.correct_advantages("cpu"),
+        gpu_operators.correct_head_logprobs("cpu", **sizes),
+    ):
+        assert found["values"] and "error" not in found
+
+
+def test_the_checks_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, advantages = gpu_operators.grad_norm, gpu_operators.group_advantages
+    head = gpu_operators.linear_logprobs
+    monkeypatch.setattr(gpu_operators, "grad_norm", lambda grad: 1.001 * norm(grad))
+    monkeypatch.setattr(
+        gpu_operators, "group_advantages", lambda *given, **how: advantages(*given, **how) + 1e-9
+    )
+    monkeypatch.setattr(
+        gpu_operators,
+        "linear_logprobs",
+        lambda x, w, t, impl: head(x if impl == "reference" else x * 1.02, w, t, impl=impl),
+    )
+    assert "norm" in gpu_operators.correct_optimizer("cpu")["error"]
+    assert "equal rewards" in gpu_operators.correct_advantages("cpu")["error"]
+    found = gpu_operators.correct_head_logprobs("cpu", rows=60, depth=32, vocab=500)
+    assert "hidden gradient" in found["error"]
