@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from polymath_fast.errors import UserError
 from polymath_fast.precision import torch_dtype
-from polymath_fast.rollout.types import Completion, SamplingOptions
+from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
 
 if TYPE_CHECKING:
     from polymath_fast.learner.policy import Policy
@@ -21,6 +21,9 @@ class Engine(Protocol):
 
     name: str
     weights: WeightSync
+
+    def stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
+        """Completions as they finish; see `streaming.StreamingEngine`."""
 
     def generate(
         self, prompt_ids: Sequence[int], n: int, sampling: SamplingOptions

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from statistics import fmean, pstdev
 
 from polymath_fast.config import Config
 from polymath_fast.rewards import RewardResult, RewardSet
 from polymath_fast.rollout import Engine
-from polymath_fast.rollout.types import Completion, Group, RolloutBatch, SamplingOptions
+from polymath_fast.rollout.types import Completion, Group, Request, RolloutBatch, SamplingOptions
 from polymath_fast.samples import Sample
 
 
@@ -33,31 +33,33 @@ def samples_of_step(samples: Sequence[Sample], step: int, config: Config) -> lis
 
 
 def sample_groups(
-    engine: Engine, samples: Sequence[Sample], step: int, config: Config, attempt: int = 0
+    engine: Engine,
+    samples: Sequence[Sample],
+    step: int,
+    config: Config,
+    attempt: int = 0,
+    on_finished: Callable[[Sample, Completion], None] | None = None,
 ) -> RolloutBatch:
-    """Ask each sample for `num_generations` completions; a prompt asked several times is one
-    request, so that the engine computes it once. Another `attempt` draws others."""
+    """Ask each sample for `num_generations` completions. Another `attempt` draws others.
+
+    `on_finished` is called with every completion that the batch will hold, as it finishes.
+    """
     sampling = SamplingOptions(
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
         seed=derived_seed(config.seed, f"rollout/{attempt}" if attempt else "rollout", step),
     )
-    times = Counter(sample.prompt_ids for sample in samples)
-    pools: dict[tuple[int, ...], list[Completion]] = {}
-    alike = defaultdict(list)
-    for prompt_ids, count in times.items():
-        alike[count].append(prompt_ids)
-    for count, prompts in alike.items():
-        drawn = engine.generate_many(prompts, count * config.num_generations, sampling)
-        pools.update(zip(prompts, drawn, strict=True))
-    groups = []
-    for sample in samples:
-        pool = pools[sample.prompt_ids]
-        taken, pools[sample.prompt_ids] = (
-            pool[: config.num_generations],
-            pool[config.num_generations :],
-        )
-        groups.append(Group(sample=sample, completions=taken))
+    needed = config.num_generations
+    requests = [Request(prompt_ids=sample.prompt_ids, n=needed) for sample in samples]
+    groups = [Group(sample=sample, completions=[]) for sample in samples]
+    kept: list[dict[int, Completion]] = [{} for _ in samples]
+    with closing(engine.stream(requests, sampling)) as stream:
+        for number, index, completion in stream:
+            kept[number][index] = completion
+            if on_finished is not None:
+                on_finished(samples[number], completion)
+    for group, found in zip(groups, kept, strict=True):
+        group.completions = [found[index] for index in sorted(found)]
     return RolloutBatch(groups=groups)
 
 
