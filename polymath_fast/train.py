@@ -70,15 +70,20 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     from polymath_fast.learner.downsampling import train_rewards
     from polymath_fast.learner.step import training_rows
     from polymath_fast.rollout import collect
+    from polymath_fast.rollout.scoring import Scorer
 
     clock = Clock(parts.monitor)
     samples = collect.samples_of_step(parts.inputs.samples, step, settings)
     batch, scores, attempts = RolloutBatch(groups=[]), RewardResult.empty(), 0
     while saturation.asks_again(settings, batch, attempts):
-        with clock("generate"):
-            drawn = collect.sample_groups(parts.engine, samples, step, settings, attempts)
-        with clock("score"):
-            scores += collect.score_groups(drawn, parts.inputs.rewards, parts.inputs.tokenizer)
+        with Scorer(parts.inputs.rewards, parts.inputs.tokenizer) as scorer:
+            with clock("generate"):
+                drawn = collect.sample_groups(
+                    parts.engine, samples, step, settings, attempts, scorer.add
+                )
+            with clock("score"):
+                scores += scorer.score(drawn)
+        clock.add("score_overlapped", scorer.overlapped)
         batch.groups += drawn.groups
         attempts += 1
     parts.engine.sleep()

@@ -9,7 +9,7 @@ from contextlib import closing
 from statistics import fmean, pstdev
 
 from polymath_fast.config import Config
-from polymath_fast.rewards import RewardResult, RewardSet
+from polymath_fast.rewards import RewardResult
 from polymath_fast.rollout import Engine
 from polymath_fast.rollout.types import Completion, Group, Request, RolloutBatch, SamplingOptions
 from polymath_fast.samples import Sample
@@ -61,29 +61,6 @@ def sample_groups(
     for group, found in zip(groups, kept, strict=True):
         group.completions = [found[index] for index in sorted(found)]
     return RolloutBatch(groups=groups)
-
-
-def score_groups(batch: RolloutBatch, rewards: RewardSet, tokenizer: object) -> RewardResult:
-    """Decode the completions and give every group its texts and rewards."""
-    completions = batch.completions
-    texts = tokenizer.batch_decode(
-        [list(c.token_ids) for c in completions], skip_special_tokens=True
-    )
-    owners = [group.sample for group in batch.groups for _ in group.completions]
-    names = set().union(*(sample.columns for sample in owners))
-    columns = {name: [sample.columns.get(name) for sample in owners] for name in sorted(names)}
-    result = rewards.score(
-        [sample.prompt for sample in owners],
-        texts,
-        [list(c.token_ids) for c in completions],
-        columns | {"answer": [sample.answer for sample in owners]},
-    )
-    start = 0
-    for group in batch.groups:
-        span = slice(start, start + len(group.completions))
-        group.texts, group.rewards = texts[span], result.total[span]
-        start = span.stop
-    return result
 
 
 def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
