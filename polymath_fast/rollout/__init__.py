@@ -91,6 +91,15 @@ def choose_weight_sync(
     return "alias", "one process: learner and engine share the memory of the weights"
 
 
+def max_num_seqs(completions: int, engine: str, device: str) -> int:
+    """How many of `completions` decode together at most.
+
+    vLLM pages its KV cache and puts completions off when it is full, so that on a GPU it may take
+    a whole step's at once; the embedded sampler holds memory for each at its full length.
+    """
+    return min(completions, 1024 if engine == "vllm" and device != "cpu" else 256)
+
+
 def build_engine(
     name: str,
     *,

@@ -11,6 +11,7 @@ from statistics import fmean, pstdev
 from polymath_fast.config import Config
 from polymath_fast.rewards import RewardResult
 from polymath_fast.rollout import Engine
+from polymath_fast.rollout.partial import NOTHING, Pending
 from polymath_fast.rollout.types import Completion, Group, Request, RolloutBatch, SamplingOptions
 from polymath_fast.samples import Sample
 
@@ -38,23 +39,33 @@ def sample_groups(
     step: int,
     config: Config,
     attempt: int = 0,
+    pending: Pending = NOTHING,
     on_finished: Callable[[Sample, Completion], None] | None = None,
 ) -> RolloutBatch:
-    """Ask each sample for `num_generations` completions. Another `attempt` draws others.
+    """Ask each sample for a group of `num_generations` completions. Another `attempt` draws others.
 
-    `on_finished` is called with every completion that the batch will hold, as it finishes.
+    With `oversample` a group is the completions that finish first. `pending` are those that earlier
+    steps aborted. `on_finished` is called with every completion of a group, as it finishes.
     """
     sampling = SamplingOptions(
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
+        stop_repetition=config.stop_repetition,
+        repetition_period=config.repetition_period,
         seed=derived_seed(config.seed, f"rollout/{attempt}" if attempt else "rollout", step),
     )
-    needed = config.num_generations
-    requests = [Request(prompt_ids=sample.prompt_ids, n=needed) for sample in samples]
+    asked, needed = config.asked_generations, config.num_generations
+    requests = [
+        Request(prompt_ids=sample.prompt_ids, n=asked, needed=needed, begun=begun)
+        for sample, begun in zip(samples, pending.shares(samples, asked), strict=True)
+    ]
     groups = [Group(sample=sample, completions=[]) for sample in samples]
     kept: list[dict[int, Completion]] = [{} for _ in samples]
     with closing(engine.stream(requests, sampling)) as stream:
         for number, index, completion in stream:
+            if completion.finish_reason == "aborted" or len(kept[number]) == needed:
+                groups[number].dropped.append(completion)
+                continue
             kept[number][index] = completion
             if on_finished is not None:
                 on_finished(samples[number], completion)
@@ -63,7 +74,7 @@ def sample_groups(
     return RolloutBatch(groups=groups)
 
 
-def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
+def rollout_metrics(batch: RolloutBatch, config: Config) -> dict[str, float]:
     """Rewards and completions of one scored batch in numbers."""
     completions = batch.completions
     rewards = [r for group in batch.groups for r in group.rewards if r is not None]
@@ -73,7 +84,37 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
         "reward/std": pstdev(rewards),
         "completion/mean_length": batch.num_tokens / count,
         "completion/truncated_ratio": fmean(c.finish_reason == "length" for c in completions),
+        "completion/repetition_ratio": fmean(c.finish_reason == "repetition" for c in completions),
         "completion/distinct_ratio": len({tuple(c.token_ids) for c in completions}) / count,
+        **(_oversampling(batch) if config.oversample else {}),
+        **(_staleness(batch) if config.partial_rollouts else {}),
+    }
+
+
+def _oversampling(batch: RolloutBatch) -> dict[str, float]:
+    """What was left out because it took longer."""
+    dropped = [completion for group in batch.groups for completion in group.dropped]
+    lengths = [len(c.token_ids) for c in (*batch.completions, *dropped) if c.token_ids]
+    return {
+        "oversample/aborted": sum(c.finish_reason == "aborted" for c in dropped),
+        "oversample/never_begun": sum(not c.token_ids for c in dropped),
+        "oversample/mean_length_at_least": fmean(lengths),
+    }
+
+
+def _staleness(batch: RolloutBatch) -> dict[str, float]:
+    """How much of the completions older weights drew."""
+    newest = max(completion.weight_version for completion in batch.completions)
+    stale = [
+        (newest - version, count)
+        for completion in batch.completions
+        for version, count in completion.tokens_by_version
+        if version < newest
+    ]
+    return {
+        "partial/continued": sum(len(c.spans) > 1 for c in batch.completions),
+        "partial/stale_token_ratio": sum(n for _, n in stale) / max(1, batch.num_tokens),
+        "partial/stalest_token": max((lag for lag, _ in stale), default=0),
     }
 
 
@@ -96,5 +137,7 @@ def completion_rows(batch: RolloutBatch, result: RewardResult) -> list[dict]:
                     "weight_version": completion.weight_version,
                 }
             )
+            if len(completion.spans) > 1:
+                rows[-1]["weight_versions"] = [list(span) for span in completion.spans]
             flat += 1
     return rows

@@ -13,6 +13,7 @@ from torch import Tensor
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout import tile_decoder
 from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
+from polymath_fast.rollout.repetition import RepetitionWatch
 from polymath_fast.rollout.sampling import sample_tokens
 from polymath_fast.rollout.streaming import Quotas, StreamingEngine, aborted
 from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
@@ -172,16 +173,28 @@ class _Rows:
         self._tokens = torch.zeros(len(wave), limit, dtype=torch.int64)
         self._logprobs = torch.zeros(len(wave), limit)
         self._stop = torch.tensor(sorted(stop_token_ids))
+        self._watch = None
+        if sampling.stop_repetition:
+            self._watch = RepetitionWatch(
+                len(wave), sampling.stop_repetition, sampling.repetition_period
+            )
 
     def append(self, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> dict[int, str]:
         """Take in one token of each of `rows`, ascending; those that end with it, and why."""
         self._tokens[rows, self.steps] = tokens
         self._logprobs[rows, self.steps] = logprobs
+        reasons = {
+            "stop": torch.isin(tokens, self._stop),
+            "length": self._limits[rows] <= self.steps + 1,
+        }
+        if self._watch is not None:
+            reasons["repetition"] = self._watch.looped(self._tokens, rows, self.steps)
         self.steps += 1
-        stopped = torch.isin(tokens, self._stop)
-        full = self._limits[rows] <= self.steps
-        ended = (stopped | full).nonzero()[:, 0]
-        return {int(rows[i]): "stop" if stopped[i] else "length" for i in ended}
+        ended: dict[int, str] = {}
+        for reason, which in reasons.items():  # of several, the first one counts
+            for row in rows[which].tolist():
+                ended.setdefault(row, reason)
+        return dict(sorted(ended.items()))
 
     def drawn(self, row: int, finish_reason: str, weight_version: int) -> Drawn:
         """What `row` has drawn, after what it began with."""

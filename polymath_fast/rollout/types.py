@@ -19,6 +19,10 @@ class SamplingOptions:
     """tokens per completion, end-of-sequence included"""
     temperature: float = 1.0
     """0 is greedy decoding; log-probs are those of the temperature-scaled distribution"""
+    stop_repetition: int = 0
+    """end a completion whose last tokens are one pattern that many times in a row; 0 never does"""
+    repetition_period: int = 16
+    """tokens of such a pattern at most"""
     seed: int = 0
     """the same seed, weights and engine on the same machine draw the same tokens"""
 
@@ -32,17 +36,28 @@ class Completion:
     sampling_logprobs: Sequence[float]
     """(length,) log-probs of those ids under the sampler, temperature applied"""
     finish_reason: str
-    """"stop" (an end token was sampled), "length" (cut at max_completion_length) or "aborted" (not
-    needed any more, see `Request.needed`)"""
+    """"stop" (an end token was sampled), "length" (cut at max_completion_length), "repetition" (cut
+    by stop_repetition) or "aborted" (not needed any more, see `Request.needed`)"""
     weight_version: int
     """number of optimizer updates the sampling weights had seen when the last token was drawn"""
     version_spans: tuple[tuple[int, int], ...] = ()
     """`spans` when there are several, else ()"""
 
     @property
+    def truncated(self) -> bool:
+        """Whether it was cut: it did not end by itself."""
+        return self.finish_reason != "stop"
+
+    @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """(weight version, index of its first token) of each stretch that one version drew."""
         return self.version_spans or ((self.weight_version, 0),)
+
+    @property
+    def tokens_by_version(self) -> list[tuple[int, int]]:
+        """(weight version, tokens that it drew) of each stretch."""
+        ends = [start for _, start in self.spans[1:]] + [len(self.token_ids)]
+        return [(v, end - start) for (v, start), end in zip(self.spans, ends, strict=True)]
 
     def extended(self, more: Completion) -> Completion:
         """This aborted completion and what was drawn after it, as one."""

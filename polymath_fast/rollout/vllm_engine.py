@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.precision import choose_dtype
@@ -17,6 +18,9 @@ from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
 from polymath_fast.rollout.vllm_stream import stream
 from polymath_fast.rollout.vllm_sync import AliasSync, ReloadSync
 from polymath_fast.rollout.weights import WeightSync
+
+_DEFAULT_GRAPH_SIZE = 512  # sequences up to which vLLM captures CUDA graphs by itself
+_GRAPH_STEP = 16
 
 
 class VllmEngine(StreamingEngine):
@@ -66,20 +70,14 @@ class VllmEngine(StreamingEngine):
 
         logging.getLogger("vllm").setLevel(logging.ERROR)
         self.stop_token_ids = list(stop_token_ids)
-        options = {
-            "model": str(model_dir),
-            "dtype": dtype,
-            "skip_tokenizer_init": True,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "enable_prefix_caching": True,
-            "logprobs_mode": "processed_logprobs",
-            "generation_config": "vllm",
-            "seed": seed,
-            "enforce_eager": device == "cpu",
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-        }
+        options = engine_options(
+            model_dir,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            device=device,
+            seed=seed,
+        )
         self._asleep = False
         self._releases = release_kv_cache
         if release_kv_cache:
@@ -153,6 +151,30 @@ class VllmEngine(StreamingEngine):
 
             return CopySync(self._llm, weights)
         return ReloadSync(self._llm, weights)
+
+
+def engine_options(
+    model_dir: Path, *, dtype: str, max_model_len: int, max_num_seqs: int, device: str, seed: int
+) -> dict[str, Any]:
+    """What vLLM is told whatever the strategy of the weights."""
+    options = {
+        "model": str(model_dir),
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "seed": seed,
+        "enforce_eager": device == "cpu",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if device != "cpu" and max_num_seqs > _DEFAULT_GRAPH_SIZE:
+        # Sizes are captured in steps of 16: the largest batch must not fall between two of them.
+        options["max_cudagraph_capture_size"] = -(-max_num_seqs // _GRAPH_STEP) * _GRAPH_STEP
+    return options
 
 
 def _free_share() -> float:

@@ -12,7 +12,7 @@ from polymath_fast.errors import EngineError
 from polymath_fast.rollout.streaming import Quotas, aborted
 from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
 
-_FINISHED = ("stop", "length")
+_FINISHED = ("stop", "length", "repetition")
 _names = count()
 
 
@@ -133,8 +133,13 @@ def _sampling_params(
     sampling: SamplingOptions, max_tokens: int, stop_token_ids: Sequence[int]
 ) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
+    repetition = None
+    if sampling.stop_repetition:
+        repetition = RepetitionDetectionParams(
+            max_pattern_size=sampling.repetition_period, min_count=sampling.stop_repetition
+        )
     return SamplingParams(
         temperature=sampling.temperature,
         max_tokens=max_tokens,
@@ -142,6 +147,7 @@ def _sampling_params(
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
+        repetition_detection=repetition,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 

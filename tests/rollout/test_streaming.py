@@ -149,6 +149,29 @@ def test_a_completion_of_one_token_each(engine):
     assert all(len(each.completion.token_ids) == 1 for each in finished)
 
 
+def has_loop(token_ids, times, period):
+    """Whether the last tokens are `times` copies of one pattern."""
+    return any(
+        len(token_ids) >= p * times
+        and list(token_ids[-p * times :]) == list(token_ids[-p:]) * times
+        for p in range(1, period + 1)
+    )
+
+
+def test_a_completion_that_repeats_itself_is_ended(engine):
+    """At a low temperature the random model soon goes round in circles."""
+    cold = replace(SAMPLING, temperature=0.05, stop_repetition=3, repetition_period=4)
+    found = draw(engine, [Request(prompt_ids=ids, n=4) for ids in PROMPTS], cold)
+    reasons = {each.completion.finish_reason for each in found}
+    assert "repetition" in reasons
+    for _, _, completion in found:
+        ids = completion.token_ids
+        ended = len(ids) == cold.max_completion_length or ids[-1] in STOP
+        assert (completion.finish_reason == "repetition") == (not ended)
+        assert ended or has_loop(ids, 3, 4)
+        assert not any(has_loop(ids[:end], 3, 4) for end in range(1, len(ids)))
+
+
 def test_a_stream_that_is_closed_leaves_a_good_engine(engine):
     requests = [Request(prompt_ids=ids, n=6) for ids in PROMPTS]
     before = draw(engine, requests)
