@@ -180,6 +180,43 @@ def test_a_stream_that_is_closed_leaves_a_good_engine(engine):
     assert draw(engine, requests) == before
 
 
+def test_each_span_has_the_log_probs_of_the_weights_that_drew_it(engine, policy, plain, tiny_model):
+    left = [
+        each.completion
+        for each in draw(engine, [Request(prompt_ids=PROMPTS[0], n=10, needed=2)])
+        if each.completion.finish_reason == "aborted"
+    ]
+    changed = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    original = [weight.detach().clone() for weight in policy.model.parameters()]
+    version = engine.weights.version
+    with torch.no_grad():
+        for model in (policy.model, changed):
+            for weight in model.parameters():
+                weight.mul_(1.3)
+    try:
+        engine.weights.push(policy.named_weights(), version + 1)
+        seed = replace(SAMPLING, seed=6)
+        more = draw(engine, [Request(prompt_ids=PROMPTS[0], n=len(left), begun=left)], seed)
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(policy.model.parameters(), original, strict=True):
+                weight.copy_(before)
+        engine.weights.push(policy.named_weights(), version)
+    differences = []
+    for _, _, completion in more:
+        (_, _), (newest, start) = completion.spans
+        assert newest == version + 1
+        old, new = (
+            forward_logprobs(model, PROMPTS[0], completion.token_ids, SAMPLING.temperature)
+            for model in (plain, changed)
+        )
+        found = torch.tensor(completion.sampling_logprobs, dtype=torch.float64)
+        torch.testing.assert_close(found[:start], old[:start], atol=1e-3, rtol=0)
+        torch.testing.assert_close(found[start:], new[start:], atol=1e-3, rtol=0)
+        differences.append((old - new).abs().max())
+    assert min(differences) > 0.1
+
+
 @pytest.mark.vllm
 def test_an_engine_that_dies_in_between_is_an_engine_error(engine, monkeypatch):
     if engine.name != "vllm":
