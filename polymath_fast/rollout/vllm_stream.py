@@ -42,7 +42,8 @@ def stream(
             yield from finished
             for drawn in finished:
                 quotas.count(drawn.request)
-            yield from running.abort(quotas.met)
+            if finished:
+                yield from running.abort(quotas.met)
         running.drain()
     except GeneratorExit:  # closed before its end, between two steps
         running.abort(lambda request: True)
@@ -148,6 +149,7 @@ def _sampling_params(
         flat_logprobs=True,
         detokenize=False,
         repetition_detection=repetition,
+        skip_clone=True,  # a deep copy for every request takes half of the time to add it
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 

@@ -122,8 +122,12 @@ def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path, kept
     ).read_bytes()
 
 
-def test_aborted_completions_go_on_in_the_next_step(flags, tmp_path):
-    run([*partial(flags), "--max-steps", "4"], tmp_path / "run")
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_aborted_completions_go_on_in_the_next_step(flags, tmp_path, monkeypatch, engine):
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # vLLM's short warm-up
+    proof = ["--verify-sync"] if engine == "vllm" else []
+    more = ["--max-steps", "4", "--engine", engine, *proof]
+    run([*partial(flags), *more], tmp_path / "run")
     rows = metrics(tmp_path / "run")
     lines = (tmp_path / "run/completions.jsonl").read_text().splitlines()
     completions = [json.loads(line) for line in lines]

@@ -154,6 +154,14 @@ def test_requests_and_unfinished_completions_travel_whole(running: Running) -> N
     assert (first.token_ids, first.sampling_logprobs[0]) == ([5, 1, 2**31 - 1], -0.25)
 
 
+def test_an_engine_that_dies_in_between_has_given_what_had_finished(running: Running) -> None:
+    engine = running.start()
+    stream = engine.stream([Request(prompt_ids=[1], n=2), Request(prompt_ids=[1], n=3)], SAMPLING)
+    assert [next(stream)[:2], next(stream)[:2]] == [(0, 0), (0, 1)]
+    with pytest.raises(EngineError, match="the other process failed: out of memory"):
+        next(stream)
+
+
 def test_a_stream_that_was_broken_off_is_not_mistaken_for_an_answer(running: Running) -> None:
     engine = running.start()
     stream = engine.stream([Request(prompt_ids=[1], n=2)], SAMPLING)

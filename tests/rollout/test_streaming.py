@@ -149,6 +149,14 @@ def test_a_completion_of_one_token_each(engine):
     assert all(len(each.completion.token_ids) == 1 for each in finished)
 
 
+def test_when_every_token_ends_a_completion_nothing_is_left_to_abort(engine, monkeypatch):
+    monkeypatch.setattr(engine, "stop_token_ids", type(engine.stop_token_ids)(range(320)))
+    found = draw(engine, [Request(prompt_ids=ids, n=5, needed=2) for ids in PROMPTS])
+    completions = [each.completion for each in found]
+    assert [each[:2] for each in found] == [(r, i) for r in range(3) for i in range(5)]
+    assert all(len(c.token_ids) == 1 and c.finish_reason == "stop" for c in completions)
+
+
 def has_loop(token_ids, times, period):
     """Whether the last tokens are `times` copies of one pattern."""
     return any(
