@@ -25,6 +25,7 @@ from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.monitor import Monitor
 from polymath_fast.rewards import RewardSet
+from polymath_fast.rollout.partial import NOTHING, Pending
 from polymath_fast.samples import Sample
 
 
@@ -68,6 +69,8 @@ class Parts:
     engine: Any
     identity: dict[str, Any]
     steps_done: int
+    pending: Pending
+    """completions that the next step goes on with; changes from step to step"""
 
 
 def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs:
@@ -167,7 +170,11 @@ def build(config: Config) -> Iterator[Parts]:
             policy=policy,
             stop_token_ids=rollout.stop_token_ids(inputs.model_dir, inputs.tokenizer),
             max_model_len=inputs.longest_prompt + config.max_completion_length,
-            max_num_seqs=min(256, config.num_generations * config.groups_per_step),
+            max_num_seqs=rollout.max_num_seqs(
+                config.asked_generations * config.groups_per_step,
+                inputs.engine_name,
+                inputs.device,
+            ),
             device=inputs.device,
             dtype=inputs.dtype,
             seed=config.seed,
@@ -193,7 +200,12 @@ def build(config: Config) -> Iterator[Parts]:
             engine.weights.push(policy.named_weights(), learner.optimizer.updates)
         if config.verify_sync:
             engine.weights.verify(policy.named_weights())
-        yield Parts(inputs, run_dir, monitor, learner, engine, identity, steps_done)
+        pending = NOTHING
+        if resumed and config.partial_rollouts:
+            pending = Pending.from_json(
+                resumed.state.get("pending", []), config.max_completion_length
+            )
+        yield Parts(inputs, run_dir, monitor, learner, engine, identity, steps_done, pending)
 
 
 def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) -> dict[str, Any]:
@@ -210,8 +222,9 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
         "engine": f"{inputs.engine_name} ({inputs.engine_reason})",
         "weight sync": f"{inputs.sync_name} ({inputs.sync_reason})",
         "a step": f"{config.groups_per_step} group(s) x {config.num_generations} completions = "
-        f"{rollouts} of at most {config.max_completion_length} tokens, "
-        f"{config.updates_per_batch} update(s)",
+        f"{rollouts} of at most {config.max_completion_length} tokens"
+        + (f", the first of {config.asked_generations} a group, " if config.oversample else ", ")
+        + f"{config.updates_per_batch} update(s)",
         "loss": f"{config.loss_type}, lr {config.learning_rate:g}, T {config.temperature:g}, "
         f"beta {config.beta:g}",
         "steps": f"{config.max_steps}" + (f", {steps_done} done" if steps_done else ""),

@@ -25,8 +25,12 @@ class Clock:
         self._monitor.phase(phase)
         started = time.perf_counter()
         yield
+        self.add(phase, time.perf_counter() - started)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """More seconds of `phase`, which may have run beside another one."""
         key = f"time/{phase}"
-        self._phases[key] = self._phases.get(key, 0.0) + time.perf_counter() - started
+        self._phases[key] = self._phases.get(key, 0.0) + seconds
 
     def metrics(self) -> dict[str, float]:
         """time/<phase> for each phase and time/step for all since the clock was made."""

@@ -7,6 +7,7 @@ nor the parser.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -88,8 +89,18 @@ class RolloutSettings:
     all when left out"""
     groups_per_step: Annotated[int, Range(ge=1, le=1_000_000, works=1)] = 8
     """groups per step; a single sample is asked in every group"""
+    oversample: Annotated[float, Range(ge=0, le=16, works=0.25)] = 0.0
+    """ask for that share of completions more than a group needs, and abort those that are left when
+    it has enough: nobody waits for the longest ones, but long ones are missing"""
+    partial_rollouts: bool = False
+    """keep what --oversample aborts and go on with it in later steps, under newer weights; needs
+    --importance-sampling-mode"""
     max_completion_length: Annotated[int, Range(ge=1, le=10_000_000, works=1024)] = 1024
     """tokens per completion at most"""
+    stop_repetition: Annotated[int, Range(ge=0, le=1_000_000, works=32)] = 0
+    """end a completion whose last tokens are one pattern that many times in a row; 0 never does"""
+    repetition_period: Annotated[int, Range(ge=1, le=4096, works=16)] = 16
+    """with --stop-repetition: tokens of such a pattern at most"""
     temperature: Annotated[float, Range(ge=0.01, le=10, works=1.0)] = 1.0
     """sampling temperature, also applied to the log-probs that are trained"""
 
@@ -134,7 +145,7 @@ class LossSettings:
     importance_sampling_clip_min: Annotated[float, Range(gt=0, le=1e6, works=0.5)] | None = None
     """lower bound of that weight"""
     mask_truncated_completions: bool = False
-    """leave completions that hit the length limit out of the loss"""
+    """leave completions that hit the length limit, or --stop-repetition, out of the loss"""
     on_saturation: Literal["skip", "resample", "entropy"] = "skip"
     """when the rewards of every group are equal: skip the update, draw more completions, or train
     an entropy bonus alone"""
@@ -250,6 +261,12 @@ class Config(
         config_checks.check(self)
         if self.question is None and self.dataset is None:
             object.__setattr__(self, "dataset", DEFAULT_SAMPLE)
+
+    @property
+    def asked_generations(self) -> int:
+        """Completions that are asked for per group, with those of --oversample."""
+        # rounded first: 10 x 1.1 is a little more than 11
+        return math.ceil(round(self.num_generations * (1 + self.oversample), 6))
 
     def to_toml(self) -> str:
         """The settings as TOML that --config reads back into an equal Config.

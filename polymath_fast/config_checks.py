@@ -66,6 +66,7 @@ def check(config: Config) -> None:
     _check_sample(config)
     _check_rewards(config)
     _check_loss(config)
+    _check_rollouts(config)
     _check_evaluation(config)
     _check_sizes(config)
 
@@ -230,6 +231,32 @@ def _check_saturation(config: Config) -> None:
         raise UserError(
             f"--on-saturation entropy has no effect with --entropy-coef {config.entropy_coef:g}, "
             "which trains the entropy of every batch; leave one of them out"
+        )
+
+
+def _check_rollouts(config: Config) -> None:
+    if config.partial_rollouts and not config.oversample:
+        raise UserError(
+            "--partial-rollouts goes on with completions that --oversample aborts, and without it "
+            "none are; add --oversample 0.25"
+        )
+    if config.partial_rollouts and config.importance_sampling_mode is None:
+        raise UserError(
+            "--partial-rollouts trains on tokens that older weights drew, which the loss would "
+            "take for the present ones'; add --importance-sampling-mode token_truncate"
+        )
+    times, period = config.stop_repetition, config.repetition_period
+    longest = config.max_completion_length
+    if times == 1 or times > longest:
+        raise UserError(
+            f"--stop-repetition is {times}; it must be 0 (off), or at least 2 and at most "
+            f"--max-completion-length ({longest}); {min(32, longest // 4) if longest > 7 else 0} "
+            "works"
+        )
+    if not times and period != type(config).__dataclass_fields__["repetition_period"].default:
+        raise UserError(
+            f"--repetition-period is {period}, which nothing reads without --stop-repetition; "
+            "leave it out, or add --stop-repetition 32"
         )
 
 

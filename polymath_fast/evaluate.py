@@ -157,7 +157,7 @@ def _start_engine(
         policy=None,
         stop_token_ids=rollout.stop_token_ids(model_dir, tokenizer),
         max_model_len=longest + settings.max_completion_length,
-        max_num_seqs=min(256, settings.k * len(everything)),
+        max_num_seqs=rollout.max_num_seqs(settings.k * len(everything), name, device),
         device=device,
         dtype=dtype,
         seed=settings.seed,

@@ -8,6 +8,7 @@ from polymath_fast.config import Config
 from polymath_fast.precision import BYTES
 
 GIB = 2**30
+FULL_LENGTH_SEQUENCES = 256  # completions that the sampler's memory holds at their full length
 _KV_BLOCK = 16  # tokens that vLLM allocates at a time on a GPU
 _HEAD_CHUNK = 2**25  # logits that the LM head holds at once, in float32
 _LIBRARIES = {"vllm": 1.6 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU
@@ -84,14 +85,15 @@ def vllm_kv_cache_gib(
 ) -> float:
     """GiB for vLLM's KV cache: `--kv-cache-gib`, else 1 on a CPU.
 
-    On a GPU, where vLLM would take the learner's share too, it is what the completions that decode
-    together fill at their full length.
+    On a GPU, where vLLM would take the learner's share too, it is what up to 256 completions fill
+    at their full length. More of them decode together while they are shorter; when the cache is
+    full, vLLM puts the last ones off.
     """
     if config.kv_cache_gib is not None:
         return config.kv_cache_gib
     if device == "cpu":
         return 1.0
-    sequences = min(256, config.num_generations * config.groups_per_step)
+    sequences = min(FULL_LENGTH_SEQUENCES, config.asked_generations * config.groups_per_step)
     tokens = sequences * (config.max_completion_length + 2 * _KV_BLOCK)
     tokens += config.groups_per_step * prompt_tokens + 64 * _KV_BLOCK
     return kv_cache_bytes(shape, dtype) * tokens / GIB
@@ -116,7 +118,7 @@ def estimate(
     rows = prompt_tokens + rollouts * config.max_completion_length
     tokens = min(config.tokens_per_microbatch, rows)
     vocabulary = shape["vocab_size"]
-    sequences = min(256, rollouts)
+    sequences = min(FULL_LENGTH_SEQUENCES, config.asked_generations * config.groups_per_step)
     longest = prompt_tokens + sequences * config.max_completion_length
     cached = kv_cache_bytes(shape, dtype) * longest
     if engine == "vllm":

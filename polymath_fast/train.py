@@ -70,15 +70,23 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     from polymath_fast.learner.downsampling import train_rewards
     from polymath_fast.learner.step import training_rows
     from polymath_fast.rollout import collect
+    from polymath_fast.rollout.scoring import Scorer
 
     clock = Clock(parts.monitor)
     samples = collect.samples_of_step(parts.inputs.samples, step, settings)
     batch, scores, attempts = RolloutBatch(groups=[]), RewardResult.empty(), 0
+    pending = parts.pending
     while saturation.asks_again(settings, batch, attempts):
-        with clock("generate"):
-            drawn = collect.sample_groups(parts.engine, samples, step, settings, attempts)
-        with clock("score"):
-            scores += collect.score_groups(drawn, parts.inputs.rewards, parts.inputs.tokenizer)
+        with Scorer(parts.inputs.rewards, parts.inputs.tokenizer) as scorer:
+            with clock("generate"):
+                drawn = collect.sample_groups(
+                    parts.engine, samples, step, settings, attempts, pending, scorer.add
+                )
+            with clock("score"):
+                scores += scorer.score(drawn)
+        clock.add("score_overlapped", scorer.overlapped)
+        if settings.partial_rollouts:
+            pending = pending.after(drawn, settings.asked_generations)
         batch.groups += drawn.groups
         attempts += 1
     parts.engine.sleep()
@@ -99,7 +107,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     if settings.verify_sync:
         with clock("verify"):
             parts.engine.weights.verify(parts.learner.policy.named_weights())
-    metrics = collect.rollout_metrics(batch) | scores.metrics | learned | clock.metrics()
+    metrics = collect.rollout_metrics(batch, settings) | scores.metrics | learned | clock.metrics()
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
     metrics["memory/peak_gib"] = peak_memory_gib()
     metrics["rollout/resampled"] = attempts - 1
@@ -109,6 +117,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         parts.monitor.note_once(f"step {step}", note)
     parts.monitor.log_step(step, metrics)
     parts.monitor.log_completions(step, collect.completion_rows(batch, scores))
+    parts.pending = pending
     return metrics
 
 
@@ -147,6 +156,7 @@ def save(settings: Config, parts: Parts, step: int) -> Path:
             "updates": parts.learner.optimizer.updates,
             "model": parts.identity,
             "rng": rng.capture(),
+            "pending": parts.pending.to_json(),
         },
         keep=settings.keep_checkpoints,
     )

@@ -60,7 +60,7 @@ def _chosen(completions: Sequence, values: list[float], config: Config) -> list[
     able = [
         i
         for i, (completion, value) in enumerate(zip(completions, values, strict=True))
-        if not math.isnan(value) and not (masked and completion.finish_reason == "length")
+        if not math.isnan(value) and not (masked and completion.truncated)
     ]
     size = min(config.num_train_generations, len(able))
     kept = {able[i] for i in max_variance_subset([values[i] for i in able], size)}

@@ -205,7 +205,7 @@ def training_rows(
                     token_ids=completion.token_ids,
                     sampling_logprobs=completion.sampling_logprobs,
                     advantage=float(advantage),
-                    trained=not (mask_truncated and completion.finish_reason == "length"),
+                    trained=not (mask_truncated and completion.truncated),
                 )
             )
     return rows

@@ -172,6 +172,8 @@ def _completion(title: str, row: dict[str, Any]) -> str:
     facts = [f"{row['length']:,} tokens"] if isinstance(row.get("length"), int) else []
     if row.get("finish_reason") == "length":
         facts.append("cut at the limit")
+    if row.get("finish_reason") == "repetition":
+        facts.append("cut for repeating itself")
     text = _text(str(row.get("completion", "")).strip(), MAX_TEXT)
     return (
         f'<article><p class="facts"><b>{title}</b><span class="pill">reward {shown}</span>'

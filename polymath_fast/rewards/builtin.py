@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from polymath_fast.errors import UserError
 from polymath_fast.rewards.contract import RewardInput, Scores
 from polymath_fast.rewards.extraction import box_spans, final_part
@@ -19,6 +21,9 @@ class FormatReward:
     def score(self, batch: RewardInput) -> Scores:
         """One score, 0.0 or 1.0, per completion."""
         return Scores(values=[float(has_one_box(text)) for text in batch.completions])
+
+    def prepare(self, batch: RewardInput, stop: Callable[[], bool]) -> None:
+        """Nothing takes long."""
 
     def close(self) -> None:
         """Nothing to end."""
@@ -59,6 +64,9 @@ class LengthReward:
         """The penalty of a completion of `length` tokens."""
         excess = (length - self.soft_limit) / (self.maximum - self.soft_limit)
         return -min(1.0, max(0.0, excess))
+
+    def prepare(self, batch: RewardInput, stop: Callable[[], bool]) -> None:
+        """Nothing takes long."""
 
     def close(self) -> None:
         """Nothing to end."""

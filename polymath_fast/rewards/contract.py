@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,13 +50,22 @@ class Scores:
 
 
 class Reward(Protocol):
-    """A scorer with a name. `close` ends its processes; scoring after that starts new ones."""
+    """A scorer with a name."""
 
     name: str
 
-    def score(self, batch: RewardInput) -> Scores: ...
+    def score(self, batch: RewardInput) -> Scores:
+        """Scores of a whole batch."""
 
-    def close(self) -> None: ...
+    def prepare(self, batch: RewardInput, stop: Callable[[], bool]) -> None:
+        """Work ahead for a `score` of a batch that will hold these completions among others.
+
+        Runs in another thread while others are still sampled, until `stop()`. It may make `score`
+        faster, never change what it returns.
+        """
+
+    def close(self) -> None:
+        """End its processes; scoring after that starts new ones."""
 
 
 def validated(returned: object, expected: int) -> list[float | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from polymath_fast.errors import UserError
 from polymath_fast.rewards.contract import RewardInput, Scores
@@ -15,6 +16,7 @@ from polymath_fast.rewards.pool import Outcome, WorkerPool, cores
 MEMORY_BYTES = 2**30
 REMEMBERED_ANSWERS = 100_000
 BUDGET_IN_TIMEOUTS = 12
+AHEAD_TIMEOUT = 1.0  # seconds for an answer that nobody waits for yet
 Pair = tuple[str, str]
 """(answer, gold)"""
 Verdict = tuple[float, bool]
@@ -39,12 +41,35 @@ class MathReward:
         )
         self._verdicts: OrderedDict[Pair, Verdict] = OrderedDict()
         self._lock = threading.Lock()
+        self._postponed: set[Pair] = set()
 
     def score(self, batch: RewardInput) -> Scores:
         """One score per completion. Raises UserError when the samples have no answer."""
         golds = self._golds(batch)
         answers = [extract_answer(completion) for completion in batch.completions]
+        self._postponed.clear()
         return self.score_answers(answers, golds)
+
+    def prepare(self, batch: RewardInput, stop: Callable[[], bool]) -> None:
+        """Verifies answers ahead and remembers the verdicts.
+
+        Only verdicts are kept: an answer that was cut off, or that a worker died of, is judged
+        again by `score`, with its full time and while nothing else needs the processor.
+        """
+        pairs = zip(map(extract_answer, batch.completions), self._golds(batch), strict=True)
+        distinct = dict.fromkeys((a, unwrap(gold)) for a, gold in pairs if a is not None)
+        open_pairs = [
+            pair
+            for pair in distinct
+            if pair not in self._postponed and self._cheap_verdict(*pair) is None
+        ]
+        open_pairs.sort(key=_expense)
+        outcomes = self._ask(open_pairs, min(self.timeout, AHEAD_TIMEOUT), stop=stop)
+        for pair, outcome in zip(open_pairs, outcomes, strict=True):
+            if outcome.status == "ok":
+                self._remember(pair, _verdict(outcome))
+            else:
+                self._postponed.add(pair)
 
     def score_answers(self, answers: Sequence[str | None], golds: Sequence[str]) -> Scores:
         """Scores extracted answers; None (no answer found) scores 0."""
@@ -88,11 +113,7 @@ class MathReward:
         of, and how."""
         # cheap ones first: a batch full of traps must not use up the budget of honest answers
         pairs = sorted((pair for pair, known in verdicts.items() if known is None), key=_expense)
-        outcomes = self.pool.run(
-            [{"answer": answer, "gold": gold} for answer, gold in pairs],
-            self.timeout,
-            budget=self.timeout * BUDGET_IN_TIMEOUTS,
-        )
+        outcomes = self._ask(pairs, self.timeout, budget=self.timeout * BUDGET_IN_TIMEOUTS)
         broken = {}
         for pair, outcome in zip(pairs, outcomes, strict=True):
             if outcome.status == "died":
@@ -101,6 +122,10 @@ class MathReward:
                 verdicts[pair] = _verdict(outcome)
                 self._remember(pair, verdicts[pair])
         return broken
+
+    def _ask(self, pairs: Sequence[Pair], timeout: float, **limits: Any) -> list[Outcome]:
+        requests = [{"answer": answer, "gold": gold} for answer, gold in pairs]
+        return self.pool.run(requests, timeout, **limits)
 
     def _remember(self, pair: Pair, verdict: Verdict) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,10 +57,16 @@ class WorkerPool:
         self._startup_timeout = startup_timeout
         self._workers: list[WorkerProcess] = []
         self._lock = threading.Lock()
+        self._closing = False
         self._finalizer = weakref.finalize(self, _kill_all, self._workers)
 
     def run(
-        self, requests: Sequence[object], timeout: float, *, budget: float = float("inf")
+        self,
+        requests: Sequence[object],
+        timeout: float,
+        *,
+        budget: float = float("inf"),
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[Outcome]:
         """Answers `requests` in order of their position.
 
@@ -68,9 +74,10 @@ class WorkerPool:
             requests: JSON values. Duplicates are the caller's business.
             timeout: seconds per request, from its hand-over to a worker that is ready.
             budget: seconds for all; requests not begun or not done by then end as "timeout".
+            stop: once it returns True, no other request is begun; those end as "timeout".
         """
         with self._lock:
-            return _Round(self, requests, timeout, budget).play()
+            return _Round(self, requests, timeout, budget, stop).play()
 
     def greet(self) -> Outcome:
         """Starts a worker if none is alive; its greeting, or why it died."""
@@ -86,8 +93,11 @@ class WorkerPool:
             return Outcome("died", detail=worker.obituary())
 
     def close(self) -> None:
-        """Kills every worker. A later `run` starts new ones."""
+        """Kills every worker, also those of a `run` in another thread, which then ends. A later
+        `run` starts new ones."""
+        self._closing = True
         with self._lock:
+            self._closing = False
             _kill_all(self._workers)
 
     def pids(self) -> list[int]:
@@ -109,9 +119,14 @@ class _Round:
     """One call of WorkerPool.run: an event loop over its workers."""
 
     def __init__(
-        self, pool: WorkerPool, requests: Sequence[object], timeout: float, budget: float
+        self,
+        pool: WorkerPool,
+        requests: Sequence[object],
+        timeout: float,
+        budget: float,
+        stop: Callable[[], bool],
     ) -> None:
-        self.pool, self.timeout = pool, timeout
+        self.pool, self.timeout, self.stop = pool, timeout, stop
         self.end = time.monotonic() + budget
         self.queue = deque(_Task(index, request) for index, request in enumerate(requests))
         self.outcomes: list[Outcome | None] = [None] * len(requests)
@@ -126,8 +141,10 @@ class _Round:
                 wait_for_any(self.pool._workers, self._patience())
                 for worker in list(self.pool._workers):
                     self._attend(worker)
-                if time.monotonic() > self.end:
+                if time.monotonic() > self.end or self.pool._closing:
                     self._give_up(Outcome("timeout"))
+                elif self.stop():
+                    self._skip_queue(Outcome("timeout"))
                 elif self.failed_starts >= ATTEMPTS:
                     self._give_up(Outcome("died", detail=self.last_words))
         finally:
@@ -190,11 +207,14 @@ class _Round:
         for worker, task in self.running.items():
             worker.kill()
             self.outcomes[task.index] = outcome
+        self.running.clear()
+        self._skip_queue(outcome)
+        self.pool._reap()
+
+    def _skip_queue(self, outcome: Outcome) -> None:
         for task in self.queue:
             self.outcomes[task.index] = outcome
-        self.running.clear()
         self.queue.clear()
-        self.pool._reap()
 
 
 def _kill_all(workers: list[WorkerProcess]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +123,12 @@ class RewardSet:
             metrics=self._metrics(scores, total),
             notes=self._notes(scores, len(batch)),
         )
+
+    def prepare(self, batch: RewardInput, stop: Callable[[], bool]) -> None:
+        """Let every reward work ahead for a batch that will hold the completions of `batch`; see
+        `Reward.prepare`. Any thread may call it."""
+        for reward in self.rewards:
+            reward.prepare(batch, stop)
 
     def check(self, sample: Sample) -> RewardCheck:
         r"""Scores `\boxed{answer}` and a wrong answer of `sample`; for --dry-run. The token ids

@@ -7,7 +7,7 @@ flood of output or of memory costs that process and nothing else.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,9 @@ class UserReward:
         if len(batch) == 1:
             return Scores(values=[None], failures={0: trouble})
         return self._one_at_a_time(batch)
+
+    def prepare(self, batch: RewardInput, stop: Callable[[], bool]) -> None:
+        """Nothing: the function is called with whole batches, as its author expects."""
 
     def close(self) -> None:
         """Ends the function's process."""

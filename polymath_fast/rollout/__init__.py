@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from polymath_fast.errors import UserError
 from polymath_fast.precision import torch_dtype
-from polymath_fast.rollout.types import Completion, SamplingOptions
+from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
 
 if TYPE_CHECKING:
     from polymath_fast.learner.policy import Policy
@@ -21,6 +21,9 @@ class Engine(Protocol):
 
     name: str
     weights: WeightSync
+
+    def stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
+        """Completions as they finish; see `streaming.StreamingEngine`."""
 
     def generate(
         self, prompt_ids: Sequence[int], n: int, sampling: SamplingOptions
@@ -86,6 +89,15 @@ def choose_weight_sync(
     if asked != "auto":
         return asked, f"asked for by --weight-sync {asked}"
     return "alias", "one process: learner and engine share the memory of the weights"
+
+
+def max_num_seqs(completions: int, engine: str, device: str) -> int:
+    """How many of `completions` decode together at most.
+
+    vLLM pages its KV cache and puts completions off when it is full, so that on a GPU it may take
+    a whole step's at once; the embedded sampler holds memory for each at its full length.
+    """
+    return min(completions, 1024 if engine == "vllm" and device != "cpu" else 256)
 
 
 def build_engine(

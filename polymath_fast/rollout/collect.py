@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from statistics import fmean, pstdev
 
 from polymath_fast.config import Config
-from polymath_fast.rewards import RewardResult, RewardSet
+from polymath_fast.rewards import RewardResult
 from polymath_fast.rollout import Engine
-from polymath_fast.rollout.types import Completion, Group, RolloutBatch, SamplingOptions
+from polymath_fast.rollout.partial import NOTHING, Pending
+from polymath_fast.rollout.types import Completion, Group, Request, RolloutBatch, SamplingOptions
 from polymath_fast.samples import Sample
 
 
@@ -33,58 +34,47 @@ def samples_of_step(samples: Sequence[Sample], step: int, config: Config) -> lis
 
 
 def sample_groups(
-    engine: Engine, samples: Sequence[Sample], step: int, config: Config, attempt: int = 0
+    engine: Engine,
+    samples: Sequence[Sample],
+    step: int,
+    config: Config,
+    attempt: int = 0,
+    pending: Pending = NOTHING,
+    on_finished: Callable[[Sample, Completion], None] | None = None,
 ) -> RolloutBatch:
-    """Ask each sample for `num_generations` completions; a prompt asked several times is one
-    request, so that the engine computes it once. Another `attempt` draws others."""
+    """Ask each sample for a group of `num_generations` completions. Another `attempt` draws others.
+
+    With `oversample` a group is the completions that finish first. `pending` are those that earlier
+    steps aborted. `on_finished` is called with every completion of a group, as it finishes.
+    """
     sampling = SamplingOptions(
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
+        stop_repetition=config.stop_repetition,
+        repetition_period=config.repetition_period,
         seed=derived_seed(config.seed, f"rollout/{attempt}" if attempt else "rollout", step),
     )
-    times = Counter(sample.prompt_ids for sample in samples)
-    pools: dict[tuple[int, ...], list[Completion]] = {}
-    alike = defaultdict(list)
-    for prompt_ids, count in times.items():
-        alike[count].append(prompt_ids)
-    for count, prompts in alike.items():
-        drawn = engine.generate_many(prompts, count * config.num_generations, sampling)
-        pools.update(zip(prompts, drawn, strict=True))
-    groups = []
-    for sample in samples:
-        pool = pools[sample.prompt_ids]
-        taken, pools[sample.prompt_ids] = (
-            pool[: config.num_generations],
-            pool[config.num_generations :],
-        )
-        groups.append(Group(sample=sample, completions=taken))
+    asked, needed = config.asked_generations, config.num_generations
+    requests = [
+        Request(prompt_ids=sample.prompt_ids, n=asked, needed=needed, begun=begun)
+        for sample, begun in zip(samples, pending.shares(samples, asked), strict=True)
+    ]
+    groups = [Group(sample=sample, completions=[]) for sample in samples]
+    kept: list[dict[int, Completion]] = [{} for _ in samples]
+    with closing(engine.stream(requests, sampling)) as stream:
+        for number, index, completion in stream:
+            if completion.finish_reason == "aborted" or len(kept[number]) == needed:
+                groups[number].dropped.append(completion)
+                continue
+            kept[number][index] = completion
+            if on_finished is not None:
+                on_finished(samples[number], completion)
+    for group, found in zip(groups, kept, strict=True):
+        group.completions = [found[index] for index in sorted(found)]
     return RolloutBatch(groups=groups)
 
 
-def score_groups(batch: RolloutBatch, rewards: RewardSet, tokenizer: object) -> RewardResult:
-    """Decode the completions and give every group its texts and rewards."""
-    completions = batch.completions
-    texts = tokenizer.batch_decode(
-        [list(c.token_ids) for c in completions], skip_special_tokens=True
-    )
-    owners = [group.sample for group in batch.groups for _ in group.completions]
-    names = set().union(*(sample.columns for sample in owners))
-    columns = {name: [sample.columns.get(name) for sample in owners] for name in sorted(names)}
-    result = rewards.score(
-        [sample.prompt for sample in owners],
-        texts,
-        [list(c.token_ids) for c in completions],
-        columns | {"answer": [sample.answer for sample in owners]},
-    )
-    start = 0
-    for group in batch.groups:
-        span = slice(start, start + len(group.completions))
-        group.texts, group.rewards = texts[span], result.total[span]
-        start = span.stop
-    return result
-
-
-def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
+def rollout_metrics(batch: RolloutBatch, config: Config) -> dict[str, float]:
     """Rewards and completions of one scored batch in numbers."""
     completions = batch.completions
     rewards = [r for group in batch.groups for r in group.rewards if r is not None]
@@ -94,7 +84,37 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
         "reward/std": pstdev(rewards),
         "completion/mean_length": batch.num_tokens / count,
         "completion/truncated_ratio": fmean(c.finish_reason == "length" for c in completions),
+        "completion/repetition_ratio": fmean(c.finish_reason == "repetition" for c in completions),
         "completion/distinct_ratio": len({tuple(c.token_ids) for c in completions}) / count,
+        **(_oversampling(batch) if config.oversample else {}),
+        **(_staleness(batch) if config.partial_rollouts else {}),
+    }
+
+
+def _oversampling(batch: RolloutBatch) -> dict[str, float]:
+    """What was left out because it took longer."""
+    dropped = [completion for group in batch.groups for completion in group.dropped]
+    lengths = [len(c.token_ids) for c in (*batch.completions, *dropped) if c.token_ids]
+    return {
+        "oversample/aborted": sum(c.finish_reason == "aborted" for c in dropped),
+        "oversample/never_begun": sum(not c.token_ids for c in dropped),
+        "oversample/mean_length_at_least": fmean(lengths),
+    }
+
+
+def _staleness(batch: RolloutBatch) -> dict[str, float]:
+    """How much of the completions older weights drew."""
+    newest = max(completion.weight_version for completion in batch.completions)
+    stale = [
+        (newest - version, count)
+        for completion in batch.completions
+        for version, count in completion.tokens_by_version
+        if version < newest
+    ]
+    return {
+        "partial/continued": sum(len(c.spans) > 1 for c in batch.completions),
+        "partial/stale_token_ratio": sum(n for _, n in stale) / max(1, batch.num_tokens),
+        "partial/stalest_token": max((lag for lag, _ in stale), default=0),
     }
 
 
@@ -117,5 +137,7 @@ def completion_rows(batch: RolloutBatch, result: RewardResult) -> list[dict]:
                     "weight_version": completion.weight_version,
                 }
             )
+            if len(completion.spans) > 1:
+                rows[-1]["weight_versions"] = [list(span) for span in completion.spans]
             flat += 1
     return rows

@@ -5,12 +5,10 @@ It answers one request after the other on the socket that it inherits, and ends 
 
 from __future__ import annotations
 
-import base64
 import ctypes
 import signal
 import socket
 import sys
-from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -19,10 +17,11 @@ from polymath_fast import environment
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.rollout.channel import Channel
 from polymath_fast.rollout.ipc import Driver, WeightReceiver
-from polymath_fast.rollout.types import Completion, SamplingOptions
+from polymath_fast.rollout.types import SamplingOptions
+from polymath_fast.rollout.wire import decode_request, encode
 
 _PR_SET_PDEATHSIG = 1
-_REQUESTS = ("generate", "sleep", "wake", "attach", "push", "verify", "close")
+_REQUESTS = ("stream", "sleep", "wake", "attach", "push", "verify", "close")
 
 
 def serve(
@@ -53,10 +52,13 @@ def _answer(channel: Channel, engine: Any, driver: Driver) -> None:
         kind = request["kind"]
         if kind == "close":
             return
-        if kind == "generate":
+        if kind == "stream":
             sampling = SamplingOptions(**request["sampling"])
-            groups = engine.generate_many(request["prompts"], request["n"], sampling)
-            channel.send("completions", groups=[[encode(c) for c in group] for group in groups])
+            asked = [decode_request(each) for each in request["requests"]]
+            for drawn in engine.stream(asked, sampling):
+                place = {"request": drawn.request, "index": drawn.index}
+                channel.send("drawn", **place, completion=encode(drawn.completion))
+            channel.send("end")
         elif kind in ("sleep", "wake"):
             getattr(engine, kind)()
             channel.send("done")
@@ -71,30 +73,6 @@ def _answer(channel: Channel, engine: Any, driver: Driver) -> None:
         else:
             engine.weights.verify(receiver.tensors.items())
             channel.send("verified")
-
-
-def encode(completion: Completion) -> list[Any]:
-    """A completion as JSON can carry it; log-probs keep all their bits."""
-    numbers = (array("i", completion.token_ids), array("d", completion.sampling_logprobs))
-    packed = [base64.b64encode(a.tobytes()).decode() for a in numbers]
-    return [*packed, completion.finish_reason, completion.weight_version]
-
-
-def decode(data: list[Any]) -> Completion:
-    """The completion that `encode` was given. Raises EngineError for anything else."""
-    try:
-        token_ids, logprobs = array("i"), array("d")
-        token_ids.frombytes(base64.b64decode(data[0], validate=True))
-        logprobs.frombytes(base64.b64decode(data[1], validate=True))
-        finish_reason, version = str(data[2]), int(data[3])
-    except (ValueError, TypeError, IndexError, KeyError) as error:
-        raise EngineError(f"the engine's process sent no completion: {error!r}") from None
-    return Completion(
-        token_ids=token_ids.tolist(),
-        sampling_logprobs=logprobs.tolist(),
-        finish_reason=finish_reason,
-        weight_version=version,
-    )
 
 
 def _make_vllm(settings: dict[str, Any]) -> Any:

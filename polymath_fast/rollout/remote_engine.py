@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from polymath_fast.learner.flat_storage import FlatStorage, trained
 from polymath_fast.rollout import engine_process
 from polymath_fast.rollout.channel import Channel
 from polymath_fast.rollout.ipc import Driver, WeightSender
-from polymath_fast.rollout.types import Completion, SamplingOptions
+from polymath_fast.rollout.streaming import StreamingEngine
+from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
+from polymath_fast.rollout.wire import decode_drawn, encode_request
 
 _PATIENCE = 30.0  # seconds a process has to end after it was asked to
 
@@ -86,7 +88,7 @@ class IpcSync:
         self._channel.receive("verified")
 
 
-class RemoteEngine:
+class RemoteEngine(StreamingEngine):
     """Samples with vLLM in a child process."""
 
     name = "vllm"
@@ -121,20 +123,21 @@ class RemoteEngine:
             self.close()
             raise
 
-    def generate(
-        self, prompt_ids: Sequence[int], n: int, sampling: SamplingOptions
-    ) -> list[Completion]:
-        """n completions of one prompt."""
-        return self.generate_many([prompt_ids], n, sampling)[0]
+    def stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
+        """The completions of all requests, as they finish; see `StreamingEngine.stream`.
 
-    def generate_many(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingOptions
-    ) -> list[list[Completion]]:
-        """n completions for each prompt, in the order of the prompts."""
-        lists = [list(ids) for ids in prompts]
-        request = {"prompts": lists, "n": n, "sampling": asdict(sampling)}
-        groups = self._ask("completions", "generate", **request)["groups"]
-        return [[engine_process.decode(c) for c in group] for group in groups]
+        An iterator that is closed before its end leaves the process at work: the engine can then
+        only be closed.
+        """
+        self._begin()
+        asked = [encode_request(request) for request in requests]
+        self._channel.send("stream", requests=asked, sampling=asdict(sampling))
+        while True:
+            answer = self._channel.receive("drawn", "end")
+            if answer["kind"] == "end":
+                break
+            yield decode_drawn(answer)
+        self._busy = False
 
     def sleep(self) -> None:
         """Let the engine give back what it was started to give back."""
@@ -158,8 +161,13 @@ class RemoteEngine:
         self._channel.close()
 
     def _ask(self, answer: str, kind: str, **content: Any) -> dict[str, Any]:
-        self._busy = True
+        self._begin()
         self._channel.send(kind, **content)
         found = self._channel.receive(answer)
         self._busy = False
         return found
+
+    def _begin(self) -> None:
+        if self._busy:
+            raise EngineError("the engine's process is still at work on what was broken off")
+        self._busy = True

@@ -6,19 +6,24 @@ vLLM's Python API is touched here and in the other `vllm_*` modules of this pack
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.precision import choose_dtype
 from polymath_fast.rollout import vllm_process
-from polymath_fast.rollout.types import Completion, SamplingOptions
+from polymath_fast.rollout.streaming import StreamingEngine
+from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
+from polymath_fast.rollout.vllm_stream import stream
 from polymath_fast.rollout.vllm_sync import AliasSync, ReloadSync
 from polymath_fast.rollout.weights import WeightSync
 
+_DEFAULT_GRAPH_SIZE = 512  # sequences up to which vLLM captures CUDA graphs by itself
+_GRAPH_STEP = 16
 
-class VllmEngine:
+
+class VllmEngine(StreamingEngine):
     """Samples with vLLM's engine; `weights` brings the learner's to it after every update."""
 
     name = "vllm"
@@ -65,20 +70,14 @@ class VllmEngine:
 
         logging.getLogger("vllm").setLevel(logging.ERROR)
         self.stop_token_ids = list(stop_token_ids)
-        options = {
-            "model": str(model_dir),
-            "dtype": dtype,
-            "skip_tokenizer_init": True,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "enable_prefix_caching": True,
-            "logprobs_mode": "processed_logprobs",
-            "generation_config": "vllm",
-            "seed": seed,
-            "enforce_eager": device == "cpu",
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-        }
+        options = engine_options(
+            model_dir,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            device=device,
+            seed=seed,
+        )
         self._asleep = False
         self._releases = release_kv_cache
         if release_kv_cache:
@@ -106,39 +105,15 @@ class VllmEngine:
             self.close()
             raise
 
-    def generate(
-        self, prompt_ids: Sequence[int], n: int, sampling: SamplingOptions
-    ) -> list[Completion]:
-        """n completions of one prompt, which vLLM prefills once and shares by its prefix cache."""
-        return self.generate_many([prompt_ids], n, sampling)[0]
+    def stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
+        """The completions of all requests, as they finish; see `StreamingEngine.stream`.
 
-    def generate_many(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingOptions
-    ) -> list[list[Completion]]:
-        """n completions for each prompt, in the order of the prompts."""
-        import torch
-        from vllm import SamplingParams
-
+        vLLM prefills a prompt once and shares it by its prefix cache.
+        """
         self.wake()
-        params = SamplingParams(
-            n=n if sampling.temperature else 1,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_completion_length,
-            stop_token_ids=self.stop_token_ids,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
+        yield from stream(
+            self._llm.llm_engine, requests, sampling, self.stop_token_ids, self.weights.version
         )
-        # The sampler draws from torch's global generator; a seed per request would cost a generator
-        # and a kernel launch for every row of every step.
-        torch.manual_seed(sampling.seed)
-        inputs = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        try:
-            outputs = self._llm.generate(inputs, params, use_tqdm=False)
-        except Exception as error:
-            raise EngineError(f"vLLM failed while sampling: {error}") from error
-        copies = n // params.n
-        return [[self._completion(o) for o in out.outputs] * copies for out in outputs]
 
     def sleep(self) -> None:
         """Give the KV cache's memory to the learner, if the engine was started to do so.
@@ -177,20 +152,29 @@ class VllmEngine:
             return CopySync(self._llm, weights)
         return ReloadSync(self._llm, weights)
 
-    def _completion(self, output: object) -> Completion:
-        logprobs = list(output.logprobs.logprobs)
-        token_ids = list(output.token_ids)
-        if len(logprobs) != len(token_ids) or not all(map(math.isfinite, logprobs)):
-            raise EngineError(
-                f"vLLM returned {len(logprobs)} log-probs for {len(token_ids)} tokens, or some "
-                "that are not finite; this version's log-prob layout is not the tested one"
-            )
-        return Completion(
-            token_ids=token_ids,
-            sampling_logprobs=[min(x, 0.0) for x in logprobs],
-            finish_reason="stop" if output.finish_reason == "stop" else "length",
-            weight_version=self.weights.version,
-        )
+
+def engine_options(
+    model_dir: Path, *, dtype: str, max_model_len: int, max_num_seqs: int, device: str, seed: int
+) -> dict[str, Any]:
+    """What vLLM is told whatever the strategy of the weights."""
+    options = {
+        "model": str(model_dir),
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "seed": seed,
+        "enforce_eager": device == "cpu",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if device != "cpu" and max_num_seqs > _DEFAULT_GRAPH_SIZE:
+        # Sizes are captured in steps of 16: the largest batch must not fall between two of them.
+        options["max_cudagraph_capture_size"] = -(-max_num_seqs // _GRAPH_STEP) * _GRAPH_STEP
+    return options
 
 
 def _free_share() -> float:

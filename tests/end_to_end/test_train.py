@@ -18,6 +18,11 @@ REWARD = '''
 def vowels(prompts, completions, completion_ids, **columns):
     """Share of the letter e in the text: any model can learn it."""
     return [text.count("e") / max(1, len(ids)) for text, ids in zip(completions, completion_ids)]
+
+
+def even(prompts, completions, completion_ids, **columns):
+    """Share of even token ids, which differs from the start."""
+    return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]
 '''
 KEYS = (
     *("reward/mean", "reward/std", "completion/mean_length", "completion/truncated_ratio"),
@@ -76,7 +81,20 @@ def test_learns_and_leaves_a_complete_run_folder(flags, tmp_path):
     assert "step_000010" in out.stdout
 
 
-def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path):
+PARTIAL = [
+    *("--num-generations", "8", "--oversample", "3", "--partial-rollouts"),
+    *("--importance-sampling-mode", "token_truncate"),
+    *("--temperature", "0.3", "--stop-repetition", "2"),  # completions end at different times
+]
+
+
+def partial(flags):
+    return [*(word.replace(":vowels", ":even") for word in flags), *PARTIAL]
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "partial"])
+def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path, kept):
+    flags = partial(flags) if kept else flags
     run(flags, tmp_path / "straight")
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command(flags, tmp_path / "killed"), stdout=log, stderr=log)
@@ -88,6 +106,9 @@ def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     run([*flags, "--resume", "auto"], tmp_path / "killed")
+    if kept:
+        state = tmp_path / "straight/checkpoints/step_000005/trainer/state.json"
+        assert json.loads(state.read_text())["pending"]
 
     def figures(row):
         timed = ("time/", "throughput/", "memory/")
@@ -102,6 +123,33 @@ def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path):
     assert (tmp_path / "straight/completions.jsonl").read_bytes() == (
         tmp_path / "killed/completions.jsonl"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_aborted_completions_go_on_in_the_next_step(flags, tmp_path, monkeypatch, engine):
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # vLLM's short warm-up
+    proof = ["--verify-sync"] if engine == "vllm" else []
+    more = ["--max-steps", "4", "--engine", engine, *proof]
+    run([*partial(flags), *more], tmp_path / "run")
+    rows = metrics(tmp_path / "run")
+    lines = (tmp_path / "run/completions.jsonl").read_text().splitlines()
+    completions = [json.loads(line) for line in lines]
+    assert len(completions) == 4 * 16
+    continued = [row for row in completions if "weight_versions" in row]
+    assert rows[0]["partial/continued"] == 0 and continued
+    assert sum(row["partial/continued"] for row in rows) == len(continued)
+    newest = {row["step"]: row["weight_version"] for row in completions}
+    assert all(row["weight_version"] == newest[row["step"]] for row in completions)
+    for row in continued:
+        versions, starts = zip(*row["weight_versions"], strict=True)
+        assert list(versions) == sorted(set(versions)) and versions[-1] == row["weight_version"]
+        assert list(starts) == sorted(set(starts)) and starts[0] == 0 < row["length"] - starts[-1]
+    for row in rows:
+        assert row["oversample/aborted"] > 0
+        assert (row["partial/stale_token_ratio"] > 0) == (row["partial/continued"] > 0)
+    # stale tokens are off policy: the learner's log-probs of them are not the sampler's
+    stalest = max(rows, key=lambda row: row["partial/stale_token_ratio"])
+    assert stalest["sampling/logprob_diff_max"] > 3 * rows[0]["sampling/logprob_diff_max"]
 
 
 def payload(path):

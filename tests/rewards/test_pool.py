@@ -178,6 +178,30 @@ def test_the_batch_as_a_whole_has_a_budget():
     pool.close()
 
 
+def test_a_run_that_is_stopped_begins_nothing_else():
+    pool = WorkerPool("odd_service", size=1)
+    pool.greet()
+    outcomes = pool.run([["sleep", 0.5], ["echo", 1]], timeout=30, stop=lambda: True)
+    assert statuses(outcomes) == ["ok", "timeout"]
+    assert pool.run([["echo", 1]], timeout=5)[0].value == 1
+    pool.close()
+
+
+def test_close_ends_the_run_of_another_thread(pool):
+    pool.greet()
+    outcomes = []
+    thread = threading.Thread(
+        target=lambda: outcomes.extend(pool.run([["sleep", 60]] * 3, timeout=60))
+    )
+    thread.start()
+    time.sleep(0.2)
+    pool.close()
+    thread.join(20)
+    assert statuses(outcomes) == ["timeout"] * 3
+    assert pool.pids() == []
+    assert pool.run([["echo", 1]], timeout=5)[0].value == 1
+
+
 def test_memory_limit():
     pool = WorkerPool("odd_service", limits={"RLIMIT_AS": 400 * 2**20})
     outcomes = pool.run([["allocate", 2**30], ["allocate", 2**20]], timeout=5)

@@ -21,7 +21,8 @@ from polymath_fast.rollout import build_engine, choose_weight_sync, engine_proce
 from polymath_fast.rollout.channel import Channel
 from polymath_fast.rollout.host_memory import HostMemory
 from polymath_fast.rollout.remote_engine import IpcSync, RemoteEngine
-from polymath_fast.rollout.types import Completion, SamplingOptions
+from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
+from polymath_fast.rollout.wire import decode
 
 LOGPROBS = [-0.1, -1e-300, 0.0, -0.30000000000000004]
 SAMPLING = SamplingOptions(max_completion_length=4, temperature=0.6, seed=2**40)
@@ -47,18 +48,22 @@ class Engine:
             if not torch.equal(self.copy[name], weight):
                 raise EngineError(f"{name} differs")
 
-    def generate_many(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingOptions
-    ) -> list[list[Completion]]:
-        if n > 2:
-            raise EngineError("out of memory")
+    def stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
         assert sampling == SAMPLING
-        common = {"sampling_logprobs": LOGPROBS, "finish_reason": "stop"}
-        made = [
-            Completion(token_ids=[*ids, 2**31 - 1], weight_version=self.version, **common)
-            for ids in prompts
-        ]
-        return [[completion] * n for completion in made]
+        for number, request in enumerate(requests):
+            if request.n > 2:
+                raise EngineError("out of memory")
+            for index in range(request.n):
+                yield Drawn(number, index, self.complete(request, index))
+
+    def complete(self, request: Request, index: int) -> Completion:
+        made = Completion(
+            token_ids=[*request.prompt_ids, 2**31 - 1],
+            sampling_logprobs=LOGPROBS,
+            finish_reason="stop",
+            weight_version=self.version,
+        )
+        return request.begun[index].extended(made) if index < len(request.begun) else made
 
     def sleep(self) -> None:
         self.asleep = True
@@ -138,6 +143,34 @@ def test_completions_come_back_as_they_were(running: Running) -> None:
     assert not running.engines[0].asleep
 
 
+def test_requests_and_unfinished_completions_travel_whole(running: Running) -> None:
+    engine = running.start()
+    begun = Completion(
+        token_ids=[5], sampling_logprobs=[-0.25], finish_reason="aborted", weight_version=-4
+    )
+    request = Request(prompt_ids=[1], n=2, needed=1, begun=[begun])
+    first, second = (each.completion for each in engine.stream([request], SAMPLING))
+    assert first.spans == ((-4, 0), (0, 1)) and second.spans == ((0, 0),)
+    assert (first.token_ids, first.sampling_logprobs[0]) == ([5, 1, 2**31 - 1], -0.25)
+
+
+def test_an_engine_that_dies_in_between_has_given_what_had_finished(running: Running) -> None:
+    engine = running.start()
+    stream = engine.stream([Request(prompt_ids=[1], n=2), Request(prompt_ids=[1], n=3)], SAMPLING)
+    assert [next(stream)[:2], next(stream)[:2]] == [(0, 0), (0, 1)]
+    with pytest.raises(EngineError, match="the other process failed: out of memory"):
+        next(stream)
+
+
+def test_a_stream_that_was_broken_off_is_not_mistaken_for_an_answer(running: Running) -> None:
+    engine = running.start()
+    stream = engine.stream([Request(prompt_ids=[1], n=2)], SAMPLING)
+    next(stream)
+    stream.close()
+    with pytest.raises(EngineError, match="still at work on what was broken off"):
+        engine.generate([1], 1, SAMPLING)
+
+
 def test_weights_are_read_where_the_learner_writes_them(running: Running) -> None:
     engine, model = running.start(), small_model()
     before = model[0].weight.detach().clone()
@@ -192,6 +225,7 @@ def test_ipc_means_an_engine_in_another_process(
         RemoteEngine, "__init__", lambda self, folder, **settings: asked.update(settings)
     )
     sizes = {"max_model_len": 9, "max_num_seqs": 3, "stop_token_ids": [1], "device": "cpu"}
+    sizes |= {"dtype": "float32"}
     engine = build_engine("vllm", model_dir=tmp_path, policy=None, weight_sync="ipc", **sizes)
     assert isinstance(engine, RemoteEngine)
     assert asked.items() >= sizes.items() and "weight_sync" not in asked
@@ -229,7 +263,10 @@ def test_the_process_ends_with_its_parent() -> None:
         assert not Path(f"/proc/{child}").exists()
 
 
-@pytest.mark.parametrize("data", [[], ["AA", "", "stop", 0], ["", "!", "stop", 0], [1, 2, 3, 4]])
+@pytest.mark.parametrize(
+    "data",
+    [[], ["AA", "", "stop", 0], ["", "!", "stop", [[0, 0]]], [1, 2, 3, 4], ["", "", "stop", []]],
+)
 def test_broken_completions_are_engine_errors(data: list[Any]) -> None:
     with pytest.raises(EngineError, match="sent no completion"):
-        engine_process.decode(data)
+        decode(data)

@@ -121,6 +121,6 @@ def test_a_dead_engine_is_an_engine_error(engine, prompts, monkeypatch):
     def die(*args, **kwargs):
         raise RuntimeError("worker died")
 
-    monkeypatch.setattr(engine._llm, "generate", die)
+    monkeypatch.setattr(engine._llm.llm_engine, "step", die)
     with pytest.raises(EngineError, match="worker died"):
         engine.generate(prompts[0], 1, SamplingOptions(max_completion_length=4))
