@@ -13,6 +13,7 @@ from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout import tile_decoder
 from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
 from polymath_fast.rollout.sampling import sample_tokens
+from polymath_fast.rollout.speculation import BlockDecoder, Speculation, Tail, Wave
 from polymath_fast.rollout.types import Completion, SamplingOptions
 from polymath_fast.rollout.weights import IdentitySync
 
@@ -32,15 +33,26 @@ class Decoder(Protocol):
     def keep(self, rows: Tensor) -> None:
         """Drop all completions but `rows` (indices into the present batch)."""
 
+    def blocks(self) -> BlockDecoder:
+        """The same completions, from here on by blocks; this decoder is not used again."""
+
 
 class TransformersEngine:
     """Samples from `policy`'s weights as they are now; there is nothing to sync."""
 
     name = "transformers"
 
-    def __init__(self, policy: Policy, *, stop_token_ids: Sequence[int], max_num_seqs: int = 256):
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        stop_token_ids: Sequence[int],
+        max_num_seqs: int = 256,
+        speculation: Speculation | None = None,
+    ):
         """`max_num_seqs` completions decode together; more of them are drawn in several waves."""
         self.policy = policy
+        self.speculation = speculation or Speculation()
         self.stop_token_ids = frozenset(stop_token_ids)
         self.max_num_seqs = max_num_seqs
         self.weights = IdentitySync()
@@ -60,6 +72,7 @@ class TransformersEngine:
         generator = torch.Generator().manual_seed(sampling.seed)
         prefill = lru_cache(self.max_num_seqs)(lambda index: self._prefill(prompts[index]))
         completions: list[Completion] = []
+        self.speculation.start_call()
         for wave in self._waves(len(prompts), n):
             uniforms = torch.rand(
                 len(wave), sampling.max_completion_length, dtype=torch.float64, generator=generator
@@ -69,7 +82,10 @@ class TransformersEngine:
                 decoder = tile_decoder.TileDecoder(weights, prefilled)
             else:
                 decoder = ModuleDecoder(self.policy, prefilled)
-            completions += self._decode(decoder, uniforms, sampling)
+            asked = [prompts[index] for index in wave]
+            drawn = self._decode(decoder, asked, uniforms, sampling)
+            self.speculation.sampled(asked, drawn)
+            completions += drawn
         return [completions[i : i + n] for i in range(0, len(completions), n)]
 
     def _waves(self, num_prompts: int, n: int) -> Iterator[list[int]]:
@@ -99,7 +115,11 @@ class TransformersEngine:
         return prompt, run_decoder(self.policy, ids, positions, prompt)[:, -1]  # (1, H)
 
     def _decode(
-        self, decoder: Decoder, uniforms: Tensor, sampling: SamplingOptions
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor,
+        sampling: SamplingOptions,
     ) -> list[Completion]:
         """One wave in lock step; row i reads uniforms[i], so finished rows change nobody's draw."""
         wave, limit = uniforms.shape
@@ -110,12 +130,15 @@ class TransformersEngine:
         lengths = torch.full((wave,), limit)
         rows = torch.arange(wave)  # which completion each row of the batch is
         alive = torch.ones(wave, dtype=torch.bool)
+
+        def draw(logits: Tensor, rows: Tensor, steps: Tensor | int) -> tuple[Tensor, Tensor]:
+            chosen = uniforms[rows, steps].to(logits.device)
+            found = sample_tokens(logits, chosen, sampling.temperature, vocab)
+            return found[0].cpu(), found[1].cpu()
+
         logits = decoder.first()
         for step in range(limit):
-            drawn, drawn_logprobs = sample_tokens(
-                logits, uniforms[rows, step].to(logits.device), sampling.temperature, vocab
-            )
-            drawn, drawn_logprobs = drawn.cpu(), drawn_logprobs.cpu()
+            drawn, drawn_logprobs = draw(logits, rows, step)
             tokens[rows[alive], step] = drawn[alive]
             logprobs[rows[alive], step] = drawn_logprobs[alive]
             ended = torch.isin(drawn, stop) & alive
@@ -123,6 +146,15 @@ class TransformersEngine:
             alive &= ~ended
             remaining = int(alive.sum())
             if remaining == 0 or step + 1 == limit:
+                break
+            if self.speculation.begins(remaining):
+                kept = alive.nonzero()[:, 0]
+                decoder.keep(kept)
+                lengths[rows[kept]] = step + 1
+                drawn_so_far = Wave(prompts, tokens, logprobs, lengths, self.stop_token_ids, draw)
+                tail = Tail(self.speculation, decoder.blocks(), drawn_so_far, rows[kept])
+                for _ in tail.run():
+                    pass
                 break
             if step and remaining < _SHRINK_BELOW * len(rows):
                 kept = alive.nonzero()[:, 0]
