@@ -66,6 +66,7 @@ class Parts:
     monitor: Monitor
     learner: Any
     engine: Any
+    speculation: Any
     identity: dict[str, Any]
     steps_done: int
 
@@ -135,6 +136,7 @@ def build(config: Config) -> Iterator[Parts]:
     """Lock the run folder, resume if asked, load the learner, start the engine; closes them all."""
     from polymath_fast.learner.policy import Policy
     from polymath_fast.learner.step import Learner
+    from polymath_fast.rollout.speculation import Speculation, pass_rows
 
     with ExitStack() as stack:
         inputs = read_inputs(config)
@@ -161,6 +163,7 @@ def build(config: Config) -> Iterator[Parts]:
             gradient_checkpointing=config.gradient_checkpointing,
         )
         monitor.phase("start the engine")
+        speculation = Speculation(config.speculate, pass_rows(inputs.device, inputs.dtype))
         engine = rollout.build_engine(
             inputs.engine_name,
             model_dir=inputs.model_dir,
@@ -182,6 +185,7 @@ def build(config: Config) -> Iterator[Parts]:
             weight_sync=inputs.sync_name,
             readable_weights=config.verify_sync,
             release_kv_cache=config.release_kv_cache,
+            speculation=speculation,
         )
         stack.callback(engine.close)
         reference = None
@@ -191,9 +195,10 @@ def build(config: Config) -> Iterator[Parts]:
         if resumed:
             learner.optimizer.load(resumed.tensors(), resumed.state["updates"])
             engine.weights.push(policy.named_weights(), learner.optimizer.updates)
+            speculation.load(resumed.tensors())
         if config.verify_sync:
             engine.weights.verify(policy.named_weights())
-        yield Parts(inputs, run_dir, monitor, learner, engine, identity, steps_done)
+        yield Parts(inputs, run_dir, monitor, learner, engine, speculation, identity, steps_done)
 
 
 def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     from polymath_fast.rollout import collect
 
     clock = Clock(parts.monitor)
+    parts.speculation.start_step()
     samples = collect.samples_of_step(parts.inputs.samples, step, settings)
     batch, scores, attempts = RolloutBatch(groups=[]), RewardResult.empty(), 0
     while saturation.asks_again(settings, batch, attempts):
@@ -100,6 +101,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         with clock("verify"):
             parts.engine.weights.verify(parts.learner.policy.named_weights())
     metrics = collect.rollout_metrics(batch) | scores.metrics | learned | clock.metrics()
+    metrics |= parts.speculation.end_step(batch)
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
     metrics["memory/peak_gib"] = peak_memory_gib()
     metrics["rollout/resampled"] = attempts - 1
@@ -142,7 +144,7 @@ def save(settings: Config, parts: Parts, step: int) -> Path:
         parts.run_dir,
         step,
         model_files=parts.learner.save,
-        trainer_tensors=parts.learner.optimizer.tensors(),
+        trainer_tensors=parts.learner.optimizer.tensors() | parts.speculation.tensors(),
         trainer_state={
             "updates": parts.learner.optimizer.updates,
             "model": parts.identity,

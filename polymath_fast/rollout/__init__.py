@@ -13,6 +13,7 @@ from polymath_fast.rollout.types import Completion, SamplingOptions
 
 if TYPE_CHECKING:
     from polymath_fast.learner.policy import Policy
+    from polymath_fast.rollout.speculation import Speculation
     from polymath_fast.rollout.weights import WeightSync
 
 
@@ -104,6 +105,7 @@ def build_engine(
     weight_sync: str = "reload",
     readable_weights: bool = False,
     release_kv_cache: bool = False,
+    speculation: Speculation | None = None,
 ) -> Engine:
     """Start the engine called `name` ("vllm" or "transformers"; see `choose_engine`).
 
@@ -116,13 +118,19 @@ def build_engine(
         weight_sync: of vLLM, see `choose_weight_sync`.
         readable_weights: let vLLM's weights be verified after every sync.
         release_kv_cache: let vLLM's KV cache go while it sleeps.
+        speculation: what the engine drafts from; None drafts nothing.
     """
     if name == "transformers":
         from polymath_fast.learner.policy import Policy
         from polymath_fast.rollout.transformers_engine import TransformersEngine
 
         policy = policy or Policy(model_dir, device=device, dtype=torch_dtype(dtype))
-        return TransformersEngine(policy, stop_token_ids=stop_token_ids, max_num_seqs=max_num_seqs)
+        return TransformersEngine(
+            policy,
+            stop_token_ids=stop_token_ids,
+            max_num_seqs=max_num_seqs,
+            speculation=speculation,
+        )
     settings = {
         "stop_token_ids": stop_token_ids,
         "max_model_len": max_model_len,
