@@ -39,8 +39,8 @@ def store(start, stop, k, v, first, keys, values):
 @njit(nogil=True, cache=True)
 def step(
     threads, counters, hidden, count, norms, head_norms, biases, qkv, output, gate_up, down, heads,
-    cos, sin, eps, firsts, lengths, keys, values, prompt_len, prompt_keys, prompt_values, scale, normed,
-    stacked, attended, active, out,
+    cos, sin, eps, firsts, lengths, keys, values, prompt_len, prompt_keys, prompt_values, scale,
+    normed, stacked, attended, active, out,
 ):  # fmt: skip
     """All layers for more tokens of every completion; `PHASES` phases a layer, see `team`.
 
@@ -50,7 +50,8 @@ def step(
     packed (L, panels, inputs / 2, 48) words; gate_up holds a panel of gate, then one of up, by
     turns. cos, sin (count, D). Rows firsts[b] to firsts[b + 1] are the next tokens of completion b;
     lengths (B,) positions filled before them. keys (L, B, Hkv, panels, D / 2, 64), values (L, B,
-    Hkv, panels, D panels, 32, 64), prompt_keys and prompt_values alike without B. normed (R, H), stacked (R, Hq + 2 Hkv, D), attended (R, Hq D), active (R, I) are scratch.
+    Hkv, panels, D panels, 32, 64), prompt_keys and prompt_values alike without B. normed (R, H),
+    stacked (R, Hq + 2 Hkv, D), attended (R, Hq D), active (R, I) are scratch.
     """
     key_heads, size = keys.shape[2], stacked.shape[2]
     group = heads // key_heads
