@@ -13,7 +13,8 @@ from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout import tile_decoder
 from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
 from polymath_fast.rollout.sampling import sample_tokens
-from polymath_fast.rollout.speculation import BlockDecoder, Speculation, Tail, Wave
+from polymath_fast.rollout.speculation import Speculation
+from polymath_fast.rollout.tail import BlockDecoder, Tail, Wave
 from polymath_fast.rollout.types import Completion, SamplingOptions
 from polymath_fast.rollout.weights import IdentitySync
 

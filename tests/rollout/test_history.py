@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from polymath_fast.rollout.history import History, NGramTable, context_of, draft
-from polymath_fast.rollout.speculation import standing, surest
+from polymath_fast.rollout.speculation import surest
+from polymath_fast.rollout.tail import standing
 
 PROMPT = [1, 2, 3]
 
