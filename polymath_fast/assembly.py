@@ -100,6 +100,8 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         quantization=_quantization(models.read_config(model_dir)),
         verify=config.verify_sync,
     )
+    if config.speculate:
+        rollout.require_speculation(engine_name, sync_name)
     tokenizer = samples.load_tokenizer(model_dir)
     context = models.context_length(model_dir)
     trained = samples.from_config(config, tokenizer, context_length=context, notify=notify)

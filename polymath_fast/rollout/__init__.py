@@ -89,6 +89,24 @@ def choose_weight_sync(
     return "alias", "one process: learner and engine share the memory of the weights"
 
 
+def require_speculation(engine: str, weight_sync: str) -> None:
+    """Raise UserError where `--speculate` cannot reach what samples.
+
+    Args:
+        engine, weight_sync: as `choose_engine` and `choose_weight_sync` chose them.
+    """
+    if engine != "vllm":
+        return
+    if weight_sync == "ipc":
+        raise UserError(
+            "--speculate drafts in the learner's process, but with --weight-sync ipc vLLM samples "
+            "in another; --weight-sync alias works"
+        )
+    from polymath_fast.rollout.vllm_process import require_drafts
+
+    require_drafts()
+
+
 def build_engine(
     name: str,
     *,
@@ -144,12 +162,14 @@ def build_engine(
         "release_kv_cache": release_kv_cache,
     }
     if weight_sync == "ipc":
+        if speculation is not None and speculation.most:
+            raise ValueError("drafts need the engine in this process; see require_speculation")
         from polymath_fast.rollout.remote_engine import RemoteEngine
 
         return RemoteEngine(model_dir, **settings)
     from polymath_fast.rollout.vllm_engine import VllmEngine
 
-    return VllmEngine(model_dir, weight_sync=weight_sync, **settings)
+    return VllmEngine(model_dir, weight_sync=weight_sync, speculation=speculation, **settings)
 
 
 def stop_token_ids(model_dir: Path, tokenizer: object) -> list[int]:

@@ -9,13 +9,18 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.precision import choose_dtype
 from polymath_fast.rollout import vllm_process
+from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.types import Completion, SamplingOptions
 from polymath_fast.rollout.vllm_sync import AliasSync, ReloadSync
 from polymath_fast.rollout.weights import WeightSync
+
+if TYPE_CHECKING:
+    from polymath_fast.rollout.vllm_speculation import HistoryProposer
 
 
 class VllmEngine:
@@ -39,6 +44,7 @@ class VllmEngine:
         weight_sync: str = "reload",
         readable_weights: bool = False,
         release_kv_cache: bool = False,
+        speculation: Speculation | None = None,
     ):
         """Start the engine.
 
@@ -51,6 +57,7 @@ class VllmEngine:
                 they are then not repacked.
             release_kv_cache: let `sleep` give the KV cache's memory back; see
                 `vllm_process.require_release`.
+            speculation: what is drafted from; see `vllm_process.require_drafts`.
 
         Raises UserError for settings that vLLM cannot work with, EngineError when it fails.
         """
@@ -88,6 +95,9 @@ class VllmEngine:
             options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
             # Bounds nothing then, but vLLM wants that share of the device to be free at the start.
             options["gpu_memory_utilization"] = 0.9 * _free_share()
+        self._speculation = speculation or Speculation()
+        if self._speculation.most:
+            options |= self._draft_options(model_dir, max_model_len, device)
         live = weight_sync != "reload" or readable_weights
         if live:
             from polymath_fast.rollout.vllm_loader import LOAD_FORMAT
@@ -102,6 +112,7 @@ class VllmEngine:
         VllmEngine._running = True
         try:
             self.weights: WeightSync = self._make_sync(weight_sync, live)
+            self._proposer = self._attach_proposer() if self._speculation.most else None
         except Exception:
             self.close()
             raise
@@ -132,6 +143,9 @@ class VllmEngine:
         # The sampler draws from torch's global generator; a seed per request would cost a generator
         # and a kernel launch for every row of every step.
         torch.manual_seed(sampling.seed)
+        if self._proposer is not None:
+            self._speculation.start_call()
+            self._proposer.start(prompts, sampling.max_completion_length)
         inputs = [{"prompt_token_ids": list(ids)} for ids in prompts]
         try:
             outputs = self._llm.generate(inputs, params, use_tqdm=False)
@@ -163,6 +177,25 @@ class VllmEngine:
         if llm is not None:
             VllmEngine._running = False
             llm.llm_engine.engine_core.shutdown()
+
+    def _draft_options(self, model_dir: Path, max_model_len: int, device: str) -> dict[str, Any]:
+        from polymath_fast.models import context_length
+        from polymath_fast.rollout import vllm_speculation
+
+        vllm_process.require_drafts()
+        if device == "cpu":
+            vllm_speculation.verify_by_torch()
+        # vLLM asks for no drafts where the longest one might not fit.
+        wider = max_model_len + self._speculation.most + 1
+        context = context_length(model_dir) or wider
+        chosen = vllm_speculation.options(self._speculation.most)
+        return chosen | {"max_model_len": max(max_model_len, min(wider, context))}
+
+    def _attach_proposer(self) -> HistoryProposer:
+        runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        proposer = runner.drafter
+        proposer.attach(self._speculation, lambda: runner.input_batch.req_ids, self.stop_token_ids)
+        return proposer
 
     def _make_sync(self, name: str, live: bool) -> WeightSync:
         weights = None
