@@ -67,6 +67,7 @@ class Parts:
     monitor: Monitor
     learner: Any
     engine: Any
+    speculation: Any
     identity: dict[str, Any]
     steps_done: int
     pending: Pending
@@ -102,6 +103,8 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         quantization=_quantization(models.read_config(model_dir)),
         verify=config.verify_sync,
     )
+    if config.speculate:
+        rollout.require_speculation(engine_name, sync_name)
     tokenizer = samples.load_tokenizer(model_dir)
     context = models.context_length(model_dir)
     trained = samples.from_config(config, tokenizer, context_length=context, notify=notify)
@@ -138,6 +141,7 @@ def build(config: Config) -> Iterator[Parts]:
     """Lock the run folder, resume if asked, load the learner, start the engine; closes them all."""
     from polymath_fast.learner.policy import Policy
     from polymath_fast.learner.step import Learner
+    from polymath_fast.rollout.speculation import Speculation, pass_rows
 
     with ExitStack() as stack:
         inputs = read_inputs(config)
@@ -164,6 +168,7 @@ def build(config: Config) -> Iterator[Parts]:
             gradient_checkpointing=config.gradient_checkpointing,
         )
         monitor.phase("start the engine")
+        speculation = Speculation(config.speculate, pass_rows(inputs.device, inputs.dtype))
         engine = rollout.build_engine(
             inputs.engine_name,
             model_dir=inputs.model_dir,
@@ -189,6 +194,7 @@ def build(config: Config) -> Iterator[Parts]:
             weight_sync=inputs.sync_name,
             readable_weights=config.verify_sync,
             release_kv_cache=config.release_kv_cache,
+            speculation=speculation,
         )
         stack.callback(engine.close)
         reference = None
@@ -198,6 +204,7 @@ def build(config: Config) -> Iterator[Parts]:
         if resumed:
             learner.optimizer.load(resumed.tensors(), resumed.state["updates"])
             engine.weights.push(policy.named_weights(), learner.optimizer.updates)
+            speculation.load(resumed.tensors())
         if config.verify_sync:
             engine.weights.verify(policy.named_weights())
         pending = NOTHING
@@ -205,7 +212,17 @@ def build(config: Config) -> Iterator[Parts]:
             pending = Pending.from_json(
                 resumed.state.get("pending", []), config.max_completion_length
             )
-        yield Parts(inputs, run_dir, monitor, learner, engine, identity, steps_done, pending)
+        yield Parts(
+            inputs,
+            run_dir,
+            monitor,
+            learner,
+            engine,
+            speculation,
+            identity,
+            steps_done,
+            pending,
+        )
 
 
 def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     from polymath_fast.rollout.scoring import Scorer
 
     clock = Clock(parts.monitor)
+    parts.speculation.start_step()
     samples = collect.samples_of_step(parts.inputs.samples, step, settings)
     batch, scores, attempts = RolloutBatch(groups=[]), RewardResult.empty(), 0
     pending = parts.pending
@@ -108,6 +109,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         with clock("verify"):
             parts.engine.weights.verify(parts.learner.policy.named_weights())
     metrics = collect.rollout_metrics(batch, settings) | scores.metrics | learned | clock.metrics()
+    metrics |= parts.speculation.end_step(batch)
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
     metrics["memory/peak_gib"] = peak_memory_gib()
     metrics["rollout/resampled"] = attempts - 1
@@ -151,7 +153,7 @@ def save(settings: Config, parts: Parts, step: int) -> Path:
         parts.run_dir,
         step,
         model_files=parts.learner.save,
-        trainer_tensors=parts.learner.optimizer.tensors(),
+        trainer_tensors=parts.learner.optimizer.tensors() | parts.speculation.tensors(),
         trainer_state={
             "updates": parts.learner.optimizer.updates,
             "model": parts.identity,

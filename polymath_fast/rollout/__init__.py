@@ -13,6 +13,7 @@ from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOpti
 
 if TYPE_CHECKING:
     from polymath_fast.learner.policy import Policy
+    from polymath_fast.rollout.speculation import Speculation
     from polymath_fast.rollout.weights import WeightSync
 
 
@@ -100,6 +101,24 @@ def max_num_seqs(completions: int, engine: str, device: str) -> int:
     return min(completions, 1024 if engine == "vllm" and device != "cpu" else 256)
 
 
+def require_speculation(engine: str, weight_sync: str) -> None:
+    """Raise UserError where `--speculate` cannot reach what samples.
+
+    Args:
+        engine, weight_sync: as `choose_engine` and `choose_weight_sync` chose them.
+    """
+    if engine != "vllm":
+        return
+    if weight_sync == "ipc":
+        raise UserError(
+            "--speculate drafts in the learner's process, but with --weight-sync ipc vLLM samples "
+            "in another; --weight-sync alias works"
+        )
+    from polymath_fast.rollout.vllm_process import require_drafts
+
+    require_drafts()
+
+
 def build_engine(
     name: str,
     *,
@@ -116,6 +135,7 @@ def build_engine(
     weight_sync: str = "reload",
     readable_weights: bool = False,
     release_kv_cache: bool = False,
+    speculation: Speculation | None = None,
 ) -> Engine:
     """Start the engine called `name` ("vllm" or "transformers"; see `choose_engine`).
 
@@ -128,13 +148,19 @@ def build_engine(
         weight_sync: of vLLM, see `choose_weight_sync`.
         readable_weights: let vLLM's weights be verified after every sync.
         release_kv_cache: let vLLM's KV cache go while it sleeps.
+        speculation: what the engine drafts from; None drafts nothing.
     """
     if name == "transformers":
         from polymath_fast.learner.policy import Policy
         from polymath_fast.rollout.transformers_engine import TransformersEngine
 
         policy = policy or Policy(model_dir, device=device, dtype=torch_dtype(dtype))
-        return TransformersEngine(policy, stop_token_ids=stop_token_ids, max_num_seqs=max_num_seqs)
+        return TransformersEngine(
+            policy,
+            stop_token_ids=stop_token_ids,
+            max_num_seqs=max_num_seqs,
+            speculation=speculation,
+        )
     settings = {
         "stop_token_ids": stop_token_ids,
         "max_model_len": max_model_len,
@@ -148,12 +174,14 @@ def build_engine(
         "release_kv_cache": release_kv_cache,
     }
     if weight_sync == "ipc":
+        if speculation is not None and speculation.most:
+            raise ValueError("drafts need the engine in this process; see require_speculation")
         from polymath_fast.rollout.remote_engine import RemoteEngine
 
         return RemoteEngine(model_dir, **settings)
     from polymath_fast.rollout.vllm_engine import VllmEngine
 
-    return VllmEngine(model_dir, weight_sync=weight_sync, **settings)
+    return VllmEngine(model_dir, weight_sync=weight_sync, speculation=speculation, **settings)
 
 
 def stop_token_ids(model_dir: Path, tokenizer: object) -> list[int]:

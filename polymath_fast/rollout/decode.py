@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from polymath_fast.learner.policy import Policy
+from polymath_fast.rollout.block_cache import BlockCache
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _GROWTH = 64  # tokens by which the buffers grow
@@ -156,9 +157,35 @@ class ModuleDecoder:
         """Drop all completions but `rows` (indices into the present batch)."""
         self._cache.keep(rows.to(self._policy.device))
 
+    def blocks(self) -> ModuleBlocks:
+        """The same completions, from here on by blocks; this decoder is not used again."""
+        return ModuleBlocks(self._policy, BlockCache(self._cache))
+
+
+class ModuleBlocks:
+    """B completions that grow by blocks through the policy's own modules."""
+
+    def __init__(self, policy: Policy, cache: BlockCache):
+        self._policy, self._cache = policy, cache
+
+    def block(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """(R, V) logits after each of tokens (R,), of which counts (B,) belong to a completion."""
+        device = self._policy.device
+        positions = self._cache.begin(counts)[None].to(device)
+        hidden = run_decoder(self._policy, tokens[None].to(device), positions, self._cache)
+        return self._policy.head(hidden[0])
+
+    def advance(self, kept: Tensor) -> None:
+        """Keep the first kept (B,) tokens of each completion's block."""
+        self._cache.advance(kept)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all completions but `rows` (indices into the present batch)."""
+        self._cache.keep(rows)
+
 
 def run_decoder(
-    policy: Policy, ids: Tensor, positions: Tensor, cache: PromptCache | DecodeCache
+    policy: Policy, ids: Tensor, positions: Tensor, cache: PromptCache | DecodeCache | BlockCache
 ) -> Tensor:
     """(B, T, H) hidden states of ids (B, T); keys and values go to `cache`."""
     return policy.model.get_decoder()(

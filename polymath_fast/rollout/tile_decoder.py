@@ -74,7 +74,8 @@ class TileWeights:
 
 
 class TileDecoder:
-    """B completions that grow in lock step; see `decode.ModuleDecoder` for the same on modules."""
+    """B completions that grow in lock step, or by blocks of tokens; see `decode.ModuleDecoder` and
+    `decode.ModuleBlocks` for the same on modules."""
 
     def __init__(self, weights: TileWeights, prefilled: Sequence[tuple[PromptCache, Tensor]]):
         """`prefilled[i]` is the prompt that completion i continues and its last hidden state."""
@@ -101,15 +102,25 @@ class TileDecoder:
 
     def next(self, tokens: Tensor) -> Tensor:
         """(B, V + padding) float32 logits after one more token (B,) a completion."""
+        each = torch.ones_like(self._positions)
+        logits = self.block(tokens, each)
+        self.advance(each)
+        return logits
+
+    def block(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """(R, V + padding) float32 logits after tokens (R,), counts (B,) of them a completion."""
         weights, count = self.weights, len(tokens)
-        self._make_room()
+        self._make_room(counts)
+        firsts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        owner = torch.arange(len(counts)).repeat_interleave(counts)
+        positions = self._positions[owner] + torch.arange(count) - firsts[owner]
         rows = padded_rows(count)
 
         def scratch(*shape: int) -> Tensor:
             return torch.zeros(rows, *shape, dtype=torch.bfloat16)
 
         embedded = weights.embedding(tokens)
-        cos, sin = weights.rotary(embedded[:, None], self._positions[:, None])
+        cos, sin = weights.rotary(embedded[:, None], positions[:, None])
         hidden, normed, out = (scratch(embedded.shape[1]) for _ in range(3))
         hidden[:count] = embedded
         stacked = scratch(weights.heads + 2 * weights.key_heads, weights.size)
@@ -130,6 +141,7 @@ class TileDecoder:
             bits(cos[:, 0].contiguous()),
             bits(sin[:, 0].contiguous()),
             weights.eps,
+            firsts.numpy(),
             self._lengths,
             _words(self._keys),
             _words(self._values),
@@ -139,9 +151,16 @@ class TileDecoder:
             weights.scale,
             *(bits(each) for each in (normed, stacked, attended, active, out)),
         )
-        self._positions += 1
-        self._lengths += 1
         return self._logits(out[:count])
+
+    def advance(self, kept: Tensor) -> None:
+        """Keep the first kept (B,) tokens of each completion's block; the next one overwrites."""
+        self._positions += kept
+        self._lengths += kept.numpy()
+
+    def blocks(self) -> TileDecoder:
+        """The same completions, from here on by blocks."""
+        return self
 
     def keep(self, rows: Tensor) -> None:
         """Drop all completions but `rows` (indices into the present batch)."""
@@ -175,11 +194,12 @@ class TileDecoder:
             places = (_words(x[layer]) for x in (keys, values))
             decode.store(0, self.weights.key_heads, *rows, 0, *places)
 
-    def _make_room(self) -> None:
+    def _make_room(self, counts: Tensor) -> None:
         panels = self._keys.shape[3]
-        if int(self._lengths.max()) < panels * PANEL:
+        missing = _panels(int((self._lengths + counts.numpy()).max())) - panels
+        if missing <= 0:
             return
-        more = self._caches(len(self._lengths), -(-panels // 2))
+        more = self._caches(len(self._lengths), max(missing, -(-panels // 2)))
         self._keys = torch.cat([self._keys, more[0]], dim=3)
         self._values = torch.cat([self._values, more[1]], dim=3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ from torch import Tensor
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout import tile_decoder
 from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
-from polymath_fast.rollout.repetition import RepetitionWatch
-from polymath_fast.rollout.sampling import sample_tokens
+from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.streaming import Quotas, StreamingEngine, aborted
-from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
+from polymath_fast.rollout.tail import BlockDecoder, Tail
+from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
+from polymath_fast.rollout.wave import Slot, Wave, slots_of
 from polymath_fast.rollout.weights import IdentitySync
 
 _SHRINK_BELOW = 0.8  # share of unfinished rows below which finished ones leave the batch
@@ -35,15 +36,8 @@ class Decoder(Protocol):
     def keep(self, rows: Tensor) -> None:
         """Drop all completions but `rows` (indices into the present batch)."""
 
-
-class Slot(NamedTuple):
-    """Place of one completion: number `index` of `request`."""
-
-    request: int
-    index: int
-    prefix: tuple[int, ...]
-    """ids that the first new token follows: the prompt, and those of `begun`"""
-    begun: Completion | None
+    def blocks(self) -> BlockDecoder:
+        """The same completions, from here on by blocks; this decoder is not used again."""
 
 
 class TransformersEngine(StreamingEngine):
@@ -51,9 +45,17 @@ class TransformersEngine(StreamingEngine):
 
     name = "transformers"
 
-    def __init__(self, policy: Policy, *, stop_token_ids: Sequence[int], max_num_seqs: int = 256):
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        stop_token_ids: Sequence[int],
+        max_num_seqs: int = 256,
+        speculation: Speculation | None = None,
+    ):
         """`max_num_seqs` completions decode together; more of them are drawn in several waves."""
         self.policy = policy
+        self.speculation = speculation or Speculation()
         self.stop_token_ids = frozenset(stop_token_ids)
         self.max_num_seqs = max_num_seqs
         self.weights = IdentitySync()
@@ -64,35 +66,35 @@ class TransformersEngine(StreamingEngine):
         quotas = Quotas(requests)
         make_decoder = self._decoders()
         generator = torch.Generator().manual_seed(sampling.seed)
-        for wave in self._waves(_slots(requests)):
-            needed = [slot for slot in wave if not quotas.met(slot.request)]
-            for slot in wave:
+        vocab = self.policy.head.weight.shape[0]
+        self.speculation.start_call()
+        for slots in self._batches(slots_of(requests)):
+            needed = [slot for slot in slots if not quotas.met(slot.request)]
+            for slot in slots:
                 if quotas.met(slot.request):
                     yield Drawn(*slot[:2], aborted(slot.begun, self.weights.version))
-            if needed:
-                uniforms = torch.rand(
-                    len(needed),
-                    sampling.max_completion_length,
-                    dtype=torch.float64,
-                    generator=generator,
-                )
-                yield from self._decode(make_decoder(needed), needed, uniforms, sampling, quotas)
+            if not needed:
+                continue
+            wave = Wave(needed, sampling, self.stop_token_ids, vocab, generator)
+            yield from self._decode(make_decoder(needed), wave, quotas)
+            rows = range(len(needed))
+            self.speculation.sampled([slot.prompt for slot in needed], map(wave.so_far, rows))
 
     def _decoders(self) -> Callable[[Sequence[Slot]], Decoder]:
         """Makes decoders on the weights as they are now; each prefix is computed once."""
         weights = tile_decoder.TileWeights(self.policy) if tile_decoder.fits(self.policy) else None
         prefill = lru_cache(self.max_num_seqs)(self._prefill)
 
-        def make(wave: Sequence[Slot]) -> Decoder:
-            prefilled = [prefill(slot.prefix) for slot in wave]
+        def make(slots: Sequence[Slot]) -> Decoder:
+            prefilled = [prefill(slot.prefix) for slot in slots]
             if weights is not None:
                 return tile_decoder.TileDecoder(weights, prefilled)
             return ModuleDecoder(self.policy, prefilled)
 
         return make
 
-    def _waves(self, slots: Sequence[Slot]) -> Iterator[list[Slot]]:
-        """The slots in batches that decode together.
+    def _batches(self, slots: Sequence[Slot]) -> Iterator[list[Slot]]:
+        """The slots that decode together.
 
         Completions of different prefixes share a batch only when each prefix has few of them.
         """
@@ -120,103 +122,46 @@ class TransformersEngine(StreamingEngine):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         return prompt, run_decoder(self.policy, ids, positions, prompt)[:, -1]  # (1, H)
 
-    def _decode(
-        self,
-        decoder: Decoder,
-        wave: Sequence[Slot],
-        uniforms: Tensor,
-        sampling: SamplingOptions,
-        quotas: Quotas,
-    ) -> Iterator[Drawn]:
-        """One wave in lock step; row i reads uniforms[i], so finished rows change nobody's draw."""
-        drawn_so_far = _Rows(wave, sampling, self.stop_token_ids)
-        vocab = self.policy.head.weight.shape[0]
-        rows = torch.arange(len(wave))  # which completion each row of the batch is
-        alive = torch.ones(len(wave), dtype=torch.bool)
+    def _decode(self, decoder: Decoder, wave: Wave, quotas: Quotas) -> Iterator[Drawn]:
+        """One wave, in lock step until drafts take over."""
+        rows = torch.arange(len(wave.slots))  # which completion each row of the batch is
+        alive = torch.ones(len(rows), dtype=torch.bool)
         logits = decoder.first()
-        while True:
-            step = drawn_so_far.steps
-            tokens, logprobs = sample_tokens(
-                logits, uniforms[rows, step].to(logits.device), sampling.temperature, vocab
-            )
-            tokens, logprobs = tokens.cpu(), logprobs.cpu()
-            ended = drawn_so_far.append(rows[alive], tokens[alive], logprobs[alive])
-            for row, reason in ended.items():
-                yield drawn_so_far.drawn(row, reason, self.weights.version)
-                quotas.count(wave[row].request)
-            for row in rows[alive].tolist() if ended else ():
-                if row not in ended and quotas.met(wave[row].request):
-                    ended[row] = "aborted"
-                    yield drawn_so_far.drawn(row, "aborted", self.weights.version)
-            alive &= ~torch.isin(rows, torch.tensor(list(ended), dtype=torch.int64))
+        for step in range(wave.tokens.shape[1]):
+            tokens, logprobs = wave.draw(logits, rows, torch.full_like(rows, step))
+            ended = wave.append(rows[alive], tokens[alive], logprobs[alive])
+            yield from self._settle(wave, rows[alive], ended, quotas)
+            alive &= ~_among(rows, ended)
             remaining = int(alive.sum())
             if remaining == 0:
                 return
-            if step and remaining < _SHRINK_BELOW * len(rows):
+            by_blocks = self.speculation.begins(remaining)
+            if by_blocks or (step and remaining < _SHRINK_BELOW * len(rows)):
                 kept = alive.nonzero()[:, 0]
                 decoder.keep(kept)
                 rows, tokens, alive = rows[kept], tokens[kept], alive[kept]
+            if by_blocks:
+                break
             logits = decoder.next(tokens)
+        tail = Tail(self.speculation, decoder.blocks(), wave, rows)
+        while len(tail.rows):
+            ended = tail.step()
+            yield from self._settle(wave, tail.rows, ended, quotas)
+            tail.keep((~_among(tail.rows, ended)).nonzero()[:, 0])
+
+    def _settle(
+        self, wave: Wave, rows: Tensor, ended: dict[int, str], quotas: Quotas
+    ) -> Iterator[Drawn]:
+        """What has ended; then those of `rows` that nobody needs any more, which join `ended`."""
+        for row, reason in list(ended.items()):
+            yield wave.drawn(row, reason, self.weights.version)
+            quotas.count(wave.slots[row].request)
+        for row in rows.tolist() if ended else ():
+            if row not in ended and quotas.met(wave.slots[row].request):
+                ended[row] = "aborted"
+                yield wave.drawn(row, "aborted", self.weights.version)
 
 
-class _Rows:
-    """What the rows of one wave have drawn so far."""
-
-    def __init__(
-        self, wave: Sequence[Slot], sampling: SamplingOptions, stop_token_ids: frozenset[int]
-    ) -> None:
-        self.steps = 0
-        self._wave = wave
-        limit = sampling.max_completion_length
-        begun = [len(slot.begun.token_ids) if slot.begun else 0 for slot in wave]
-        self._limits = limit - torch.tensor(begun)  # (B,) tokens that may still be drawn
-        self._tokens = torch.zeros(len(wave), limit, dtype=torch.int64)
-        self._logprobs = torch.zeros(len(wave), limit)
-        self._stop = torch.tensor(sorted(stop_token_ids))
-        self._watch = None
-        if sampling.stop_repetition:
-            self._watch = RepetitionWatch(
-                len(wave), sampling.stop_repetition, sampling.repetition_period
-            )
-
-    def append(self, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> dict[int, str]:
-        """Take in one token of each of `rows`, ascending; those that end with it, and why."""
-        self._tokens[rows, self.steps] = tokens
-        self._logprobs[rows, self.steps] = logprobs
-        reasons = {
-            "stop": torch.isin(tokens, self._stop),
-            "length": self._limits[rows] <= self.steps + 1,
-        }
-        if self._watch is not None:
-            reasons["repetition"] = self._watch.looped(self._tokens, rows, self.steps)
-        self.steps += 1
-        ended: dict[int, str] = {}
-        for reason, which in reasons.items():  # of several, the first one counts
-            for row in rows[which].tolist():
-                ended.setdefault(row, reason)
-        return dict(sorted(ended.items()))
-
-    def drawn(self, row: int, finish_reason: str, weight_version: int) -> Drawn:
-        """What `row` has drawn, after what it began with."""
-        slot = self._wave[row]
-        completion = Completion(
-            token_ids=self._tokens[row, : self.steps].tolist(),
-            sampling_logprobs=self._logprobs[row, : self.steps].tolist(),
-            finish_reason=finish_reason,
-            weight_version=weight_version,
-        )
-        if slot.begun is not None:
-            completion = slot.begun.extended(completion)
-        return Drawn(slot.request, slot.index, completion)
-
-
-def _slots(requests: Sequence[Request]) -> list[Slot]:
-    """One for every completion that is asked for."""
-    slots = []
-    for number, request in enumerate(requests):
-        prompt = tuple(request.prompt_ids)
-        for index in range(request.n):
-            begun = request.begun[index] if index < len(request.begun) else None
-            ids = tuple(begun.token_ids) if begun else ()
-            slots.append(Slot(number, index, prompt + ids, begun))
-    return slots
+def _among(rows: Tensor, ended: dict[int, str]) -> Tensor:
+    """(B,) whether each of `rows` (B,) has ended."""
+    return torch.isin(rows, torch.tensor(list(ended), dtype=torch.int64))

@@ -8,16 +8,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.precision import choose_dtype
 from polymath_fast.rollout import vllm_process
+from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.streaming import StreamingEngine
 from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
 from polymath_fast.rollout.vllm_stream import stream
 from polymath_fast.rollout.vllm_sync import AliasSync, ReloadSync
 from polymath_fast.rollout.weights import WeightSync
+
+if TYPE_CHECKING:
+    from polymath_fast.rollout.vllm_speculation import HistoryProposer
 
 _DEFAULT_GRAPH_SIZE = 512  # sequences up to which vLLM captures CUDA graphs by itself
 _GRAPH_STEP = 16
@@ -44,6 +48,7 @@ class VllmEngine(StreamingEngine):
         weight_sync: str = "reload",
         readable_weights: bool = False,
         release_kv_cache: bool = False,
+        speculation: Speculation | None = None,
     ):
         """Start the engine.
 
@@ -56,6 +61,7 @@ class VllmEngine(StreamingEngine):
                 they are then not repacked.
             release_kv_cache: let `sleep` give the KV cache's memory back; see
                 `vllm_process.require_release`.
+            speculation: what is drafted from; see `vllm_process.require_drafts`.
 
         Raises UserError for settings that vLLM cannot work with, EngineError when it fails.
         """
@@ -87,6 +93,9 @@ class VllmEngine(StreamingEngine):
             options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
             # Bounds nothing then, but vLLM wants that share of the device to be free at the start.
             options["gpu_memory_utilization"] = 0.9 * _free_share()
+        self._speculation = speculation or Speculation()
+        if self._speculation.most:
+            options |= self._draft_options(model_dir, max_model_len, device)
         live = weight_sync != "reload" or readable_weights
         if live:
             from polymath_fast.rollout.vllm_loader import LOAD_FORMAT
@@ -101,6 +110,7 @@ class VllmEngine(StreamingEngine):
         VllmEngine._running = True
         try:
             self.weights: WeightSync = self._make_sync(weight_sync, live)
+            self._proposer = self._attach_proposer() if self._speculation.most else None
         except Exception:
             self.close()
             raise
@@ -111,6 +121,10 @@ class VllmEngine(StreamingEngine):
         vLLM prefills a prompt once and shares it by its prefix cache.
         """
         self.wake()
+        if self._proposer is not None:
+            self._speculation.start_call()
+            prompts = [request.prompt_ids for request in requests]
+            self._proposer.start(prompts, sampling.max_completion_length)
         yield from stream(
             self._llm.llm_engine, requests, sampling, self.stop_token_ids, self.weights.version
         )
@@ -138,6 +152,25 @@ class VllmEngine(StreamingEngine):
         if llm is not None:
             VllmEngine._running = False
             llm.llm_engine.engine_core.shutdown()
+
+    def _draft_options(self, model_dir: Path, max_model_len: int, device: str) -> dict[str, Any]:
+        from polymath_fast.models import context_length
+        from polymath_fast.rollout import vllm_speculation
+
+        vllm_process.require_drafts()
+        if device == "cpu":
+            vllm_speculation.verify_by_torch()
+        # vLLM asks for no drafts where the longest one might not fit.
+        wider = max_model_len + self._speculation.most + 1
+        context = context_length(model_dir) or wider
+        chosen = vllm_speculation.options(self._speculation.most)
+        return chosen | {"max_model_len": max(max_model_len, min(wider, context))}
+
+    def _attach_proposer(self) -> HistoryProposer:
+        runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        proposer = runner.drafter
+        proposer.attach(self._speculation, lambda: runner.input_batch.req_ids, self.stop_token_ids)
+        return proposer
 
     def _make_sync(self, name: str, live: bool) -> WeightSync:
         weights = None

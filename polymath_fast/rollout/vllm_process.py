@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import warnings
+from importlib.util import find_spec
 
 from polymath_fast.errors import UserError
 
@@ -68,6 +69,15 @@ def require_release(device: str) -> None:
         raise UserError(
             f"--release-kv-cache: vLLM {check_version()} cannot free its KV cache alone, 0.32 can; "
             "leave it out, or choose a smaller --kv-cache-gib"
+        )
+
+
+def require_drafts() -> None:
+    """Raise UserError where vLLM takes no drafts but those of its own."""
+    if find_spec("vllm.v1.spec_decode.custom_class_proposer") is None:
+        raise UserError(
+            f"--speculate: vLLM {check_version()} has no door for drafts from history, 0.32 has; "
+            "leave it out, or use --engine transformers"
         )
 
 

@@ -110,10 +110,6 @@ def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path, kept
         state = tmp_path / "straight/checkpoints/step_000005/trainer/state.json"
         assert json.loads(state.read_text())["pending"]
 
-    def figures(row):
-        timed = ("time/", "throughput/", "memory/")
-        return {key: value for key, value in row.items() if not key.startswith(timed)}
-
     straight, killed = metrics(tmp_path / "straight"), metrics(tmp_path / "killed")
     assert [figures(row) for row in killed] == [figures(row) for row in straight]
     for name in ("model.safetensors", "trainer/state.safetensors"):
@@ -150,6 +146,29 @@ def test_aborted_completions_go_on_in_the_next_step(flags, tmp_path, monkeypatch
     # stale tokens are off policy: the learner's log-probs of them are not the sampler's
     stalest = max(rows, key=lambda row: row["partial/stale_token_ratio"])
     assert stalest["sampling/logprob_diff_max"] > 3 * rows[0]["sampling/logprob_diff_max"]
+
+
+def figures(row):
+    """All of a row but what was timed."""
+    timed = ("time/", "throughput/", "memory/")
+    return {key: value for key, value in row.items() if not key.startswith(timed)}
+
+
+def test_a_resumed_run_drafts_as_a_straight_one_bit_for_bit(flags, tmp_path):
+    """What is remembered for drafts decides the shapes of products, and so their rounding."""
+    flags = [*flags, "--speculate", "4", "--temperature", "0.3", "--num-generations", "4"]
+    run([*flags, "--max-steps", "4"], tmp_path / "straight")
+    run([*flags, "--max-steps", "2"], tmp_path / "stopped")
+    run([*flags, "--max-steps", "4", "--resume", "auto"], tmp_path / "stopped")
+    straight, stopped = metrics(tmp_path / "straight"), metrics(tmp_path / "stopped")
+    assert [figures(row) for row in stopped] == [figures(row) for row in straight]
+    assert straight[-1]["speculation/drafted"] > 0
+    assert straight[-1]["speculation/acceptance_length"] > 1
+    name = "checkpoints/step_000004/trainer/state.safetensors"
+    assert payload(tmp_path / "stopped" / name) == payload(tmp_path / "straight" / name)
+    assert (tmp_path / "straight/completions.jsonl").read_bytes() == (
+        tmp_path / "stopped/completions.jsonl"
+    ).read_bytes()
 
 
 def payload(path):

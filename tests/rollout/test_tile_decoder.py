@@ -67,3 +67,36 @@ def test_what_does_not_fit_is_told():
     assert tile_decoder.fits(policy_of("random:tiny"))
     single = Policy(resolve_model("random:tiny", notify=lambda text: None), dtype=torch.float32)
     assert not tile_decoder.fits(single)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lengths", [[9] * 5, [3, 70, 9, 9]])
+def test_blocks_equal_tokens_one_by_one(family, lengths):
+    """Blocks of several tokens, partly taken back, over the edges of panels."""
+    policy = policy_of(family)
+    (ours, _), (single, _) = both(policy, lengths), both(policy, lengths)
+    texts = torch.randint(3, 250, (len(lengths), 140), generator=torch.Generator().manual_seed(0))
+    vocab = len(policy.head.weight)  # what stands in the padding behind it is nobody's
+    truth = torch.stack([single.next(texts[:, step])[:, :vocab] for step in range(140)], dim=1)
+    blocks, done = ours.blocks(), torch.zeros(len(lengths), dtype=torch.int64)
+    for turn in range(30):
+        counts = 1 + (torch.arange(len(lengths)) + turn) % 6
+        kept = 1 + (counts - 1) // (1 + turn % 2)
+        chosen = [(b, int(done[b]) + j) for b in range(len(lengths)) for j in range(counts[b])]
+        tokens = texts[tuple(zip(*chosen, strict=True))].clone()
+        first = counts.cumsum(0) - counts
+        offset = torch.arange(len(tokens)) - first.repeat_interleave(counts)
+        stands = offset < kept.repeat_interleave(counts)
+        tokens[~stands] = 7  # a wrong draft
+        found = blocks.block(tokens, counts)
+        blocks.advance(kept)
+        done += kept
+        expected = truth[tuple(zip(*chosen, strict=True))]
+        assert torch.equal(found[stands, :vocab], expected[stands]), turn
+    blocks.keep(torch.tensor([1, 2]))
+    counts = torch.tensor([2, 1])
+    tokens = torch.stack([texts[1, done[1]], texts[1, done[1] + 1], texts[2, done[2]]])
+    found = blocks.block(tokens, counts)
+    expected = torch.stack([truth[1, done[1]], truth[1, done[1] + 1], truth[2, done[2]]])
+    assert torch.equal(found[:, :vocab], expected)

@@ -1,4 +1,4 @@
-"""Decoding on a CPU in AVX512-BF16 tiles: one new token a completion, a packed KV cache.
+"""Decoding on a CPU in AVX512-BF16 tiles: new tokens of every completion, a packed KV cache.
 
 Keys are kept as columns of panels of 64, values as pairs of rows, which is how the products read
 them; a completion's own panels lie in the cache, those of a prompt that all share in one place.
@@ -39,18 +39,19 @@ def store(start, stop, k, v, first, keys, values):
 @njit(nogil=True, cache=True)
 def step(
     threads, counters, hidden, count, norms, head_norms, biases, qkv, output, gate_up, down, heads,
-    cos, sin, eps, lengths, keys, values, prompt_len, prompt_keys, prompt_values, scale, normed,
-    stacked, attended, active, out,
+    cos, sin, eps, firsts, lengths, keys, values, prompt_len, prompt_keys, prompt_values, scale,
+    normed, stacked, attended, active, out,
 ):  # fmt: skip
-    """All layers for one more token of every completion; `PHASES` phases a layer, see `team`.
+    """All layers for more tokens of every completion; `PHASES` phases a layer, see `team`.
 
     R = `count` rounded up to whole tiles, L layers. hidden (R, H) goes in and is overwritten; out
     (R, H) its final norm. norms (2 L + 1, H): of attention and MLP, layer by layer, and the last.
     head_norms (L, Hq + Hkv, D) or (L, 0, 1); biases (L, (Hq + 2 Hkv) D) fp32 or (L, 0). Weights are
     packed (L, panels, inputs / 2, 48) words; gate_up holds a panel of gate, then one of up, by
-    turns. cos, sin (B, D). lengths (B,) positions filled before. keys (L, B, Hkv, panels, D / 2,
-    64), values (L, B, Hkv, panels, D panels, 32, 64), prompt_keys and prompt_values alike without
-    B. normed (R, H), stacked (R, Hq + 2 Hkv, D), attended (R, Hq D), active (R, I) are scratch.
+    turns. cos, sin (count, D). Rows firsts[b] to firsts[b + 1] are the next tokens of completion b;
+    lengths (B,) positions filled before them. keys (L, B, Hkv, panels, D / 2, 64), values (L, B,
+    Hkv, panels, D panels, 32, 64), prompt_keys and prompt_values alike without B. normed (R, H),
+    stacked (R, Hq + 2 Hkv, D), attended (R, Hq D), active (R, I) are scratch.
     """
     key_heads, size = keys.shape[2], stacked.shape[2]
     group = heads // key_heads
@@ -73,18 +74,20 @@ def step(
         barrier(threads, counters, phase + 1)
         while True:
             task = next_task(counters, phase + 2)
-            if task >= count * key_heads:
+            if task >= lengths.size * key_heads:
                 break
-            i, head = task // key_heads, task % key_heads
-            _place(
-                stacked[i], heads, head, cos[i], sin[i], head_norms[layer], eps, lengths[i],
-                keys[layer, i, head], values[layer, i, head], wide, queries,
-            )  # fmt: skip
-            _attend(
-                queries, group, lengths[i] + 1, keys[layer, i, head], values[layer, i, head],
-                prompt_len, prompt_keys[layer, head], prompt_values[layer, head], scale, scores,
-                probs, sums, attended[i, head * group * size : (head + 1) * group * size],
-            )  # fmt: skip
+            b, head = task // key_heads, task % key_heads
+            for i in range(firsts[b], firsts[b + 1]):  # in order: each row sees those before it
+                position = lengths[b] + i - firsts[b]
+                _place(
+                    stacked[i], heads, head, cos[i], sin[i], head_norms[layer], eps, position,
+                    keys[layer, b, head], values[layer, b, head], wide, queries,
+                )  # fmt: skip
+                _attend(
+                    queries, group, position + 1, keys[layer, b, head], values[layer, b, head],
+                    prompt_len, prompt_keys[layer, head], prompt_values[layer, head], scale, scores,
+                    probs, sums, attended[i, head * group * size : (head + 1) * group * size],
+                )  # fmt: skip
         barrier(threads, counters, phase + 2)
         _add_projection(threads, counters, phase + 3, attended, count, output[layer], tile, hidden)
         last = norms[2 * layer + 1]
