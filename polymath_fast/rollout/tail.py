@@ -73,8 +73,9 @@ class Tail:
             )
             if ended.any():
                 done, going = self._rows[ended].tolist(), (~ended).nonzero()[:, 0]
-                self._decoder.keep(going)
                 self._rows = self._rows[going]
+                if len(going):
+                    self._decoder.keep(going)
                 yield done
 
     def _verify(self, drafts: list[list[int]]) -> Tensor:
