@@ -246,9 +246,21 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
         f"beta {config.beta:g}",
         "steps": f"{config.max_steps}" + (f", {steps_done} done" if steps_done else ""),
     }
+    if config.speculate:
+        facts["drafts"] = _drafts(config, inputs)
     if run_dir is not None:
         facts["run folder"] = run_dir
     return {name: value for name, value in facts.items() if value != ""}
+
+
+def _drafts(config: Config, inputs: Inputs) -> str:
+    from polymath_fast.rollout.speculation import pass_rows
+
+    rows = pass_rows(inputs.device, inputs.dtype)
+    return (
+        f"up to {config.speculate} tokens a completion from history (experimental), while at most "
+        f"{rows // 2} completions are left"
+    )
 
 
 def _check_release(engine: str, device: str) -> None:

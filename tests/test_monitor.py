@@ -449,7 +449,7 @@ def test_tensorboard_writes_events(tmp_path):
 
 def test_every_metric_key_is_documented():
     root = Path(__file__).parent.parent
-    groups = "reward|completion|policy|sampling|time|throughput|memory|update|monitor"
+    groups = "reward|completion|policy|sampling|time|throughput|memory|update|monitor|speculation"
     keys = set()
     for path in (root / "polymath_fast").rglob("*.py"):
         keys |= set(re.findall(rf'"((?:{groups})/\w+)"', path.read_text(encoding="utf-8")))

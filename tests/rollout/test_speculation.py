@@ -21,7 +21,7 @@ from polymath_fast.rollout.decode import (
 from polymath_fast.rollout.history import NGramTable
 from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.transformers_engine import TransformersEngine
-from polymath_fast.rollout.types import Completion, Group, RolloutBatch, SamplingOptions
+from polymath_fast.rollout.types import Completion, Group, Request, RolloutBatch, SamplingOptions
 from polymath_fast.samples import Sample
 
 ONE, TWO = [5, 9, 17, 33, 70], [8, 21]

@@ -10,7 +10,9 @@ from polymath_fast.learner.policy import Policy
 from polymath_fast.models import resolve_model
 from polymath_fast.rollout import tile_decoder
 from polymath_fast.rollout.decode import ModuleDecoder
+from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.transformers_engine import TransformersEngine
+from polymath_fast.rollout.types import SamplingOptions
 
 pytestmark = pytest.mark.skipif(not tiles.available(), reason="needs AVX512-BF16")
 
@@ -100,3 +102,17 @@ def test_blocks_equal_tokens_one_by_one(family, lengths):
     found = blocks.block(tokens, counts)
     expected = torch.stack([truth[1, done[1]], truth[1, done[1] + 1], truth[2, done[2]]])
     assert torch.equal(found[:, :vocab], expected)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.3])
+def test_drafts_change_no_bit(temperature):
+    """A row of a tile does not depend on the others, so even log-probs are the same."""
+    policy, prompts = policy_of("random:tiny"), [[5, 9, 17], [8] * 11]
+    sampling = SamplingOptions(max_completion_length=40, temperature=temperature, seed=1)
+    truth = TransformersEngine(policy, stop_token_ids=[2]).generate_many(prompts, 4, sampling)
+    speculation = Speculation(5, rows=32)
+    for prompt, group in zip(prompts, truth, strict=True):
+        speculation.history.add(prompt, [completion.token_ids for completion in group] * 3)
+    engine = TransformersEngine(policy, stop_token_ids=[2], speculation=speculation)
+    assert engine.generate_many(prompts, 4, sampling) == truth
+    assert speculation._counts["accepted"] > 10
