@@ -280,7 +280,7 @@ def some_columns_kernel(
     place_ptr = out_ptr + row.to(tl.int64) * stride_out
     for start in range(0, width, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        wanted = (place < width) & (row < live)
+        wanted = place < tl.where(row < live, width, 0)
         column = tl.load(columns_ptr + place, mask=wanted, other=0)
         d = tl.load(row_ptr + column, mask=wanted, other=0.0)
         tl.store(place_ptr + place, d, mask=place < stride_out)

@@ -52,10 +52,12 @@ def target_logits_kernel(
     target = tl.load(targets_ptr + row)
     note_targets(note_ptr, tl.load(index_ptr + row), target, vocab, True)
     valid = (target >= 0) & (target < vocab)
+    # a mask of blocks alone: Triton's interpreter takes the bits of a scalar condition for numbers
+    end = tl.where(valid, depth, 0)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, depth, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
-        inside = (offsets < depth) & valid
+        inside = offsets < end
         x = tl.load(hidden_ptr + row * stride_hidden + offsets, mask=inside, other=0.0)
         w = tl.load(weight_ptr + target * stride_weight + offsets, mask=inside, other=0.0)
         total += x.to(tl.float32) * w.to(tl.float32)
@@ -117,9 +119,10 @@ def exp_gemm_kernel(
         tile_m, tile_n = tile_of(tile, rows, vocab, BLOCK_M, BLOCK_N, GROUP_M)
         row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        wanted = row < rows
+        end = rows
         if not OTHERS:
-            wanted = wanted & (tile_m * BLOCK_M < live)
+            end = tl.where(tile_m * BLOCK_M < live, rows, 0)
+        wanted = row < end
         if AGAIN:
             wanted = wanted & (tl.load(again_ptr + row, mask=wanted, other=0) != 0)
         busy = True
