@@ -194,7 +194,8 @@ def test_close_ends_the_run_of_another_thread(pool):
         target=lambda: outcomes.extend(pool.run([["sleep", 60]] * 3, timeout=60))
     )
     thread.start()
-    time.sleep(0.2)
+    while not pool._lock.locked():
+        time.sleep(0.01)
     pool.close()
     thread.join(20)
     assert statuses(outcomes) == ["timeout"] * 3
