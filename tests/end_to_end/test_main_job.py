@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from statistics import mean
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_one_sample_is_learnt_and_the_saved_model_knows_it(tmp_path):
     rows = run(tmp_path / "run", "--engine", "transformers", "--max-steps", "9", "--eval-dataset")
     rewards = [row["reward/mean"] for row in rows]
     assert rewards[0] < 0.5
-    assert rewards[-1] > rewards[0] + 0.4
+    assert mean(rewards[-3:]) > rewards[0] + 0.4
     assert all(row["sampling/logprob_diff_mean"] < 0.03 for row in rows if "policy/kl" in row)
     assert (tmp_path / "run/report.html").is_file()
     folder = tmp_path / "run/checkpoints/step_000009"
