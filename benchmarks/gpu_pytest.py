@@ -1,0 +1,69 @@
+"""Sections of the GPU suite: the tests that are marked gpu, in a process of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+KERNEL_TESTS = ("tests/kernels",)
+OTHER_TESTS = ("tests/learner", "tests/rollout", "tests/integrations")
+KERNEL_TESTS_LIMIT, OTHER_TESTS_LIMIT = 150.0, 90.0
+"""seconds"""
+latest = math.inf
+"""by time.monotonic(): when tests end whatever their limit is"""
+
+
+def gpu_tests() -> dict[str, Any]:
+    """The kernels' tests that are marked gpu."""
+    return run_tests(KERNEL_TESTS_LIMIT, *KERNEL_TESTS)
+
+
+def other_gpu_tests() -> dict[str, Any]:
+    """Those of whatever uses the kernels: sampler, learner, other trainers."""
+    return run_tests(OTHER_TESTS_LIMIT, *OTHER_TESTS)
+
+
+def run_tests(limit: float, *paths: str) -> dict[str, Any]:
+    """Their summary; an error where one failed, none passed, or they took longer than `limit`.
+
+    Output goes to a file and the whole process group is ended: an engine or a compiler that a test
+    started would hold a pipe open long after pytest is gone.
+    """
+    limit = min(limit, latest - time.monotonic())
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *paths]
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, process_group=0
+        )
+        try:
+            status = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            end_group(child)
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    print(text[-3000:])
+    lines = text.strip().splitlines() or ["no output"]
+    if status is None:
+        return {"error": f"not done after {limit:.0f} s: {text[-500:]}"}
+    passed = re.search(r"\b[1-9]\d* passed", lines[-1])
+    # all of them skipped is no failure to pytest
+    return {"summary": lines[-1]} | ({} if passed and not status else {"error": lines[-1]})
+
+
+def end_group(child: subprocess.Popen) -> None:
+    """Kill `child`, started with process_group=0, and whatever it started there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
