@@ -45,14 +45,13 @@ def interleave(
     Caches are cold: a buffer larger than any L2 cache is written before each call.
     """
     sizes = gpu_sizes.SIZES
+    repeats, warmups = sizes.repeats or repeats, sizes.warmups or warmups
     flush = torch.empty(sizes.flush, dtype=torch.int8, device="cuda")
     found = {name: Timing() for name in variants}
     for name, variant in variants.items():
-        _guarded(
-            found[name], lambda timing, v=variant: _warm_up(timing, v, sizes.warmups or warmups)
-        )
+        _guarded(found[name], lambda timing, v=variant: _warm_up(timing, v, warmups))
     samples: dict[str, list[float]] = {n: [] for n, timing in found.items() if not timing.error}
-    for done in range(sizes.repeats or repeats):
+    for done in range(repeats):
         if done and time.monotonic() > deadline:
             break
         for name, times in samples.items():

@@ -17,6 +17,7 @@ import triton
 
 from benchmarks import (
     attention,
+    gpu_attention,
     gpu_operators,
     gpu_products,
     gpu_pytest,
@@ -35,15 +36,15 @@ TINY = gpu_sizes.Sizes(
     warmups=1,
     small_head=(32, 448),
     large_head=(64, 512),
-    length=8,
-    rows=16,
-    many_rows=24,
+    length=4,
+    rows=8,
+    many_rows=12,
     checked_rows=16,
-    checked_head_rows=112,
+    checked_head_rows=32,
     vocabs=(500, 448),
     attention_heads=(2, 1),
     head_size=64,
-    attention={"P=20": (20, 7, 9), "P=9": (9, 2, 12)},
+    attention={"P=9": (9, 2, 12), "P=5": (5, 7, 3)},
     weights=2**12,
     checked_gradient=2**12 + 13,
     completions=64,
@@ -101,7 +102,8 @@ def main() -> int:
     gpu_sizes.SIZES = TINY
     gpu_suite.WORKER = [sys.executable, __file__]
     attention.ROUNDING = TRUNCATION
-    gpu_sections.GRADIENT_ERROR = gpu_operators.GRADIENT_ERROR = TRUNCATION
+    gpu_sections.GRADIENT_ERROR = gpu_operators.GRADIENT_ERROR = 1.5 * TRUNCATION
+    gpu_attention.WAYS = {kernel: ways[-1:] for kernel, ways in gpu_attention.WAYS.items()}
     # of ten shapes of tiles the first, and the last, a persistent one
     gpu_products.TILES = gpu_products.TILES[:: len(gpu_products.TILES) - 1]
     folder = str(Path(os.environ["REHEARSAL_TESTS"]))
