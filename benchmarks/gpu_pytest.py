@@ -19,6 +19,8 @@ KERNEL_TESTS = ("tests/kernels",)
 OTHER_TESTS = ("tests/learner", "tests/rollout", "tests/integrations")
 KERNEL_TESTS_LIMIT, OTHER_TESTS_LIMIT = 150.0, 90.0
 """seconds"""
+MOST_NAMED = 40
+"""lines about tests that failed, in the results"""
 latest = math.inf
 """by time.monotonic(): when tests end whatever their limit is"""
 
@@ -40,7 +42,9 @@ def run_tests(limit: float, *paths: str) -> dict[str, Any]:
     started would hold a pipe open long after pytest is gone.
     """
     limit = min(limit, latest - time.monotonic())
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *paths]
+    # a file that cannot be imported here, for want of another trainer say, must not hide the others
+    options = ["-v", "--continue-on-collection-errors", "-m", "gpu"]
+    command = [sys.executable, "-m", "pytest", *options, *paths]
     with tempfile.TemporaryFile() as said:
         child = subprocess.Popen(
             command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, process_group=0
@@ -55,11 +59,15 @@ def run_tests(limit: float, *paths: str) -> dict[str, Any]:
         text = said.read().decode(errors="replace")
     print(text[-3000:])
     lines = text.strip().splitlines() or ["no output"]
+    wrong = [line for line in lines if re.search(r"\b(FAILED|ERROR)\b", line)][:MOST_NAMED]
+    found: dict[str, Any] = {"failed": wrong} if wrong else {}
     if status is None:
-        return {"error": f"not done after {limit:.0f} s: {text[-500:]}"}
+        passed = len(re.findall(r" PASSED\b", text))
+        return found | {"error": f"not done after {limit:.0f} s, {passed} passed: {lines[-1]}"}
+    found["summary"] = lines[-1]
     passed = re.search(r"\b[1-9]\d* passed", lines[-1])
     # all of them skipped is no failure to pytest
-    return {"summary": lines[-1]} | ({} if passed and not status else {"error": lines[-1]})
+    return found if passed and not status else found | {"error": lines[-1]}
 
 
 def end_group(child: subprocess.Popen) -> None:

@@ -28,6 +28,14 @@ ORPHAN = """
 import subprocess, sys, time, pytest
 
 @pytest.mark.gpu
+def test_first():
+    pass
+
+@pytest.mark.gpu
+def test_wrong():
+    assert False
+
+@pytest.mark.gpu
 def test_it():
     # holds the output open when pytest is gone
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
@@ -126,7 +134,16 @@ def test_a_later_run_keeps_other_sections_of_the_same_commit(
 def test_tests_that_never_end(tmp_path: Path) -> None:
     path = tmp_path / "test_on_a_gpu.py"
     path.write_text(ORPHAN)
-    assert gpu_pytest.run_tests(5.0, str(path))["error"].startswith("not done after 5 s")
+    found = gpu_pytest.run_tests(5.0, str(path))
+    assert found["error"].startswith("not done after 5 s, 1 passed")
+    assert len(found["failed"]) == 1 and "test_wrong" in found["failed"][0]
+
+
+def test_files_that_cannot_be_imported_hide_no_others(tmp_path: Path) -> None:
+    (tmp_path / "test_elsewhere.py").write_text("import a_trainer_that_is_not_installed\n")
+    (tmp_path / "test_here.py").write_text(PASSING)
+    found = gpu_pytest.run_tests(60.0, str(tmp_path))
+    assert "1 passed" in found["summary"] and "1 error" in found["error"]
 
 
 def test_a_variant_that_fails_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
