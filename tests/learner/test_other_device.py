@@ -1,5 +1,5 @@
 """The learner and the embedded sampler on a device that is not the CPU: none of their tensors is
-forgotten on the host.
+forgotten on the host, and nothing waits for a number before the batch is done.
 
 The device is "meta", which computes shapes and refuses to mix with the CPU, as a GPU would. What
 reads numbers back is patched: it has none.
@@ -52,8 +52,6 @@ def no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
     monkeypatch.setattr(torch, "autocast", autocast_of)
     monkeypatch.setattr(torch.Tensor, "cpu", to_cpu)
-    # transformers looks whether position ids are those of packed sequences
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
 
 
 def policy_of(family: str, **options: object) -> Policy:
