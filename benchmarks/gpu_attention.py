@@ -12,21 +12,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_sizes
 from benchmarks.attention import check_attention
 from benchmarks.attention_rivals import AttentionData, passes, random_data, rivals
 from benchmarks.gpu_sections import timed_table
-from benchmarks.timing import Variants
+from benchmarks.timing import Variants, late
 from polymath_fast.kernels import prefix_attention
 from polymath_fast.kernels.prefix_attention.blocks import Block
 from polymath_fast.kernels.triton import attention_tiles
 from polymath_fast.kernels.triton.attention_schedule import Sizes, schedule
 from polymath_fast.kernels.triton.attention_tiles import Way
-
-HEADS, SIZE = (12, 2), 128
-"""of Qwen2.5-1.5B"""
-SHAPES = {"P=512 B=64 R=1024": (512, 64, 1024), "P=4096 B=64 R=512": (4096, 64, 512)}
-"""prompt, completions, their longest"""
-
 
 WAYS = {
     "forward": (Way(128, 128, 8, 2), Way(64, 64, 4, 3)),
@@ -38,7 +33,12 @@ WAYS = {
 
 def _data(prompt: int, count: int, longest: int) -> AttentionData:
     lengths = torch.linspace(longest // 3, longest, count).int()
-    return random_data(HEADS, SIZE, prompt, lengths, "cuda")
+    sizes = gpu_sizes.SIZES
+    return random_data(sizes.attention_heads, sizes.head_size, prompt, lengths, "cuda")
+
+
+def _operations(data: AttentionData, of_a_pair: int) -> int:
+    return of_a_pair * data.pairs * gpu_sizes.SIZES.attention_heads[0] * gpu_sizes.SIZES.head_size
 
 
 def _implementations() -> dict[str, Callable[..., Tensor]]:
@@ -49,7 +49,7 @@ def _implementations() -> dict[str, Callable[..., Tensor]]:
 def correct_attention() -> dict[str, Any]:
     """Outputs and gradients against fp64, which may be off as much as eager bf16 is."""
     values = {}
-    for shape, numbers in SHAPES.items():
+    for shape, numbers in gpu_sizes.SIZES.attention.items():
         data = _data(*numbers).first(6)
         for name, attend in _implementations().items():
             for what, error in check_attention(data, attend).items():
@@ -60,19 +60,19 @@ def correct_attention() -> dict[str, Any]:
 def time_attention() -> dict[str, Any]:
     """Forward, then forward and backward, shares by 4 and 14 operations a pair, head and entry."""
     found: list[dict[str, Any]] = []
-    for shape, numbers in SHAPES.items():
+    for shape, numbers in gpu_sizes.SIZES.attention.items():
         data = _data(*numbers)
         inputs = [data.q, data.k, data.v]
         named: dict[str, Variants] = {}
         for name, implementation in _implementations().items():
             call = partial(_packed, implementation, data)
             named[f"ours, {name}"] = passes(call, inputs, data.grad)
-        named["flex attention"] = passes(_flex(data), inputs, data.grad)
+        named["flex attention"] = passes(late(partial(_flex, data)), inputs, data.grad)
         named |= rivals(data)
         for what, operations in (("forward", 4), ("forward and backward", 14)):
             rows = timed_table(
                 {name: variants[what] for name, variants in named.items()},
-                flop_count=operations * data.pairs * HEADS[0] * SIZE,
+                flop_count=_operations(data, operations),
                 repeats=5,
             )["rows"]
             found += [row | {"what": f"{shape} {what}: {row['what']}"} for row in rows]
@@ -81,23 +81,28 @@ def time_attention() -> dict[str, Any]:
 
 def time_tiles() -> dict[str, Any]:
     """Shapes of tiles, one kernel's changed at a time: what `attention_tiles` should hold."""
-    prompt, count, longest = next(iter(SHAPES.values()))
+    prompt, count, longest = next(iter(gpu_sizes.SIZES.attention.values()))
     data = _data(prompt, count, longest)
     kind = attention_tiles.kind_of(data.q.device, data.q.dtype)
-    chosen = attention_tiles.TILES[kind][SIZE]
+    chosen = attention_tiles.TILES[kind][gpu_sizes.SIZES.head_size]
     runs: Variants = {}
     for kernel, ways in WAYS.items():
         what = "forward" if kernel == "forward" else "forward and backward"
         for way in {getattr(chosen, kernel): None, **dict.fromkeys(ways)}:
             label = f"{what}, {kernel} {way.queries}x{way.keys} w{way.warps} s{way.stages}"
             runs[label] = partial(_with_tiles, kind, replace(chosen, **{kernel: way}), data, what)
-    flops = 14 * data.pairs * HEADS[0] * SIZE
-    return timed_table(runs, flop_count=flops, repeats=5)
+    work = {"forward": 4, "forward and backward": 14}
+    found: list[dict[str, Any]] = []
+    for what, operations in work.items():
+        some = {label: run for label, run in runs.items() if label.split(",")[0] == what}
+        table = timed_table(some, flop_count=_operations(data, operations), repeats=5)
+        found += table["rows"]
+    return {"rows": found}
 
 
 def _with_tiles(kind: str, tiles: attention_tiles.Tiles, data: AttentionData, what: str) -> None:
     call = partial(_packed, partial(prefix_attention, impl="triton"), data)
-    with mock.patch.dict(attention_tiles.TILES[kind], {SIZE: tiles}):
+    with mock.patch.dict(attention_tiles.TILES[kind], {gpu_sizes.SIZES.head_size: tiles}):
         passes(call, [data.q, data.k, data.v], data.grad)[what]()
 
 
@@ -111,9 +116,10 @@ def _flex(data: AttentionData) -> Callable[..., Tensor]:
     """torch's FlexAttention with a mask of the same pairs; making the mask is not timed."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    tile = Sizes(128, 128)
+    tile, heads = Sizes(128, 128), gpu_sizes.SIZES.attention_heads
     block = Block(data.prompt_len, tuple(data.cu_seqlens.tolist()))
-    last = torch.from_numpy(schedule((block,), tile, tile, tile, HEADS[1]).last).cuda()
+    last = torch.from_numpy(schedule((block,), tile, tile, tile, heads[1]).last)
+    last = last.cuda()
     rows = len(data.q)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

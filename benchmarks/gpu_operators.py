@@ -6,32 +6,32 @@ The checks take a device, so that they run, and can be tested, without a GPU as 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from benchmarks import rivals
+from benchmarks import gpu_sizes, rivals
 from benchmarks.gpu_sections import GRADIENT_ERROR, random_head, timed_table
 from benchmarks.gpu_timing import interleave
 from benchmarks.optimizer_pass import check_updates, flat_adamw_case
 from benchmarks.timing import Variants
-from polymath_fast.kernels import grad_norm, group_advantages, linear_logprobs
+from polymath_fast.kernels import grad_norm, group_advantages, linear_logprobs, use
 
 NORM_ERROR = 1e-6
 """relative; the norm is summed up in fp64 and rounded to fp32"""
 ADVANTAGE_ERROR = 1e-6
-COMPLETIONS, GROUP = 2048, 128
-ROWS, DEPTH, VOCAB = 8192, 1536, 151_936
 
 
 def correct_optimizer(device: str = "cuda") -> dict[str, Any]:
     """`grad_norm`, and two updates of `flat_adamw`, against float64."""
     torch.manual_seed(0)
-    grad = torch.randn(2**20 + 13, device=device)
+    grad = torch.randn(gpu_sizes.SIZES.checked_gradient, device=device)
     truth = torch.linalg.vector_norm(grad.double())
-    values = {"relative error of the norm": float((grad_norm(grad) - truth).abs() / truth)}
+    with _ours(device):
+        values = {"relative error of the norm": float((grad_norm(grad) - truth).abs() / truth)}
+        updates = check_updates(device)
     found = _held(values, NORM_ERROR)
-    updates = check_updates(device)
     return found | {"values": found["values"] | {f"{n} error": e for n, e in updates.items()}}
 
 
@@ -55,7 +55,8 @@ def correct_advantages(device: str = "cuda") -> dict[str, Any]:
     for scale in ("group", "batch", "none"):
         for baseline in ("mean", "leave_one_out"):
             how = {"scale": scale, "baseline": baseline}
-            found = group_advantages(rewards, groups, **how)
+            with _ours(device):
+                found = group_advantages(rewards, groups, **how)
             truth = group_advantages(rewards.double(), groups, impl="reference", **how)
             values[f"{scale}, {baseline} error"] = float((found - truth).abs().max())
             equal = max(equal, float(found[groups == 1].abs().max()))
@@ -69,24 +70,27 @@ def time_advantages() -> dict[str, Any]:
     variants: Variants = {
         "triton": lambda: group_advantages(rewards, groups, impl="triton"),
         "reference": lambda: group_advantages(rewards, groups, impl="reference"),
-        "torch, equal groups": rivals.group_advantages(rewards, GROUP)["eager"],
+        "torch, equal groups": rivals.group_advantages(rewards, gpu_sizes.SIZES.group)["eager"],
     }
     timings = interleave(variants)
     return {"rows": [{"what": name} | timing.row() for name, timing in timings.items()]}
 
 
 def correct_head_logprobs(
-    device: str = "cuda", rows: int = 512, depth: int = DEPTH, vocab: int = VOCAB
+    device: str = "cuda", rows: int | None = None, head: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """Gradients of `linear_logprobs`, in one chunk and with rows that have none, against fp32."""
+    rows = rows or gpu_sizes.SIZES.checked_rows
+    depth, vocab = head or gpu_sizes.SIZES.small_head
     hidden, weight, targets = random_head(rows, vocab, depth, device)
     g, g_entropy = torch.randn(2, rows, device=device).unbind()
     g[::3] = g_entropy[::3] = 0
     found = []
     for dtype, impl in ((torch.bfloat16, "auto"), (torch.float32, "reference")):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight)]
-        outputs = linear_logprobs(*leaves, targets, impl=impl)
-        found.append(torch.autograd.grad(outputs, leaves, (g, g_entropy)))
+        with _ours(device):
+            outputs = linear_logprobs(*leaves, targets, impl=impl)
+            found.append(torch.autograd.grad(outputs, leaves, (g, g_entropy)))
     values = {}
     for name, ours, truth in zip(("hidden", "weight"), *found, strict=True):
         error = (ours.double() - truth.double()).norm() / truth.double().norm()
@@ -96,10 +100,13 @@ def correct_head_logprobs(
 
 def time_head_logprobs() -> dict[str, Any]:
     """N = 8192, H = 1536, V = 151936: forward alone, and with gradients."""
-    hidden, weight, targets = random_head(ROWS, VOCAB, DEPTH)
-    nothing = torch.zeros(ROWS, device="cuda")
-    data = rivals.HeadData(hidden, weight, targets, nothing[: ROWS // 512], nothing)
-    work = 2 * ROWS * VOCAB * DEPTH
+    rows, (depth, vocab) = gpu_sizes.SIZES.rows, gpu_sizes.SIZES.small_head
+    hidden, weight, targets = random_head(rows, vocab, depth)
+    nothing = torch.zeros(rows, device="cuda")
+    data = rivals.HeadData(
+        hidden, weight, targets, nothing[: rows // gpu_sizes.SIZES.length], nothing
+    )
+    work = 2 * rows * vocab * depth
 
     def forward() -> None:
         with torch.no_grad():
@@ -116,8 +123,8 @@ def time_head_logprobs() -> dict[str, Any]:
         ),
     }
     trained = timed_table(both, flop_count=3 * work, repeats=5)
-    rows = [row | {"what": f"forward, {row['what']}"} for row in alone["rows"]]
-    return {"rows": rows + [row | {"what": f"both, {row['what']}"} for row in trained["rows"]]}
+    first = [row | {"what": f"forward, {row['what']}"} for row in alone["rows"]]
+    return {"rows": first + [row | {"what": f"both, {row['what']}"} for row in trained["rows"]]}
 
 
 def _backward(
@@ -126,11 +133,17 @@ def _backward(
     return lambda: logprobs(*data.leaves()).sum().backward()
 
 
+def _ours(device: str) -> AbstractContextManager[None]:
+    """On a GPU nothing may choose the reference, and be compared with itself."""
+    return use("triton") if device == "cuda" else nullcontext()
+
+
 def _rewards(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,) rewards of 0 and 1, and group ids."""
     torch.manual_seed(0)
-    groups = torch.arange(COMPLETIONS, device=device) // GROUP
-    return torch.randint(0, 2, (COMPLETIONS,), device=device).float(), groups
+    count = gpu_sizes.SIZES.completions
+    groups = torch.arange(count, device=device) // gpu_sizes.SIZES.group
+    return torch.randint(0, 2, (count,), device=device).float(), groups
 
 
 def _held(values: dict[str, float], limit: float) -> dict[str, Any]:

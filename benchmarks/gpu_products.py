@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_sizes
 from benchmarks.gpu_sections import random_head, timed_table
 from benchmarks.timing import Variants
 from polymath_fast.kernels.triton import head
@@ -31,9 +32,10 @@ TILES = (
 def time_tiles() -> dict[str, Any]:
     """The product alone, in chunks, for shapes of tiles: forward pass without E."""
     found: list[dict[str, Any]] = []
-    for depth, vocab in ((1536, 151_936), (3584, 152_064)):
-        hidden, weight, targets = random_head(8192, vocab, depth)
-        variants = {}
+    sizes = gpu_sizes.SIZES
+    for depth, vocab in (sizes.small_head, sizes.large_head):
+        hidden, weight, targets = random_head(sizes.rows, vocab, depth)
+        variants: Variants = {}
         for tiles in TILES:
             for keep in (False, True):
                 label = f"H={depth} {tiles.m}x{tiles.n}x{tiles.k} w{tiles.warps} s{tiles.stages}"
@@ -41,11 +43,11 @@ def time_tiles() -> dict[str, Any]:
                 variants[label + " stored" * keep] = _product_alone(
                     hidden, weight, targets, tiles, keep
                 )
-        logits = torch.empty(8192, vocab, dtype=torch.bfloat16, device="cuda")
+        logits = torch.empty(sizes.rows, vocab, dtype=torch.bfloat16, device="cuda")
         variants[f"H={depth} cuBLAS bf16 product"] = lambda a=hidden, b=weight, out=logits: (
             torch.mm(a, b.T, out=out)
         )
-        found += timed_table(variants, flop_count=2 * 8192 * vocab * depth)["rows"]
+        found += timed_table(variants, flop_count=2 * sizes.rows * vocab * depth)["rows"]
     return {"rows": found}
 
 
@@ -62,8 +64,8 @@ def _product_alone(
 def time_products() -> dict[str, Any]:
     """The two backward products alone, of a chunk that fills its budget, beside cuBLAS."""
     found: list[dict[str, Any]] = []
-    for depth, vocab in ((1536, 151_936), (3584, 152_064)):
-        hidden, weight, targets = random_head(65_536, vocab, depth)
+    for depth, vocab in (gpu_sizes.SIZES.small_head, gpu_sizes.SIZES.large_head):
+        hidden, weight, targets = random_head(gpu_sizes.SIZES.many_rows, vocab, depth)
         rows = min(head.Head(hidden, weight, None, targets, 1.0).rows, len(hidden))
         table = timed_table(
             _products(hidden[:rows].clone(), weight, targets[:rows], rows),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks import gpu_rivals
+from benchmarks import gpu_rivals, gpu_sizes
 from benchmarks.gpu_timing import Timing, interleave
 from benchmarks.rivals import HeadData
 from benchmarks.timing import Variants, copy_rate, gemm_rate
@@ -27,16 +24,15 @@ from polymath_fast.kernels import (
 from polymath_fast.kernels.grpo_loss import _triton as logit_loss
 from polymath_fast.kernels.triton import head
 
-ROOT = Path(__file__).parents[1]
-KERNEL_TESTS_LIMIT, OTHER_TESTS_LIMIT = 150.0, 90.0
-"""seconds"""
-LENGTH = 512
-"""tokens a completion"""
 LOGPROB_ERROR = 1e-5
 HEAD_ERROR = 2e-5
 """fp32 sums of thousands of products, logits of 30: what a product of fp32 itself is off by"""
 GRADIENT_ERROR = 3e-3
 """relative to the gradient's norm; rounding the result to bf16 makes 1.7e-3"""
+AUTO_ERROR = 2.6e-3
+"""what `vocab_tol="auto"` may add"""
+COLUMNS_KEPT = 0.5
+"""share; of those of `few_columns`, where one in twenty matters"""
 
 
 @cache
@@ -73,14 +69,16 @@ def random_head(
 def _batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,) advantages and cu_seqlens."""
     torch.manual_seed(1)
-    ends = torch.arange(0, count + 1, LENGTH, device="cuda", dtype=torch.int32)
-    return torch.randn(count // LENGTH, device="cuda"), ends
+    length = gpu_sizes.SIZES.length
+    ends = torch.arange(0, count + 1, length, device="cuda", dtype=torch.int32)
+    return torch.randn(count // length, device="cuda"), ends
 
 
 def correct_rows() -> dict[str, Any]:
     """`token_logprobs` and both ways of `grpo_loss` against float64."""
-    logits, targets = _logits(512, 151_936)
-    advantages, ends = _batch(512)
+    count = gpu_sizes.SIZES.checked_rows
+    logits, targets = _logits(count, gpu_sizes.SIZES.vocabs[0])
+    advantages, ends = _batch(count)
     exact = logits.double()
     logprobs, entropy = token_logprobs(logits, targets, impl="triton")
     truth = token_logprobs(exact, targets, impl="reference")
@@ -106,10 +104,10 @@ def correct_rows() -> dict[str, Any]:
 
 def correct_head() -> dict[str, Any]:
     """`linear_grpo_loss` and `linear_logprobs` against float64 log-probs and fp32 gradients."""
-    values = {}
-    for depth, vocab in ((1536, 151_936), (3584, 152_064)):
-        hidden, weight, targets = random_head(2048, vocab, depth)
-        advantages, ends = _batch(2048)
+    values, sizes = {}, gpu_sizes.SIZES
+    for depth, vocab in (sizes.small_head, sizes.large_head):
+        hidden, weight, targets = random_head(sizes.checked_head_rows, vocab, depth)
+        advantages, ends = _batch(sizes.checked_head_rows)
         hidden[::97] *= 8
         found = []
         for impl, dtype in (("triton", torch.bfloat16), ("reference", torch.float32)):
@@ -128,7 +126,29 @@ def correct_head() -> dict[str, Any]:
             f"{depth} hidden gradient error": _relative(found[0][1], found[1][1]),
             f"{depth} weight gradient error": _relative(found[0][2], found[1][2]),
         }
+        del found, exact
+        hidden[::97] /= 8
+        data = HeadData(hidden, weight, targets, advantages, again)
+        values |= {f"{depth} {name}": value for name, value in _auto_errors(data).items()}
     return _gate(values)
+
+
+def _auto_errors(data: HeadData) -> dict[str, float]:
+    """What leaving columns out changes in the gradients, and the share of columns kept."""
+    few, (_, ends) = few_columns(data), _batch(len(data.targets))
+    found = []
+    for tolerance in ("auto", 0.0):
+        leaves = few.leaves()
+        inputs = (*leaves, few.targets, few.advantages, ends)
+        out = linear_grpo_loss(*inputs, vocab_tol=tolerance, impl="triton")
+        out.loss.backward()
+        found.append((leaves[0].grad, leaves[1].grad, out.metrics))
+    auto, exact = found
+    return {
+        "auto hidden gradient error": _relative(auto[0], exact[0]),
+        "auto weight gradient error": _relative(auto[1], exact[1]),
+        "columns kept": float(auto[2]["vocab/live_share"]),
+    }
 
 
 def _relative(ours: torch.Tensor, truth: torch.Tensor) -> float:
@@ -142,14 +162,16 @@ def _gate(values: dict[str, float]) -> dict[str, Any]:
 
 
 def _limit(what: str) -> float:
+    if "columns kept" in what:
+        return COLUMNS_KEPT
     if "gradient" in what:
-        return GRADIENT_ERROR
+        return GRADIENT_ERROR + AUTO_ERROR * ("auto" in what)
     return HEAD_ERROR if "head" in what else LOGPROB_ERROR
 
 
 def time_token_logprobs() -> dict[str, Any]:
     """Forward, N = 8192, V = 151936."""
-    logits, targets = _logits(8192, 151_936)
+    logits, targets = _logits(gpu_sizes.SIZES.rows, gpu_sizes.SIZES.vocabs[0])
     ours = {"triton": lambda: token_logprobs(logits, targets, impl="triton")}
     variants = ours | gpu_rivals.token_logprobs(logits, targets)
     return timed_table(variants, byte_count=logits.nbytes)
@@ -158,8 +180,8 @@ def time_token_logprobs() -> dict[str, Any]:
 def time_grpo_loss() -> dict[str, Any]:
     """Forward and backward, N = 8192, V = 151936 and 49152."""
     found: list[dict[str, Any]] = []
-    for vocab in (151_936, 49_152):
-        logits, targets = _logits(8192, vocab)
+    for vocab in gpu_sizes.SIZES.vocabs:
+        logits, targets = _logits(gpu_sizes.SIZES.rows, vocab)
         old = token_logprobs(logits, targets, impl="triton")[0]
         table = timed_table(_logit_variants(logits, targets, old), byte_count=2 * logits.nbytes)
         found += [row | {"what": f"V={vocab} {row['what']}"} for row in table["rows"]]
@@ -199,30 +221,32 @@ def _logit_variants(logits: torch.Tensor, targets: torch.Tensor, old: torch.Tens
 
 def time_head_small() -> dict[str, Any]:
     """H = 1536, V = 151936."""
-    return _time_head(1536, 151_936)
+    return _time_head(*gpu_sizes.SIZES.small_head)
 
 
 def time_head_large() -> dict[str, Any]:
     """H = 3584, V = 152064."""
-    return _time_head(3584, 152_064)
+    return _time_head(*gpu_sizes.SIZES.large_head)
 
 
 def _time_head(depth: int, vocab: int) -> dict[str, Any]:
     """Forward and backward, N = 8192 beside everybody, N = 65536 beside who can."""
     found: list[dict[str, Any]] = []
-    for count in (8192, 65_536):
+    sizes = gpu_sizes.SIZES
+    for count in (sizes.rows, sizes.many_rows):
         hidden, weight, targets = random_head(count, vocab, depth)
         advantages, _ = _batch(count)
         old, _ = linear_logprobs(hidden, weight, targets, impl="triton")
         data = HeadData(hidden, weight, targets, advantages, old)
         rivals = gpu_rivals.head_losses(data)
-        if count > 8192:
+        if count > sizes.rows:
+            # their logits in fp32 alone are 40 GB, several times
             rivals.pop("eager")
             rivals.pop("liger, fused linear grpo", None)
         table = timed_table(
             _head_variants(data) | rivals,
             flop_count=6 * count * vocab * depth,
-            repeats=5 if count == 8192 else 3,
+            repeats=5 if count == sizes.rows else 3,
         )
         found += [row | {"what": f"N={count} {row['what']}"} for row in table["rows"]]
     return {"rows": found}
@@ -232,7 +256,7 @@ def _head_variants(data: HeadData) -> Variants:
     count = len(data.targets)
     _, ends = _batch(count)
     half = torch.rand(count, device="cuda") < 0.5
-    few = _few_columns(data)
+    few = few_columns(data)
 
     def run(data: HeadData = data, old: torch.Tensor | None = None, **options: Any) -> None:
         inputs = (*data.leaves(), data.targets, data.advantages, ends)
@@ -250,7 +274,7 @@ def _head_variants(data: HeadData) -> Variants:
     }
 
 
-def _few_columns(data: HeadData) -> HeadData:
+def few_columns(data: HeadData) -> HeadData:
     """All rows prefer the same 5 % of the vocabulary, by about 14 nats."""
     live = len(data.weight) // 20
     direction = torch.randn(data.hidden.shape[1], device="cuda")
@@ -272,28 +296,6 @@ def _without_exps(run: Callable[[], None]) -> None:
 
     with mock.patch.object(head.Head, "__init__", patched):
         run()
-
-
-def gpu_tests() -> dict[str, Any]:
-    """The kernels' tests that are marked gpu."""
-    return _pytest(KERNEL_TESTS_LIMIT, "tests/kernels")
-
-
-def other_gpu_tests() -> dict[str, Any]:
-    """Those of whatever uses the kernels: sampler, learner, other trainers."""
-    return _pytest(OTHER_TESTS_LIMIT, "tests/learner", "tests/rollout", "tests/integrations")
-
-
-def _pytest(limit: float, *folders: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *folders]
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired as late:
-        said = (late.stdout or b"").decode(errors="replace")
-        return {"error": f"not done after {limit:.0f} s: {said[-500:]}"}
-    print(run.stdout[-3000:])
-    summary = run.stdout.strip().splitlines()[-1] if run.stdout.strip() else run.stderr[-300:]
-    return {"summary": summary} | ({"error": summary} if run.returncode else {})
 
 
 def timed_table(

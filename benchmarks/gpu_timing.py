@@ -5,12 +5,21 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import statistics
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+
+from benchmarks import gpu_sizes
+
+deadline = math.inf
+"""by time.monotonic(): no variant begins later and no round is repeated, so that a section which
+compiles for too long still hands out what it has"""
 
 
 @dataclass
@@ -35,36 +44,62 @@ def interleave(
 
     Caches are cold: a buffer larger than any L2 cache is written before each call.
     """
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    sizes = gpu_sizes.SIZES
+    repeats, warmups = sizes.repeats or repeats, sizes.warmups or warmups
+    flush = torch.empty(sizes.flush, dtype=torch.int8, device="cuda")
     found = {name: Timing() for name in variants}
     for name, variant in variants.items():
-        try:
-            found[name].peak_mib = _peak(variant)
-            for _ in range(warmups - 1):
-                variant()
-            torch.cuda.synchronize()
-        # a variant that cannot run here is a result, too
-        except Exception as error:
-            found[name].error = f"{type(error).__name__}: {str(error)[:300]}"
-            found[name].peak_mib = None
-            traceback.print_exc()
-            torch.cuda.empty_cache()
+        _guarded(found[name], lambda timing, v=variant: _warm_up(timing, v, warmups))
     samples: dict[str, list[float]] = {n: [] for n, timing in found.items() if not timing.error}
-    for _ in range(repeats):
+    for done in range(repeats):
+        if done and time.monotonic() > deadline:
+            break
         for name, times in samples.items():
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            variants[name]()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+            if not found[name].error:
+                _guarded(
+                    found[name], lambda _, n=name, t=times: t.append(_once(variants[n], flush))
+                )
     for name, times in samples.items():
-        found[name].median = statistics.median(times)
-        ordered = sorted(times)
-        found[name].p20 = ordered[len(ordered) // 5]
-        found[name].p80 = ordered[-1 - len(ordered) // 5]
+        if not found[name].error:
+            ordered = sorted(times)
+            found[name].median = statistics.median(times)
+            found[name].p20 = ordered[len(ordered) // 5]
+            found[name].p80 = ordered[-1 - len(ordered) // 5]
     return found
+
+
+def _guarded(timing: Timing, work: Callable[[Timing], None]) -> None:
+    """`work(timing)`; what goes wrong becomes the variant's error, and its memory is given back."""
+    try:
+        work(timing)
+        return
+    # a variant that cannot run here is a result, too
+    except Exception as error:
+        timing.error = f"{type(error).__name__}: {str(error)[:300]}"
+        timing.peak_mib = None
+        traceback.print_exc()
+    # only now: the error's frames held the variant's tensors
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _warm_up(timing: Timing, variant: Callable[[], object], warmups: int) -> None:
+    """Compile in the first calls; measure memory in the last, where no tuning takes any."""
+    if time.monotonic() > deadline:
+        raise TimeoutError("not begun: the section's time was up")
+    for _ in range(warmups - 1):
+        variant()
+    timing.peak_mib = _peak(variant)
+
+
+def _once(variant: Callable[[], object], flush: torch.Tensor) -> float:
+    flush.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    variant()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def _peak(variant: Callable[[], object]) -> float:

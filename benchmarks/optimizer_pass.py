@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_sizes
 from benchmarks.case import Case
 from polymath_fast.kernels import flat_adamw, grad_norm
 from polymath_fast.kernels.flat_adamw import halves
@@ -15,8 +16,8 @@ RATE, DECAY, CLIP = 1e-6, 0.01, 1.0
 
 
 def flat_adamw_case(device: str) -> Case:
-    """bf16 weights, fp32 state; a quarter of a GPU's worth of elements, or 2^26 on a CPU."""
-    count = 2**28 if device == "cuda" else 2**26
+    """bf16 weights, fp32 state; 2^28 elements on a GPU, 2^26 on a CPU."""
+    count = gpu_sizes.SIZES.weights if device == "cuda" else 2**26
     variants = {
         "ours": _ours(_state(count, device), remainder=False),
         "ours, 16-bit remainder": _ours(_state(count, device), remainder=True),

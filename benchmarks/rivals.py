@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import Variants
+from benchmarks.timing import Variants, late
 
 CHUNKS = 8
 """pieces in which a careful user would run the head through torch.compile"""
@@ -75,9 +75,9 @@ def head_losses(data: HeadData) -> Variants:
         "eager": lambda: loss(*data.leaves(), slice(None)).backward(),
     }
     if find_spec("liger_kernel"):
-        variants["liger, eager"] = _liger(data)
+        variants["liger, eager"] = late(lambda: _liger(data))
     if find_spec("trl"):
-        variants["trl chunked"] = _trl(data)
+        variants["trl chunked"] = late(lambda: _trl(data))
     return variants
 
 

@@ -7,15 +7,18 @@ round runs all of them once, and what counts is their ratio.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks import gpu_sizes
 from benchmarks.gpu_timing import Timing
 from benchmarks.gpu_timing import interleave as interleave_on_gpu
 from polymath_fast.kernels.cpu import workspace
@@ -44,7 +47,7 @@ def interleave(variants: Variants, device: str, repeats: int) -> dict[str, Timin
 
 def gemm_rate(device: str) -> float:
     """FLOP/s of torch's bf16 product, on the shape of a small LM head or, on a GPU, a square."""
-    rows, size, vocab = (8192, 8192, 8192) if device == "cuda" else (1024, 576, 49152)
+    rows, size, vocab = 3 * (gpu_sizes.SIZES.side,) if device == "cuda" else (1024, 576, 49152)
     left, right = (torch.randn(n, size, device=device).bfloat16() for n in (rows, vocab))
     out = torch.empty(rows, vocab, dtype=torch.bfloat16, device=device)
     product = {"product": lambda: torch.mm(left, right.t(), out=out)}
@@ -53,10 +56,20 @@ def gemm_rate(device: str) -> float:
 
 def copy_rate(device: str) -> float:
     """Bytes read and written a second by a copy that no cache holds."""
-    source = torch.zeros(2**31 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    count = gpu_sizes.SIZES.copied if device == "cuda" else 2**28
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     copy = {"copy": lambda: target.copy_(source)}
     return 2 * source.numel() / (1e-3 * interleave(copy, device, 9)["copy"].p20)
+
+
+def late(make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """What `make` returns, made at the first call.
+
+    A rival whose import or set-up fails here is then one variant's error, not the whole table's.
+    """
+    made = functools.cache(make)
+    return lambda *given: made()(*given)
 
 
 def _warm_up(variant: Callable[[], object]) -> Timing:

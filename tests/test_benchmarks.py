@@ -57,7 +57,7 @@ def test_what_a_section_needs_comes_before_it() -> None:
 
 
 def test_the_checks_hold_on_a_cpu() -> None:
-    sizes = {"rows": 60, "depth": 32, "vocab": 500}
+    sizes = {"rows": 60, "head": (32, 500)}
     for found in (
         gpu_operators.correct_optimizer("cpu"),
         gpu_operators.correct_advantages("cpu"),
@@ -80,5 +80,5 @@ def test_the_checks_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert "norm" in gpu_operators.correct_optimizer("cpu")["error"]
     assert "equal rewards" in gpu_operators.correct_advantages("cpu")["error"]
-    found = gpu_operators.correct_head_logprobs("cpu", rows=60, depth=32, vocab=500)
+    found = gpu_operators.correct_head_logprobs("cpu", rows=60, head=(32, 500))
     assert "hidden gradient" in found["error"]

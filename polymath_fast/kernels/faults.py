@@ -20,7 +20,9 @@ def note_for(device: torch.device) -> torch.Tensor:
     (row + 1, target) in one number, and V; (place + 1, offset) in one number, and N.
     """
     if device not in _notes:
-        _notes[device] = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
+        # whoever asks first may be sampling; the note is cleared outside of inference mode, too
+        with torch.inference_mode(False):
+            _notes[device] = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
     return _notes[device]
 
 

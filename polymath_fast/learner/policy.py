@@ -62,10 +62,11 @@ def shared_prompt_attention(
 
 
 def _register_attention() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Without a function for masks: transformers then makes none. With one it looks into the
+    position ids before each pass, for which the host has to wait for a GPU."""
+    from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, shared_prompt_attention)
-    AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 def _check_supported(config: object) -> None:

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from polymath_fast.kernels import (
     PolicyLossSpec,
+    faults,
     group_advantages,
     grpo_loss,
     linear_grpo_loss,
@@ -439,3 +440,15 @@ def test_more_than_two_to_the_31_logits(impl: str) -> None:
     logprobs, _ = token_logprobs(logits, targets, impl=impl)
     exact = held.as_strided((8, vocab), (1, 1), rows - 8).double().log_softmax(-1)[:, 0]
     assert_close(logprobs[-8:].double(), exact, rtol=0, atol=1e-5)
+
+
+def test_a_note_made_while_sampling_is_read_while_learning(monkeypatch) -> None:
+    """The first call of all may be under inference_mode; what it keeps is written to later."""
+    monkeypatch.setattr(faults, "_notes", {})
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        note = faults.note_for(device)
+    note[:2] = torch.tensor([(4 << 32) | 99, VOCAB])
+    with pytest.raises(ValueError, match=r"targets\[3\] was 99 .* outside \[0, 70\)"):
+        faults.raise_noted(device)
+    faults.raise_noted(device)

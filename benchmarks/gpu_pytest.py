@@ -1,0 +1,77 @@
+"""Sections of the GPU suite: the tests that are marked gpu, in a process of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+KERNEL_TESTS = ("tests/kernels",)
+OTHER_TESTS = ("tests/learner", "tests/rollout", "tests/integrations")
+KERNEL_TESTS_LIMIT, OTHER_TESTS_LIMIT = 150.0, 90.0
+"""seconds"""
+MOST_NAMED = 40
+"""lines about tests that failed, in the results"""
+latest = math.inf
+"""by time.monotonic(): when tests end whatever their limit is"""
+
+
+def gpu_tests() -> dict[str, Any]:
+    """The kernels' tests that are marked gpu."""
+    return run_tests(KERNEL_TESTS_LIMIT, *KERNEL_TESTS)
+
+
+def other_gpu_tests() -> dict[str, Any]:
+    """Those of whatever uses the kernels: sampler, learner, other trainers."""
+    return run_tests(OTHER_TESTS_LIMIT, *OTHER_TESTS)
+
+
+def run_tests(limit: float, *paths: str) -> dict[str, Any]:
+    """Their summary; an error where one failed, none passed, or they took longer than `limit`.
+
+    Output goes to a file and the whole process group is ended: an engine or a compiler that a test
+    started would hold a pipe open long after pytest is gone.
+    """
+    limit = min(limit, latest - time.monotonic())
+    # a file that cannot be imported here, for want of another trainer say, must not hide the others
+    options = ["-v", "--continue-on-collection-errors", "-m", "gpu"]
+    command = [sys.executable, "-m", "pytest", *options, *paths]
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, process_group=0
+        )
+        try:
+            status = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            end_group(child)
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    print(text[-3000:])
+    lines = text.strip().splitlines() or ["no output"]
+    wrong = [line for line in lines if re.search(r"\b(FAILED|ERROR)\b", line)][:MOST_NAMED]
+    found: dict[str, Any] = {"failed": wrong} if wrong else {}
+    if status is None:
+        passed = len(re.findall(r" PASSED\b", text))
+        return found | {"error": f"not done after {limit:.0f} s, {passed} passed: {lines[-1]}"}
+    found["summary"] = lines[-1]
+    passed = re.search(r"\b[1-9]\d* passed", lines[-1])
+    # all of them skipped is no failure to pytest
+    return found if passed and not status else found | {"error": lines[-1]}
+
+
+def end_group(child: subprocess.Popen) -> None:
+    """Kill `child`, started with process_group=0, and whatever it started there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()

@@ -1,0 +1,60 @@
+"""How large the GPU suite's inputs are, in one place, so that a rehearsal can make them small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The suite's own: real models' shapes, for a GPU of 78 GiB or more."""
+
+    side: int = 8192
+    """of the square matrix product that rates are measured with"""
+    copied: int = 2**31
+    """bytes of the copy that rates are measured with"""
+    flush: int = 2**28
+    """bytes written before each timed call: more than any L2 cache holds"""
+    repeats: int | None = None
+    """of every timed variant; None: what each section asks for"""
+    warmups: int | None = None
+    """likewise"""
+
+    small_head: tuple[int, int] = (1536, 151_936)
+    large_head: tuple[int, int] = (3584, 152_064)
+    """H and V of Qwen2.5-1.5B and 7B"""
+    length: int = 512
+    """tokens a completion"""
+    rows: int = 8192
+    """N beside everybody"""
+    many_rows: int = 65_536
+    """N beside who can"""
+    checked_rows: int = 512
+    """N of the checks that hold float64 logits"""
+    checked_head_rows: int = 2048
+    vocabs: tuple[int, ...] = (151_936, 49_152)
+    """of the losses from logits"""
+
+    attention_heads: tuple[int, int] = (12, 2)
+    head_size: int = 128
+    """of Qwen2.5-1.5B"""
+    attention: dict[str, tuple[int, int, int]] = field(
+        default_factory=lambda: {
+            "P=512 B=64 R=1024": (512, 64, 1024),
+            "P=4096 B=64 R=512": (4096, 64, 512),
+        }
+    )
+    """prompt, completions, their longest"""
+
+    weights: int = 2**28
+    """that an update is timed with"""
+    checked_gradient: int = 2**20 + 13
+    completions: int = 2048
+    group: int = 128
+
+    checked_model: str = "qwen2.5-0.5b"
+    small_model: str = "qwen2.5-1.5b"
+    large_model: str = "qwen2.5-7b"
+
+
+SIZES = Sizes()

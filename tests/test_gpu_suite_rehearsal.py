@@ -1,0 +1,178 @@
+"""`benchmarks.gpu_suite` without a GPU: every section runs, and what goes wrong is noticed.
+
+`gpu_rehearsal.py` runs the suite's own main() with tiny inputs, in processes of its own, because
+Triton decides at import whether it interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gpu_double
+import pytest
+
+from benchmarks import gpu_pytest, gpu_report, gpu_suite, gpu_timing
+from benchmarks.timing import late
+
+pytest.importorskip("triton")
+
+PASSING = "import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n"
+SKIPPED = "import pytest\n\n@pytest.mark.gpu\n@pytest.mark.skip\ndef test_it():\n    pass\n"
+ORPHAN = """
+import subprocess, sys, time, pytest
+
+@pytest.mark.gpu
+def test_first():
+    pass
+
+@pytest.mark.gpu
+def test_wrong():
+    assert False
+
+@pytest.mark.gpu
+def test_it():
+    # holds the output open when pytest is gone
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    time.sleep(3600)
+"""
+RIVALS = ("flex attention", "liger", "cce")
+"""whose code needs CUDA in one place or another, if it is installed at all"""
+
+
+def rehearse(
+    folder: Path, *arguments: str, tests: str = PASSING, faults: str = ""
+) -> tuple[int, dict[str, Any], str]:
+    """Exit status, sections and output of the suite."""
+    path = folder / "test_on_a_gpu.py"
+    path.write_text(tests)
+    root = gpu_report.ROOT
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(root),
+        "REHEARSAL_TESTS": str(path),
+        "REHEARSAL_FAULTS": faults,
+    }
+    out = folder / "results"
+    command = [sys.executable, root / "tests" / "gpu_rehearsal.py", "--out", out, *arguments]
+    run = subprocess.run(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+    written = out / gpu_suite.FILE
+    assert written.is_file(), run.stdout[-5000:]
+    return run.returncode, json.loads(written.read_text())["sections"], run.stdout
+
+
+@pytest.mark.slow
+def test_every_section_runs(tmp_path: Path) -> None:
+    status, sections, said = rehearse(tmp_path)
+    assert list(sections) == list(gpu_suite.SECTIONS)
+    for name, found in sections.items():
+        assert "error" not in found, f"{name}: {found['error']}\n{said[-5000:]}"
+        assert found.get("rows") or found.get("values") or found.get("summary"), name
+        for row in found.get("rows", ()):
+            if "error" in row:
+                assert any(rival in row["what"] for rival in RIVALS), f"{name}: {row}"
+            else:
+                assert row["median"] > 0, f"{name}: {row}"
+        assert f"\n{name} " in said, "not in the table"
+    assert status == 0
+    heads = [row["what"] for row in sections["linear_grpo_loss 3584"]["rows"]]
+    assert {"N=8 triton on-policy", "N=8 eager", "N=12 triton on-policy"} <= set(heads)
+    weights = [row["what"] for row in sections["weight_sync 7B"]["rows"]]
+    assert {"bf16 to bf16 cuda", "fp32 to bf16 triton"} <= set(weights)
+
+
+def test_what_goes_wrong_is_noticed_and_the_rest_goes_on(tmp_path: Path) -> None:
+    broken = "wrong logprobs,wrong norm,dies,hangs,ruined"
+    only = ["rates", "correct: rows", "correct: optimizer", "correct: advantages"]
+    timed = ["flat_adamw", "group_advantages", "token_logprobs", "grpo_loss"]
+    last = ["gpu tests", "products", "weight_sync 1.5B"]
+    status, sections, said = rehearse(
+        tmp_path, "--only", *only, *timed, *last, tests=SKIPPED, faults=broken
+    )
+    assert status == 1
+    errors = {name: found.get("error", "") for name, found in sections.items()}
+    assert "illegal memory access" in errors["rates"]
+    assert "a new process goes on" in said
+    assert "logprob error" in errors["correct: rows"]
+    assert "norm" in errors["correct: optimizer"]
+    for name, needed in (
+        ("token_logprobs", "correct: rows"),
+        ("grpo_loss", "correct: rows"),
+        ("flat_adamw", "correct: optimizer"),
+    ):
+        assert errors[name] == f"not timed: {needed} failed" and "rows" not in sections[name]
+    assert "status 9" in errors["group_advantages"]
+    assert "skipped" in errors["gpu tests"]
+    assert "stopped after 5 s" in errors["products"]
+    assert sections["weight_sync 1.5B"]["rows"] and not errors["weight_sync 1.5B"]
+    assert not errors["correct: advantages"]
+
+
+def test_a_later_run_keeps_other_sections_of_the_same_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_report, "machine", lambda: {"gpu": "one", "commit": "a"})
+    earlier = {"machine": {"gpu": "one", "commit": "a"}, "sections": {"rates": {}, "tiles": {}}}
+    assert list(gpu_suite._begun(earlier, ["tiles"])["sections"]) == ["rates"]
+    earlier["machine"]["commit"] = "b"
+    assert not gpu_suite._begun(earlier, ["tiles"])["sections"]
+
+
+def test_tests_that_never_end(tmp_path: Path) -> None:
+    path = tmp_path / "test_on_a_gpu.py"
+    path.write_text(ORPHAN)
+    found = gpu_pytest.run_tests(5.0, str(path))
+    assert found["error"].startswith("not done after 5 s, 1 passed")
+    assert len(found["failed"]) == 1 and "test_wrong" in found["failed"][0]
+
+
+def test_files_that_cannot_be_imported_hide_no_others(tmp_path: Path) -> None:
+    (tmp_path / "test_elsewhere.py").write_text("import a_trainer_that_is_not_installed\n")
+    (tmp_path / "test_here.py").write_text(PASSING)
+    found = gpu_pytest.run_tests(60.0, str(tmp_path))
+    assert "1 passed" in found["summary"] and "1 error" in found["error"]
+
+
+def test_a_variant_that_fails_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def fails_later() -> None:
+        calls.append("later")
+        if len(calls) > 2:
+            raise RuntimeError("out of memory")
+
+    def make() -> None:
+        raise ImportError("another version")
+
+    with gpu_double.installed():
+        variants = {"fine": lambda: None, "later": fails_later, "rival": late(make)}
+        found = gpu_timing.interleave(variants, repeats=3)
+        assert found["fine"].median is not None and found["fine"].error is None
+        assert found["later"].error == "RuntimeError: out of memory"
+        assert found["later"].median is None and found["later"].peak_mib is None
+        assert found["rival"].error == "ImportError: another version"
+        monkeypatch.setattr(gpu_timing, "deadline", time.monotonic() - 1)
+        assert "not begun" in gpu_timing.interleave(variants)["fine"].error
+
+
+def test_what_counts_as_a_failure() -> None:
+    bad, good = {"what": "N=1 triton", "error": "no"}, {"what": "eager", "median": 1.0}
+    rival = {"what": "liger", "error": "no"}
+    assert gpu_report.failure("grpo_loss", {"rows": [bad, good]}) == "N=1 triton: no"
+    assert gpu_report.failure("grpo_loss", {"rows": [rival, good]}) is None
+    assert gpu_report.failure("tiles", {"rows": [bad, good]}) is None
+    assert gpu_report.failure("tiles", {"rows": [bad]}) == "nothing ran: no"
+    assert gpu_report.failure("rates", {"error": "late"}) == "late"
