@@ -312,7 +312,7 @@ def _score_slopes(scores, slopes, seen, base, own, scale, log_sum, delta, probs,
     _zero(d_scores[last:])
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True)
 def _slopes(scores, slopes, scale, log_sum, delta, probs, d_scores):
     for i in range(scores.size):
         p = exp(scores[i] * scale - log_sum)

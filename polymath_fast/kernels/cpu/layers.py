@@ -1,6 +1,8 @@
 """Row passes of a decoder layer: RMSNorm, rotary embedding, SwiGLU, and their gradients.
 
 Values are fp32 or the uint16 bits of bf16; arithmetic is fp32, rounded once at the end of a pass.
+Only sums are left to the compiler's order. What it may fuse it fuses in one copy of a function and
+not in another, and a process that compiles a kernel would round otherwise than those that load it.
 Ranges are of rows. N rows, H hidden, D head size, I width of the MLP.
 """
 
@@ -157,19 +159,23 @@ def _norm_wide(row, weight, scale, out):
         out[j] = value(row[j]) * scale * value(weight[j])
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True)
 def _norm_gradient(row, weight, scale, upstream, residual, out, d_weight):
-    dot = np.float32(0)
+    dot = _norm_dot(row, weight, scale, upstream) / np.float32(row.size)
     for j in range(row.size):
-        x = value(row[j]) * scale
-        g = value(upstream[j])
-        d_weight[j] += g * x
-        dot += g * value(weight[j]) * x
-    dot /= np.float32(row.size)
+        d_weight[j] += value(upstream[j]) * (value(row[j]) * scale)
     for j in range(row.size):
         x = value(row[j]) * scale
         slope = scale * (value(upstream[j]) * value(weight[j]) - dot * x)
         _put(out, j, value(residual[j]) + slope)
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _norm_dot(row, weight, scale, upstream):
+    dot = np.float32(0)
+    for j in range(row.size):
+        dot += value(upstream[j]) * value(weight[j]) * (value(row[j]) * scale)
+    return dot
 
 
 @njit(nogil=True, cache=True)
@@ -202,19 +208,19 @@ def _rotate_back(row, cos, sin, half, out):
         high[j] = value(row[j + half]) * value(cos[j + half]) - value(row[j]) * value(sin[j])
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")  # else each / is a branch
+@njit(nogil=True, cache=True, error_model="numpy")  # else each / is a branch
 def _sigmoid(row, out):
     for j in range(row.size):
         out[j] = np.float32(1) / (np.float32(1) + exp(-maximum(value(row[j]), _LOWEST)))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True)
 def _swiglu(gate, up, sigmoid, out):
     for j in range(gate.size):
         _put(out, j, value(gate[j]) * sigmoid[j] * value(up[j]))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True)
 def _d_gate(gate, up, sigmoid, upstream, out):
     for j in range(gate.size):
         slope = sigmoid[j] * (np.float32(1) + value(gate[j]) * (np.float32(1) - sigmoid[j]))
