@@ -21,6 +21,7 @@ from polymath_fast.kernels import (
     policy_loss,
     token_logprobs,
 )
+from polymath_fast.precision import default_dtype
 
 LOGPROB_ERROR = 1e-5
 ROUNDING = 2.6e-3
@@ -170,7 +171,8 @@ OPERATORS: dict[str, Callable[[str], Case]] = {
 
 
 def _head(device: str, live: float) -> rivals.HeadData:
-    """bf16, N = 4096, SmolLM2's head on a CPU, Qwen2.5-1.5B's on a GPU; 32 completions."""
+    """N = 4096, SmolLM2's head on a CPU, Qwen2.5-1.5B's on a GPU; 32 completions. In the dtype that
+    weights have there (`precision`)."""
     torch.manual_seed(0)
     size, vocab = (1536, 151936) if device == "cuda" else (576, 49152)
     hidden = torch.randn(4096, size, device=device)
@@ -181,7 +183,7 @@ def _head(device: str, live: float) -> rivals.HeadData:
         direction = torch.nn.functional.normalize(torch.randn(size, device=device), dim=0)
         hidden += 14 * direction
         weight[: int(vocab * live)] += direction
-    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    hidden, weight = (tensor.to(default_dtype(device)) for tensor in (hidden, weight))
     with torch.no_grad():
         logprobs, _ = linear_logprobs(hidden, weight, targets)
     noise = 0.1 * torch.randn(4096, device=device)
@@ -193,7 +195,7 @@ def _head(device: str, live: float) -> rivals.HeadData:
 def _logits(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     count, vocab = (8192, 151936) if device == "cuda" else (2048, 49152)
-    logits = torch.empty(count, vocab, dtype=torch.bfloat16, device=device).normal_(0, 3)
+    logits = torch.empty(count, vocab, dtype=default_dtype(device), device=device).normal_(0, 3)
     return logits, torch.randint(vocab, (count,), device=device)
 
 

@@ -22,6 +22,7 @@ import torch
 from benchmarks.case import Case
 from benchmarks.registry import OPERATORS
 from benchmarks.timing import copy_rate, gemm_rate, interleave
+from polymath_fast.precision import choose_dtype
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numba", "triton", "liger-kernel", "trl")
@@ -72,7 +73,8 @@ def measure(
         "operator": name,
         "shape": case.shape,
         "machine": machine(device),
-        "rates": {"bf16 product, TFLOP/s": rates["gemm"] / 1e12, "copy, GB/s": rates["copy"] / 1e9},
+        "dtype": choose_dtype("auto", device)[0],
+        "rates": {"product, TFLOP/s": rates["gemm"] / 1e12, "copy, GB/s": rates["copy"] / 1e9},
     }
     try:
         result["errors"] = case.check()
@@ -100,7 +102,8 @@ def measure(
 def markdown(result: dict[str, Any]) -> str:
     """A table for people."""
     shape = ", ".join(f"{name}={size}" for name, size in result["shape"].items())
-    lines = [f"## {result['operator']} ({shape})", "", result["machine"]["name"], ""]
+    where = f"{result['machine']['name']}, {result['dtype']}"
+    lines = [f"## {result['operator']} ({shape})", "", where, ""]
     if "error" in result:
         return "\n".join([*lines, f"WRONG: {result['error']}", ""])
     lines += [

@@ -22,6 +22,7 @@ from benchmarks import gpu_sizes
 from benchmarks.gpu_timing import Timing
 from benchmarks.gpu_timing import interleave as interleave_on_gpu
 from polymath_fast.kernels.cpu import workspace
+from polymath_fast.precision import default_dtype
 
 Variants = dict[str, Callable[[], object]]
 
@@ -46,10 +47,12 @@ def interleave(variants: Variants, device: str, repeats: int) -> dict[str, Timin
 
 
 def gemm_rate(device: str) -> float:
-    """FLOP/s of torch's bf16 product, on the shape of a small LM head or, on a GPU, a square."""
+    """FLOP/s of torch's product in the dtype that weights have there (`precision`), on the shape of
+    a small LM head or, on a GPU, a square."""
     rows, size, vocab = 3 * (gpu_sizes.SIZES.side,) if device == "cuda" else (1024, 576, 49152)
-    left, right = (torch.randn(n, size, device=device).bfloat16() for n in (rows, vocab))
-    out = torch.empty(rows, vocab, dtype=torch.bfloat16, device=device)
+    dtype = default_dtype(device)
+    left, right = (torch.randn(n, size, device=device).to(dtype) for n in (rows, vocab))
+    out = torch.empty(rows, vocab, dtype=dtype, device=device)
     product = {"product": lambda: torch.mm(left, right.t(), out=out)}
     return 2 * rows * size * vocab / (1e-3 * interleave(product, device, 9)["product"].p20)
 
