@@ -52,6 +52,21 @@ class Sizes:
     completions: int = 2048
     group: int = 128
 
+    checked_learner_model: str = "tiny-qwen2"
+    checked_update: tuple[int, int, int] = (150, 24, 200)
+    """prompt, completions, their longest"""
+    learner_model: str = "qwen2.5-1.5b"
+    update: tuple[int, int, int] = (150, 512, 1024)
+    """likewise"""
+    completions_at_once: int = 12
+    """of a micro-batch, without gradient checkpointing. For each of the 1.54e9 parameters 18 bytes
+    (bf16 weight, fp32 master, gradient and two moments): 27.8e9; for each of 12 x 1,024 + 150
+    tokens 2.91e6 bytes of activations: 36.2e9; 2.3e9 of the LM head: 66.2e9 bytes, 61.7 GiB"""
+    rival_completions: int = 16
+    rival_completions_at_once: int = 8
+    """8 x 1,174 tokens: 27.3e9 bytes of activations, 6.2e9 of bf16 weights and gradients, and of
+    the logits two bf16 and four fp32 copies, 25.6e9: 59.1e9 bytes, 55 GiB"""
+
     checked_model: str = "qwen2.5-0.5b"
     small_model: str = "qwen2.5-1.5b"
     large_model: str = "qwen2.5-7b"

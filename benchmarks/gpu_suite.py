@@ -24,6 +24,7 @@ import torch
 
 from benchmarks import (
     gpu_attention,
+    gpu_learner,
     gpu_operators,
     gpu_products,
     gpu_pytest,
@@ -54,6 +55,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "correct: optimizer": gpu_operators.correct_optimizer,
     "correct: advantages": gpu_operators.correct_advantages,
     "correct: head logprobs": gpu_operators.correct_head_logprobs,
+    "correct: learner": gpu_learner.correct_learner,
     "linear_grpo_loss 3584": gpu_sections.time_head_large,
     "weight_sync 1.5B": gpu_weights.time_small,
     "weight_sync 7B": gpu_weights.time_large,
@@ -63,6 +65,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "grpo_loss": gpu_sections.time_grpo_loss,
     "linear_grpo_loss 1536": gpu_sections.time_head_small,
     "prefix_attention": gpu_attention.time_attention,
+    "learner 1.5B": gpu_learner.time_learner,
     "gpu tests": gpu_pytest.gpu_tests,
     "linear_logprobs": gpu_operators.time_head_logprobs,
     "products": gpu_products.time_products,
@@ -85,6 +88,7 @@ NEEDS = {
     "group_advantages": "correct: advantages",
     "prefix_attention": "correct: attention",
     "attention tiles": "correct: attention",
+    "learner 1.5B": "correct: learner",
 }
 """what must have held before a section takes times"""
 

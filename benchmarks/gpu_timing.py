@@ -21,6 +21,9 @@ deadline = math.inf
 """by time.monotonic(): no variant begins later and no round is repeated, so that a section which
 compiles for too long still hands out what it has"""
 
+GRACE = 10.0
+"""seconds that a variant which begins before `deadline` may take beyond it"""
+
 
 @dataclass
 class Timing:
@@ -65,6 +68,35 @@ def interleave(
             found[name].median = statistics.median(times)
             found[name].p20 = ordered[len(ordered) // 5]
             found[name].p80 = ordered[-1 - len(ordered) // 5]
+    return found
+
+
+def once(make: Callable[[], Callable[[], object]]) -> Timing:
+    """Of a single call of the variant that `make` returns, warmed up: for work of seconds.
+
+    Its memory is all that there was not before `make`; what that leaves behind is given back.
+    """
+
+    def work(timing: Timing) -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError("not begun: the section's time was up")
+        before = torch.cuda.memory_allocated()
+        variant = make()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        variant()
+        end.record()
+        end.synchronize()
+        timing.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+        timing.median = timing.p20 = timing.p80 = start.elapsed_time(end)
+
+    found = Timing()
+    _guarded(found, work)
+    # models and their hooks refer to each other
+    gc.collect()
+    torch.cuda.empty_cache()
     return found
 
 

@@ -18,7 +18,7 @@ from polymath_fast import cache
 from polymath_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Part of the folder's name: raise it when the way of building changes.
 _BUILD = 1
@@ -102,23 +102,41 @@ def folder(what: str, notify: Callable[[str], None] = print) -> Path:
 
 def build(shape: dict[str, Any], target: Path, dtype: str) -> None:
     """Write a model of `shape` (the keys of a config.json) and its tokenizer to `target`."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     config = config_of(shape)
     tokenizer = _write_tokenizer(config.vocab_size, target)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    model = _model(config, dtype, "cpu")
+    with _no_progress_bars():
+        model.save_pretrained(target, max_shard_size="4GB")
+    for path in target.glob("*.safetensors"):
+        path.chmod(0o644)
+
+
+def in_memory(family: str, dtype: str, device: str = "cpu") -> PreTrainedModel:
+    """A model of a family of FAMILIES, made on `device`, without a folder or a tokenizer.
+
+    Its weights are drawn as `folder` says, but by the device: on a GPU they are others than on a
+    CPU, and the GPU's generator stays where they leave it.
+    """
+    config = config_of(FAMILIES[family])
+    # as the tokenizer of a folder has them; the row of the padding is 0
+    for name, token in (("bos", _START), ("eos", _END), ("pad", _PAD)):
+        setattr(config, f"{name}_token_id", _SPECIAL.index(token))
+    return _model(config, dtype, device)
+
+
+def _model(config: PretrainedConfig, dtype: str, device: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device(device):
         torch.manual_seed(_SEED)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
-    with _no_progress_bars():
-        model.save_pretrained(target, max_shard_size="4GB")
-    for path in target.glob("*.safetensors"):
-        path.chmod(0o644)
+    return model
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 What it replaces, and nothing else does: where tensors of "cuda" lie, events, streams and memory
 counters; which implementation a tensor of that CPU gets; torch.compile, which hands the function
-back; products with an fp32 result, which only CUDA has; csrc/weight_sync.cu, in torch.
+back; products with an fp32 result, which only CUDA has; layers, which only a CPU fuses;
+csrc/weight_sync.cu, in torch.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from unittest import mock
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from polymath_fast.kernels import dispatch
 from polymath_fast.kernels.weight_sync import _cuda
 from polymath_fast.kernels.weight_sync.table import DTYPES, ROW
+from polymath_fast.learner import fused_layers
 
 CHUNK = 49_152
 """elements, as csrc/weight_sync.cu has it"""
@@ -105,6 +108,14 @@ def _choose_here(
     return dispatch.choose(op, "cuda", dtype, impl=impl, **options)
 
 
+_enter = DeviceContext.__init__
+
+
+def _enter_device(context: DeviceContext, device: torch.device) -> None:
+    """`with torch.device(...)`, which comes after `OnCpu`."""
+    _enter(context, torch.device("cpu") if _is_cuda(device) else device)
+
+
 def _compile(function: Any = None, **options: Any) -> Any:
     return function if function is not None else lambda function: function
 
@@ -149,6 +160,8 @@ def installed():
         for owner, name, value in (
             (torch, "compile", _compile),
             (torch, "Generator", Generator),
+            (DeviceContext, "__init__", _enter_device),
+            (fused_layers, "fuse", lambda model, attention: "its weights are on cuda"),
             (dispatch, "choose_here", _choose_here),
             (dispatch, "library_path", lambda op: Path(__file__)),
             (_cuda, "library", WeightSync),

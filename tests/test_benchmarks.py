@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_operators, gpu_suite, run
+from benchmarks import gpu_learner, gpu_operators, gpu_sizes, gpu_suite, run
+from polymath_fast import memory
+from polymath_fast.learner import step
+from polymath_fast.random_models import FAMILIES
 
 FLAGS = {
     "fpu sse2 avx avx2": "AVX2",
@@ -62,6 +65,7 @@ def test_the_checks_hold_on_a_cpu() -> None:
         gpu_operators.correct_optimizer("cpu"),
         gpu_operators.correct_advantages("cpu"),
         gpu_operators.correct_head_logprobs("cpu", **sizes),
+        gpu_learner.correct_learner("cpu"),
     ):
         assert found["values"] and "error" not in found
 
@@ -82,3 +86,31 @@ def test_the_checks_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "equal rewards" in gpu_operators.correct_advantages("cpu")["error"]
     found = gpu_operators.correct_head_logprobs("cpu", rows=60, head=(32, 500))
     assert "hidden gradient" in found["error"]
+
+
+@pytest.mark.parametrize("wrong", ["multiplicity", "sampling_logprobs"])
+def test_the_check_of_the_learner_notices(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = step.linear_grpo_loss
+
+    def wrong_loss(*given: object, **how: object) -> object:
+        value = how["sampling_logprobs"] - 0.01 if wrong == "sampling_logprobs" else None
+        return loss(*given, **(how | {wrong: value}))
+
+    monkeypatch.setattr(step, "linear_grpo_loss", wrong_loss)
+    error = gpu_learner.correct_learner("cpu")["error"]
+    assert "whole, gradient error" in error and "in parts, loss error" in error
+
+
+def test_the_learner_is_timed_where_it_fits() -> None:
+    """78 GiB with a tenth to spare, counted from the shapes; there is no sampler."""
+    sizes = gpu_sizes.Sizes()
+    config = gpu_learner.settings(sizes.completions_at_once, sizes.update)
+    parts = memory.estimate(
+        FAMILIES[sizes.learner_model],
+        config,
+        engine="transformers",
+        prompt_tokens=sizes.update[0],
+        device="cuda",
+    )
+    parts.pop("KV cache")
+    assert 40 < sum(parts.values()) < 0.9 * 78

@@ -11,13 +11,21 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gpu_double
 import pytest
 
-from benchmarks import gpu_pytest, gpu_report, gpu_suite, gpu_timing
+from benchmarks import (
+    gpu_learner,
+    gpu_pytest,
+    gpu_report,
+    gpu_sizes,
+    gpu_suite,
+    gpu_timing,
+)
 from benchmarks.timing import late
 
 pytest.importorskip("triton")
@@ -92,6 +100,12 @@ def test_every_section_runs(tmp_path: Path) -> None:
     assert {"N=8 triton on-policy", "N=8 eager", "N=12 triton on-policy"} <= set(heads)
     weights = [row["what"] for row in sections["weight_sync 7B"]["rows"]]
     assert {"bf16 to bf16 cuda", "fp32 to bf16 triton"} <= set(weights)
+    ours, rival = sections["learner 1.5B"]["rows"]
+    assert ours["what"] == "ours, one update" and "2 completions" in rival["what"]
+    ratio = sections["learner 1.5B"]["values"]["transformers / ours, a token"]
+    # 16 tokens beside 8
+    assert ratio == pytest.approx(2 * rival["median"] / ours["median"])
+    assert ours["flops"] == 2 * rival["flops"]
 
 
 def test_what_goes_wrong_is_noticed_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -166,6 +180,38 @@ def test_a_variant_that_fails_is_one_row(monkeypatch: pytest.MonkeyPatch) -> Non
         assert found["rival"].error == "ImportError: another version"
         monkeypatch.setattr(gpu_timing, "deadline", time.monotonic() - 1)
         assert "not begun" in gpu_timing.interleave(variants)["fine"].error
+
+
+def test_an_update_that_would_not_end_in_time_is_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[int] = []
+
+    class Slow:
+        def __init__(self, *given: object) -> None:
+            pass
+
+        def update(self, rows: list[object], step: int) -> None:
+            begun.append(len(rows))
+            time.sleep(0.05)
+
+    sizes = replace(gpu_sizes.SIZES, learner_model="tiny", update=(2, 500, 2))
+    monkeypatch.setattr(gpu_sizes, "SIZES", sizes)
+    monkeypatch.setattr(gpu_learner, "Learner", Slow)
+    rows = gpu_learner.random_rows(sizes.update, 320)
+    with gpu_double.installed():
+        for left, calls in ((-9.0, [13, 13]), (60.0, [13, 13, 500])):
+            begun.clear()
+            monkeypatch.setattr(gpu_timing, "deadline", time.monotonic() + left)
+            try:
+                gpu_learner._ours(rows)()
+            except TimeoutError as error:
+                assert "not begun: an update would take" in str(error)
+            assert begun == calls
+        monkeypatch.setattr(gpu_timing, "deadline", time.monotonic() - 1)
+        begun.clear()
+        assert "time was up" in gpu_timing.once(lambda: gpu_learner._ours(rows)).error
+        assert not begun
 
 
 def test_what_counts_as_a_failure() -> None:

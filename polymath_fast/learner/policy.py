@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import prefix_attention_blocks
 from polymath_fast.learner import fused_layers
+from polymath_fast.learner.families import check_supported
 from polymath_fast.learner.packing import PackedBatch, pack_prompt
 from polymath_fast.learner.shared_prompt import SharedPrompt
 from polymath_fast.precision import default_dtype
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ATTENTION = "polymath_fast"
-SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "gemma")
 _OTHER_ATTENTION = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
@@ -69,27 +73,6 @@ def _register_attention() -> None:
     AttentionInterface.register(ATTENTION, shared_prompt_attention)
 
 
-def _check_supported(config: object) -> None:
-    family = config.model_type
-    if family not in SUPPORTED_FAMILIES:
-        raise UserError(
-            f"model family {family!r} is not supported by the shared-prompt learner; "
-            f"use one of {', '.join(SUPPORTED_FAMILIES)}"
-        )
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UserError(
-            f"{family!r} with use_bidirectional_attention is no causal language model; set it to "
-            "false in config.json"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if getattr(config, "use_sliding_window", False) or kinds - {"full_attention"}:
-        raise UserError(
-            f"{family!r} with layers {sorted(kinds)} uses sliding-window attention, which the "
-            "shared-prompt learner does not compute; set use_sliding_window to false in "
-            "config.json if the context is shorter than the window"
-        )
-
-
 class _SharedRows(torch.autograd.Function):
     """states (T, H), rows (N,) -> (N, H). The gradients of all targets that read one row, such as
     the first tokens of every completion, add up in float32 at least."""
@@ -111,6 +94,9 @@ class _SharedRows(torch.autograd.Function):
 class Policy:
     """Weights, forward pass and export of the trained model."""
 
+    model_dir: Path | None
+    """whose tokenizer `save` copies; None of a model that came from memory"""
+
     def __init__(
         self,
         model_dir: Path | str,
@@ -125,17 +111,34 @@ class Policy:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         _register_attention()
-        self.model_dir = Path(model_dir)
-        self.config = AutoConfig.from_pretrained(self.model_dir)
-        _check_supported(self.config)
+        check_supported(AutoConfig.from_pretrained(model_dir))
         dtype = dtype or default_dtype(device)
         with _quiet_loading():
-            self.model = AutoModelForCausalLM.from_pretrained(
-                self.model_dir, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True
+            model = AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True
             )
-        self.model.to(device).eval()  # eval: no dropout, so ratio == 1 on policy
-        self.unfused = fused_layers.fuse(self.model, shared_prompt_attention)
-        self.device = torch.device(device)
+        self._take(model.to(device), torch.device(device), gradient_checkpointing)
+        self.model_dir = Path(model_dir)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> Policy:
+        """Of a model in memory, where it lies and in its dtype; its attention becomes the packed
+        one. It has no folder, so it cannot be `save`d. Raises UserError as from a folder."""
+        check_supported(model.config)
+        _register_attention()
+        model.set_attn_implementation(ATTENTION)
+        policy = cls.__new__(cls)
+        policy._take(model, model.device, gradient_checkpointing)
+        policy.model_dir = None
+        return policy
+
+    def _take(
+        self, model: PreTrainedModel, device: torch.device, gradient_checkpointing: bool
+    ) -> None:
+        self.model = model.eval()  # no dropout, so ratio == 1 on policy
+        self.config = model.config
+        self.unfused = fused_layers.fuse(model, shared_prompt_attention)
+        self.device = device
         self.gradient_checkpointing = gradient_checkpointing
 
     @property
@@ -188,9 +191,17 @@ class Policy:
         return self.model.named_parameters(remove_duplicate=False)
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder: weights (safetensors), config, tokenizer."""
+        """Write a plain Hugging Face folder: weights (safetensors), config, tokenizer.
+
+        Raises:
+            ValueError: the policy is `of` a model in memory, which has no tokenizer.
+        """
         from transformers import AutoTokenizer
 
+        if self.model_dir is None:
+            raise ValueError(
+                "a Policy.of a model in memory has no tokenizer to save; Policy(folder) has one"
+            )
         with _quiet_loading():
             self.model.save_pretrained(folder, safe_serialization=True)
             AutoTokenizer.from_pretrained(self.model_dir).save_pretrained(folder)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from polymath_fast import random_models
 from polymath_fast.errors import UserError
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy, shared_prompt_attention
@@ -107,6 +108,26 @@ def test_saved_folder_loads_in_plain_transformers(tmp_path, tiny_model):
     for name, parameter in policy.named_weights():
         assert torch.equal(saved[name].bfloat16(), parameter)
     assert not list((tmp_path / "model").glob("*.bin"))
+
+
+def test_a_model_in_memory_is_as_good_as_its_folder(tiny_model, tmp_path):
+    made = Policy.of(random_models.in_memory("tiny", "float32"), gradient_checkpointing=True)
+    read = Policy(tiny_model, dtype=torch.float32)
+    assert made.gradient_checkpointing and made.unfused == read.unfused
+    truth = dict(read.named_weights())
+    for name, weight in made.named_weights():
+        assert torch.equal(weight, truth[name]), name
+    assert torch.equal(made.hidden(pack(rows())), read.hidden(pack(rows())))
+    with pytest.raises(ValueError, match="no tokenizer to save"):
+        made.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_in_memory_is_checked_as_well():
+    model = random_models.in_memory("tiny-qwen2", "float32")
+    model.config.layer_types = ["sliding_attention", "full_attention"]
+    with pytest.raises(UserError, match="sliding-window attention"):
+        Policy.of(model)
 
 
 @pytest.mark.parametrize(
