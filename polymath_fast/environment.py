@@ -1,9 +1,11 @@
-"""Repairs of the process's environment that must come before transformers or vLLM are imported."""
+"""Repairs of the process's environment, most before transformers or vLLM are imported."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 _COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
@@ -41,3 +43,17 @@ def _local_label(package: str) -> str | None:
         return version(package).partition("+")[2]
     except PackageNotFoundError:
         return None
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers draws them on stderr; the run's console has one of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

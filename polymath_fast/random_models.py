@@ -6,15 +6,15 @@ that nothing has to be installed or downloaded and every id decodes to some text
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymath_fast import cache
+from polymath_fast.environment import no_progress_bars
 from polymath_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def build(shape: dict[str, Any], target: Path, dtype: str) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     model = _model(config, dtype, "cpu")
-    with _no_progress_bars():
+    with no_progress_bars():
         model.save_pretrained(target, max_shard_size="4GB")
     for path in target.glob("*.safetensors"):
         path.chmod(0o644)
@@ -137,19 +137,6 @@ def _model(config: PretrainedConfig, dtype: str, device: str) -> PreTrainedModel
             if parameter.ndim == 1:
                 parameter += 0.1 * torch.randn_like(parameter)
     return model
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def _read_shape(what: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from polymath_fast.environment import no_progress_bars
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import prefix_attention_blocks
 from polymath_fast.learner import fused_layers
@@ -113,7 +114,7 @@ class Policy:
         _register_attention()
         check_supported(AutoConfig.from_pretrained(model_dir))
         dtype = dtype or default_dtype(device)
-        with _quiet_loading():
+        with no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 model_dir, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True
             )
@@ -202,7 +203,7 @@ class Policy:
             raise ValueError(
                 "a Policy.of a model in memory has no tokenizer to save; Policy(folder) has one"
             )
-        with _quiet_loading():
+        with no_progress_bars():
             self.model.save_pretrained(folder, safe_serialization=True)
             AutoTokenizer.from_pretrained(self.model_dir).save_pretrained(folder)
 
@@ -230,17 +231,3 @@ def checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 _recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-
-@contextmanager
-def _quiet_loading():
-    """transformers draws progress bars on stderr; the run's console has one of its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
