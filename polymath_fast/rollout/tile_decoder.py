@@ -1,7 +1,8 @@
 """Decoding without transformers' modules: a layer is five products and a handful of row passes.
 
-For models whose layers the learner has fused, in bfloat16, on processors with AVX512-BF16. Logits
-come out in float32, so sampled log-probs carry no rounding of the LM head.
+For models whose layers the learner has fused: in bfloat16 on processors with AVX512-BF16, in
+float32 on all that multiply and add at once. Logits come out in float32, so sampled log-probs carry
+no rounding of the LM head.
 
 Legend: B completions, H hidden, Hq / Hkv query and key heads, D head size.
 """
@@ -18,7 +19,7 @@ from polymath_fast.kernels.cpu import decode, tiles
 from polymath_fast.kernels.cpu.attention import PANEL
 from polymath_fast.kernels.cpu.dense import stacked_or_copied
 from polymath_fast.kernels.cpu.head import odd_lines
-from polymath_fast.kernels.cpu.products import TileProducts, bits, pack_layers, padded_rows
+from polymath_fast.kernels.cpu.products import TileLogits, bits, pack_layers, padded_rows
 from polymath_fast.kernels.cpu.team import together
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout.decode import PromptCache
@@ -27,14 +28,11 @@ from polymath_fast.rollout.decode import PromptCache
 def fits(policy: Policy) -> bool:
     """Whether `policy` can decode this way on this machine."""
     weight = policy.head.weight
-    return (
-        policy.unfused is None
-        and weight.dtype == torch.bfloat16
-        and weight.shape[1] % 2 == 0
-        and policy.model.config.intermediate_size % 2 == 0
-        and policy.model.get_decoder().layers[0].self_attn.head_dim % tiles.LANES == 0
-        and tiles.available()
-    )
+    if policy.unfused is not None or not tiles.available(weight.dtype):
+        return False
+    even = weight.shape[1] % 2 == 0 and policy.model.config.intermediate_size % 2 == 0
+    size = policy.model.get_decoder().layers[0].self_attn.head_dim
+    return size % tiles.LANES == 0 and (even or weight.dtype == torch.float32)
 
 
 class TileWeights:
@@ -60,7 +58,7 @@ class TileWeights:
         self.down = pack_layers("down", [mlp.down_proj.weight for _, mlp in blocks])
         self.embedding = decoder.embed_tokens
         self.rotary = decoder.rotary_emb
-        self.products = TileProducts(policy.head.weight.detach())
+        self.head = TileLogits(policy.head.weight.detach())
         self.bias = policy.head.bias
         self.vocab = len(policy.head.weight)
 
@@ -86,6 +84,7 @@ class TileDecoder:
         self._shared = prompts[0] if all(prompt is prompts[0] for prompt in prompts) else None
         own = torch.zeros_like(self._positions) if self._shared else self._positions.clone()
         self._lengths = own.numpy()  # (B,) positions of the own cache that are filled
+        self._per_word = 4 // self._last.element_size()
         self._prompt_len = self._shared.length if self._shared else 0
         panels, common = _panels(int(own.max()) + 1), _panels(self._prompt_len)
         self._keys, self._values = self._caches(len(prompts), panels)
@@ -116,10 +115,11 @@ class TileDecoder:
         positions = self._positions[owner] + torch.arange(count) - firsts[owner]
         rows = padded_rows(count)
 
-        def scratch(*shape: int) -> Tensor:
-            return torch.zeros(rows, *shape, dtype=torch.bfloat16)
-
         embedded = weights.embedding(tokens)
+
+        def scratch(*shape: int) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=embedded.dtype)
+
         cos, sin = weights.rotary(embedded[:, None], positions[:, None])
         hidden, normed, out = (scratch(embedded.shape[1]) for _ in range(3))
         hidden[:count] = embedded
@@ -143,11 +143,11 @@ class TileDecoder:
             weights.eps,
             firsts.numpy(),
             self._lengths,
-            _words(self._keys),
-            _words(self._values),
+            self._words(self._keys),
+            self._words(self._values),
             self._prompt_len,
-            _words(self._prompt_keys),
-            _words(self._prompt_values),
+            self._words(self._prompt_keys),
+            self._words(self._prompt_values),
             weights.scale,
             *(bits(each) for each in (normed, stacked, attended, active, out)),
         )
@@ -172,16 +172,16 @@ class TileDecoder:
     def _logits(self, hidden: Tensor) -> Tensor:
         weights = self.weights
         out = torch.empty(len(hidden), odd_lines(weights.vocab, 4))
-        weights.products.logits(hidden, out[:, : weights.vocab])
+        weights.head.logits(hidden, out[:, : weights.vocab])
         if weights.bias is not None:
             out[:, : weights.vocab] += weights.bias
         return out
 
     def _caches(self, batch: int, panels: int) -> tuple[Tensor, Tensor]:
-        """Empty keys (L, B, Hkv, panels, D / 2, 64) and values (L, B, Hkv, panels, ., 32, 64)."""
+        """Empty keys (L, B, Hkv, panels, ...) and values, see `decode.store`."""
         size, shape = self.weights.size, (len(self.weights.qkv), batch, self.weights.key_heads)
-        keys = torch.zeros(*shape, panels, size // 2, PANEL, dtype=torch.int32)
-        rest = (panels, -(-size // PANEL), PANEL // 2, PANEL)
+        keys = torch.zeros(*shape, panels, size // self._per_word, PANEL, dtype=torch.int32)
+        rest = (panels, -(-size // PANEL), PANEL // self._per_word, PANEL)
         return keys, torch.zeros(*shape, *rest, dtype=torch.int32)
 
     def _store(self, prompt: PromptCache, keys: Tensor, values: Tensor) -> None:
@@ -191,8 +191,11 @@ class TileDecoder:
                 bits(cache[layer][0].transpose(0, 1).contiguous())
                 for cache in (prompt.keys, prompt.values)
             )
-            places = (_words(x[layer]) for x in (keys, values))
+            places = (self._words(x[layer]) for x in (keys, values))
             decode.store(0, self.weights.key_heads, *rows, 0, *places)
+
+    def _words(self, cache: Tensor) -> np.ndarray:
+        return cache.numpy().view(self.weights.qkv.dtype)
 
     def _make_room(self, counts: Tensor) -> None:
         panels = self._keys.shape[3]
@@ -222,7 +225,3 @@ def _biases(attention: nn.Module) -> np.ndarray:
 
 def _panels(positions: int) -> int:
     return -(-positions // PANEL)
-
-
-def _words(tensor: Tensor) -> np.ndarray:
-    return tensor.numpy().view(np.uint32)

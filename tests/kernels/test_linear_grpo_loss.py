@@ -19,9 +19,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 @pytest.fixture(params=["tiles", "torch", "matrix unit"])
 def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way of multiplying bf16 matrices, whatever this processor would choose."""
-    if request.param == "tiles" and not products.tiles.available():
-        pytest.skip("this processor has no AVX512-BF16")
-    monkeypatch.setattr(products.tiles, "available", lambda: request.param == "tiles")
+    monkeypatch.setattr(products.tiles, "available", lambda dtype: request.param == "tiles")
     monkeypatch.setattr(products, "_has_matrix_unit", lambda: request.param == "matrix unit")
     return request.param
 

@@ -10,8 +10,6 @@ import torch
 from polymath_fast.kernels.prefix_attention import _cpu, reference, tiles
 from polymath_fast.kernels.prefix_attention.blocks import Block
 
-pytestmark = pytest.mark.skipif(not tiles.tiles.available(), reason="needs AVX512-BF16")
-
 CASES = [
     (1, [1], (2, 1), 16),
     (5, [1, 2, 0, 7, 6, 63], (4, 2), 32),  # an empty completion between others

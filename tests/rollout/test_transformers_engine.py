@@ -7,11 +7,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from polymath_fast.learner.policy import Policy
+from polymath_fast.rollout import tile_decoder
 from polymath_fast.rollout.transformers_engine import TransformersEngine
 from polymath_fast.rollout.types import SamplingOptions
 
 PROMPTS = [[5, 9, 17, 33, 70], [8, 21], [100] * 11]
 STOP = [2, *range(40, 60)]
+
+
+@pytest.fixture(params=["tiles", "modules"], autouse=True)
+def decoder(request, monkeypatch):
+    """Tiles wherever the processor has them, else, and on a GPU, the policy's modules."""
+    monkeypatch.setattr(tile_decoder, "fits", lambda policy: request.param == "tiles")
 
 
 @pytest.fixture(scope="module")

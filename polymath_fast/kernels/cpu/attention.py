@@ -15,9 +15,8 @@ import math
 import numpy as np
 from numba import njit
 
-from polymath_fast.kernels.cpu import scalar
 from polymath_fast.kernels.cpu.layers import copy_row
-from polymath_fast.kernels.cpu.scalar import exp, maximum
+from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 from polymath_fast.kernels.cpu.tiles import LANES, square_tile, word_at, zip_words
 
 ROWS = 6
@@ -110,12 +109,12 @@ def forward(
                     left, place = probs.ctypes.data, sums.ctypes.data + 4 * part * PANEL
                     step, out_step = probs.strides[0], sums.strides[0]
                     if base:
-                        right = prompt_values[head, part].ctypes.data
+                        right = prompt_values[head, part]
                         square_tile(left, step, 4, right, base // 2, place, out_step, False)
-                    right = own_values[part].ctypes.data
                     square_tile(
-                        left + 2 * base, step, 4, right, panels * 32, place, out_step, base > 0
-                    )
+                        left + 2 * base, step, 4, own_values[part], panels * 32, place, out_step,
+                        base > 0,
+                    )  # fmt: skip
                 for r in range(height):
                     store_row(out[first + top + r, query_head], sums[r], scores[r, 0])
 
@@ -188,12 +187,12 @@ def backward(
                         place = sums.ctypes.data + 4 * part * PANEL
                         step, out_step = d_scores.strides[0], sums.strides[0]
                         if base:
-                            right = prompt_key_pairs[head, part].ctypes.data
+                            right = prompt_key_pairs[head, part]
                             square_tile(left, step, 4, right, base // 2, place, out_step, False)
-                        right = own_key_pairs[part].ctypes.data
                         square_tile(
-                            left + 2 * base, step, 4, right, panels * 32, place, out_step, base > 0
-                        )
+                            left + 2 * base, step, 4, own_key_pairs[part], panels * 32, place,
+                            out_step, base > 0,
+                        )  # fmt: skip
                     for r in range(height):
                         store_row(d_q[first + top + r, query_head], sums[r], np.float32(1))
                 if (end - begin) % 2:
@@ -234,14 +233,14 @@ def _copy_rows(source, first, count, head, out):
 @njit(nogil=True, cache=True)
 def products(rows, prompt, prompt_panels, own, own_panels, out):
     """out (6, keys) fp32 = rows (6, D) times the columns of the prompt's panels and of its own."""
-    left, step, pairs = rows.ctypes.data, rows.strides[0], rows.shape[1] // 2
-    place = out.ctypes.data
-    for panel in range(prompt_panels + own_panels):
-        if panel < prompt_panels:
-            right = prompt[panel].ctypes.data
-        else:
-            right = own[panel - prompt_panels].ctypes.data
-        square_tile(left, step, 4, right, pairs, place + 4 * PANEL * panel, out.strides[0], False)
+    left, step, words = rows.ctypes.data, rows.strides[0], own.shape[1]
+    place, out_step = out.ctypes.data, out.strides[0]
+    for panel in range(prompt_panels):
+        square_tile(left, step, 4, prompt[panel], words, place, out_step, False)
+        place += 4 * PANEL
+    for panel in range(own_panels):
+        square_tile(left, step, 4, own[panel], words, place, out_step, False)
+        place += 4 * PANEL
 
 
 @njit(nogil=True, cache=True)
@@ -254,7 +253,7 @@ def _add_transposed(matrix, width, pairs, packed, turned, out):
             zip_words(low + 2 * column, high + 2 * column, place)
         _zero(turned[pair, width : width + LANES])
     for part in range(packed.shape[0]):
-        right = packed[part].ctypes.data
+        right = packed[part]
         for top in range(0, width, ROWS):
             left = turned.ctypes.data + 4 * top
             place = out[top].ctypes.data + 4 * part * PANEL
@@ -293,7 +292,7 @@ def _exponentials(row, scale, top, out):
     for i in range(row.size):
         e = exp(row[i] * scale - top)
         total += e
-        out[i] = scalar.bfloat16(e)
+        put(out, i, e)
     return total
 
 
@@ -316,19 +315,19 @@ def _score_slopes(scores, slopes, seen, base, own, scale, log_sum, delta, probs,
 def _slopes(scores, slopes, scale, log_sum, delta, probs, d_scores):
     for i in range(scores.size):
         p = exp(scores[i] * scale - log_sum)
-        probs[i] = scalar.bfloat16(p)
-        d_scores[i] = scalar.bfloat16(p * (slopes[i] - delta) * scale)
+        put(probs, i, p)
+        put(d_scores, i, p * (slopes[i] - delta) * scale)
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
 def _dot(left, right):
     total = np.float32(0)
     for d in range(left.size):
-        total += scalar.from_bfloat16(left[d]) * scalar.from_bfloat16(right[d])
+        total += value(left[d]) * value(right[d])
     return total
 
 
 @njit(nogil=True, cache=True)
 def store_row(out, values, factor):
     for d in range(out.size):
-        out[d] = scalar.bfloat16(values[d] * factor)
+        put(out, d, values[d] * factor)

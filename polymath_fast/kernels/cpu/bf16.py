@@ -1,4 +1,5 @@
-"""Three bf16 matrix products with fp32 sums, as compiled kernels over a range of their output.
+"""Three bf16 matrix products with fp32 sums, as compiled kernels over a range of their output; the
+first of them multiplies fp32 as well.
 
 Arrays of bf16 arrive as uint16, or as uint32 where two neighbours in a row are one word. Left
 operands are padded to whole tiles of rows, so a tile may read past the rows that count.
@@ -108,7 +109,7 @@ def weight_gradient(start, stop, slopes, packed, out, add):
         height = min(GROUP, stop - top)
         _interleave(slopes, 0, pairs, top, height, group)
         for panel in range(packed.shape[0]):
-            right = packed[panel].ctypes.data
+            right = packed[panel]
             for offset in range(0, height, ROWS):
                 left = group.ctypes.data + 4 * offset
                 _put(
@@ -129,7 +130,7 @@ def weight_gradient(start, stop, slopes, packed, out, add):
 @njit(inline="always")
 def _tile(a, row, pair, b, pairs, out, top, bottom, left, add, spare):
     address = a.ctypes.data + row * a.strides[0] + 4 * pair
-    _put(address, a.strides[0], 4, b.ctypes.data, pairs, out, top, bottom, left, add, spare)
+    _put(address, a.strides[0], 4, b, pairs, out, top, bottom, left, add, spare)
 
 
 @njit(inline="always")

@@ -1,20 +1,23 @@
-"""Decoding on a CPU in AVX512-BF16 tiles: new tokens of every completion, a packed KV cache.
+"""Decoding on a CPU in tiles: new tokens of every completion, a packed KV cache.
 
-Keys are kept as columns of panels of 64, values as pairs of rows, which is how the products read
-them; a completion's own panels lie in the cache, those of a prompt that all share in one place.
+Keys are kept as columns of panels of 64, values as rows (in bf16 as pairs of them), which is how
+the products read them; a completion's own panels lie in the cache, those of a prompt that all share
+in one place.
 
-B completions, Hq / Hkv query and key heads, D head size. Every array of bf16 arrives as uint16.
+B completions, Hq / Hkv query and key heads, D head size. Arrays are fp32, or bf16 that arrives as
+uint16; a word is what a product counts in, one fp32 or two bf16.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
-from polymath_fast.kernels.cpu import attention, scalar, tiles
+from polymath_fast.kernels.cpu import attention, tiles
 from polymath_fast.kernels.cpu.attention import PANEL, ROWS
 from polymath_fast.kernels.cpu.layers import rms_norm, rotated_head
-from polymath_fast.kernels.cpu.scalar import exp, maximum
+from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value, words
 from polymath_fast.kernels.cpu.team import barrier, next_task
 from polymath_fast.kernels.cpu.tiles import square_tile
 
@@ -28,12 +31,13 @@ def store(start, stop, k, v, first, keys, values):
     """Keys and values of rows k, v (T, Hkv, D) into positions [first, first + T) of one completion;
     a range of heads.
 
-    keys (Hkv, panels, D / 2, 64) words, values (Hkv, panels, D panels, 32, 64) words.
+    keys (Hkv, panels, D words, 64) and values (Hkv, panels, D panels, 64 positions, 64) of words, a
+    pair of positions to a word in bf16.
     """
     for head in range(start, stop):
         for row in range(k.shape[0]):
-            _store_key(k[row, head].view(np.uint32), first + row, keys[head])
-            _store_value(v[row, head], first + row, values[head].view(np.uint16))
+            _store_key(words(k[row, head]), first + row, keys[head])
+            _store_value(v[row, head], first + row, values[head])
 
 
 @njit(nogil=True, cache=True)
@@ -47,18 +51,18 @@ def step(
     R = `count` rounded up to whole tiles, L layers. hidden (R, H) goes in and is overwritten; out
     (R, H) its final norm. norms (2 L + 1, H): of attention and MLP, layer by layer, and the last.
     head_norms (L, Hq + Hkv, D) or (L, 0, 1); biases (L, (Hq + 2 Hkv) D) fp32 or (L, 0). Weights are
-    packed (L, panels, inputs / 2, 48) words; gate_up holds a panel of gate, then one of up, by
+    packed (L, panels, words of inputs, 48); gate_up holds a panel of gate, then one of up, by
     turns. cos, sin (count, D). Rows firsts[b] to firsts[b + 1] are the next tokens of completion b;
-    lengths (B,) positions filled before them. keys (L, B, Hkv, panels, D / 2, 64), values (L, B,
-    Hkv, panels, D panels, 32, 64), prompt_keys and prompt_values alike without B. normed (R, H),
-    stacked (R, Hq + 2 Hkv, D), attended (R, Hq D), active (R, I) are scratch.
+    lengths (B,) positions filled before them. keys and values (L, B, ...) as in `store`, those of
+    the prompt alike without B. normed (R, H), stacked (R, Hq + 2 Hkv, D), attended (R, Hq D) and
+    active (R, I) are scratch.
     """
     key_heads, size = keys.shape[2], stacked.shape[2]
     group = heads // key_heads
     width = (keys.shape[3] + prompt_keys.shape[2]) * PANEL
-    queries = np.zeros((-(-group // ROWS) * ROWS, size), np.uint16)
+    queries = np.zeros((-(-group // ROWS) * ROWS, size), stacked.dtype)
     scores = np.empty((ROWS, width), np.float32)
-    probs = np.zeros((ROWS, width), np.uint16)
+    probs = np.zeros((ROWS, width), stacked.dtype)
     sums = np.empty((ROWS, values.shape[4] * PANEL), np.float32)
     tile = np.empty((2 * tiles.ROWS, tiles.COLUMNS), np.float32)
     wide = np.empty(stacked.shape[2], np.float32)
@@ -156,8 +160,7 @@ def _activate(x, count, packed, panel, tile, out):
 def _tile(x, top, packed, out):
     place = x.ctypes.data + top * x.strides[0]
     tiles.dot_tile(
-        place, x.strides[0], 4, packed.ctypes.data, packed.shape[0], out.ctypes.data,
-        out.strides[0], False,
+        place, x.strides[0], 4, packed, packed.shape[0], out.ctypes.data, out.strides[0], False,
     )  # fmt: skip
 
 
@@ -170,20 +173,20 @@ def _add(row, other):
 @njit(nogil=True, cache=True)
 def _round(row, out):
     for j in range(out.size):
-        out[j] = scalar.bfloat16(row[j])
+        put(out, j, row[j])
 
 
 @njit(nogil=True, cache=True)
 def _add_row(row, out):
     for j in range(out.size):
-        out[j] = scalar.bfloat16(scalar.from_bfloat16(out[j]) + row[j])
+        put(out, j, value(out[j]) + row[j])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _silu_times(gate, up, out):
     for j in range(out.size):
         sigmoid = np.float32(1) / (np.float32(1) + exp(-maximum(gate[j], _LOWEST)))
-        out[j] = scalar.bfloat16(gate[j] * sigmoid * up[j])
+        put(out, j, gate[j] * sigmoid * up[j])
 
 
 @njit(nogil=True, cache=True)
@@ -196,10 +199,10 @@ def _place(
     first = head * group
     for g in range(group):
         rotated_head(stacked[first + g], first + g, cos, sin, norms, eps, wide, queries[g])
-    new_key = np.empty(stacked.shape[1], np.uint16)
+    new_key = np.empty(stacked.shape[1], stacked.dtype)
     rotated_head(stacked[heads + head], heads + head, cos, sin, norms, eps, wide, new_key)
-    _store_key(new_key.view(np.uint32), position, keys)
-    _store_value(stacked[heads + key_heads + head], position, values.view(np.uint16))
+    _store_key(words(new_key), position, keys)
+    _store_value(stacked[heads + key_heads + head], position, values)
 
 
 @njit(nogil=True, cache=True)
@@ -225,10 +228,10 @@ def _attend(
         for panel in range(used // PANEL):
             first_own = base // PANEL
             block = prompt_values[panel] if panel < first_own else values[panel - first_own]
-            left = probs.ctypes.data + 2 * PANEL * panel
+            left = probs.ctypes.data + probs.itemsize * PANEL * panel
             for part in range(block.shape[0]):
                 square_tile(
-                    left, probs.strides[0], 4, block[part].ctypes.data, PANEL // 2,
+                    left, probs.strides[0], 4, block[part], block.shape[1],
                     sums.ctypes.data + 4 * part * PANEL, sums.strides[0], panel > 0,
                 )  # fmt: skip
         for r in range(height):
@@ -237,15 +240,30 @@ def _attend(
 
 
 @njit(nogil=True, cache=True)
-def _store_key(words, position, keys):
+def _store_key(row, position, keys):
     panel, column = position // PANEL, position % PANEL
-    for pair in range(words.size):
-        keys[panel, pair, column] = words[pair]
+    for word in range(row.size):
+        keys[panel, word, column] = row[word]
 
 
-@njit(nogil=True, cache=True)
 def _store_value(row, position, values):
-    """values (panels, D panels, 32, 128): the halves of 64 words, low half from the even row."""
-    panel, within = position // PANEL, position % PANEL
-    for d in range(row.size):
-        values[panel, d // PANEL, within // 2, 2 * (d % PANEL) + within % 2] = row[d]
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_store_value)
+def _compiled_store_value(row, position, values):
+    if row.dtype == types.uint16:
+
+        def store(row, position, values):
+            panel, within = position // PANEL, position % PANEL
+            halves = values.view(np.uint16)  # of a word, the low one from the even position
+            for d in range(row.size):
+                halves[panel, d // PANEL, within // 2, 2 * (d % PANEL) + within % 2] = row[d]
+    else:
+
+        def store(row, position, values):
+            panel, within = position // PANEL, position % PANEL
+            for d in range(row.size):
+                values[panel, d // PANEL, within, d % PANEL] = row[d]
+
+    return store

@@ -9,11 +9,9 @@ Ranges are of rows. N rows, H hidden, D head size, I width of the MLP.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
-from polymath_fast.kernels.cpu import scalar
-from polymath_fast.kernels.cpu.scalar import exp, maximum, value
+from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
 _LOWEST = np.float32(-80.0)  # the exponential of its opposite is still finite
@@ -113,24 +111,6 @@ def swiglu_gradient(start, stop, gate_up, upstream, d_gate_up):
         _swiglu(gate, up, sigmoid, upstream[i])
 
 
-def _put(out, index, number):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_put)
-def _compiled_put(out, index, number):
-    if out.dtype == types.uint16:
-
-        def put(out, index, number):
-            out[index] = scalar.bfloat16(number)
-    else:
-
-        def put(out, index, number):
-            out[index] = number
-
-    return put
-
-
 @njit(nogil=True, cache=True)
 def copy_row(source, out):
     """out = source; a loop, because numba takes a second to compile each assignment of arrays."""
@@ -150,7 +130,7 @@ def _inverse_rms(row, eps):
 @njit(nogil=True, cache=True)
 def _norm(row, weight, scale, out):
     for j in range(row.size):
-        _put(out, j, value(row[j]) * scale * value(weight[j]))
+        put(out, j, value(row[j]) * scale * value(weight[j]))
 
 
 @njit(nogil=True, cache=True)
@@ -167,7 +147,7 @@ def _norm_gradient(row, weight, scale, upstream, residual, out, d_weight):
     for j in range(row.size):
         x = value(row[j]) * scale
         slope = scale * (value(upstream[j]) * value(weight[j]) - dot * x)
-        _put(out, j, value(residual[j]) + slope)
+        put(out, j, value(residual[j]) + slope)
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -187,16 +167,16 @@ def _widen(row, out):
 @njit(nogil=True, cache=True)
 def _narrow(row, out):
     for j in range(row.size):
-        _put(out, j, row[j])
+        put(out, j, row[j])
 
 
 @njit(nogil=True, cache=True)
 def _rotate_row(row, cos, sin, half, out):
     low, high = out[:half], out[half:]
     for j in range(half):
-        _put(low, j, row[j] * value(cos[j]) - row[j + half] * value(sin[j]))
+        put(low, j, row[j] * value(cos[j]) - row[j + half] * value(sin[j]))
     for j in range(half):
-        _put(high, j, row[j + half] * value(cos[j + half]) + row[j] * value(sin[j + half]))
+        put(high, j, row[j + half] * value(cos[j + half]) + row[j] * value(sin[j + half]))
 
 
 @njit(nogil=True, cache=True)
@@ -217,11 +197,11 @@ def _sigmoid(row, out):
 @njit(nogil=True, cache=True)
 def _swiglu(gate, up, sigmoid, out):
     for j in range(gate.size):
-        _put(out, j, value(gate[j]) * sigmoid[j] * value(up[j]))
+        put(out, j, value(gate[j]) * sigmoid[j] * value(up[j]))
 
 
 @njit(nogil=True, cache=True)
 def _d_gate(gate, up, sigmoid, upstream, out):
     for j in range(gate.size):
         slope = sigmoid[j] * (np.float32(1) + value(gate[j]) * (np.float32(1) - sigmoid[j]))
-        _put(out, j, value(upstream[j]) * value(up[j]) * slope)
+        put(out, j, value(upstream[j]) * value(up[j]) * slope)

@@ -47,7 +47,7 @@ class Products(Protocol):
 
 def products_for(weight: torch.Tensor) -> Products:
     """The implementation for `weight` (V, H) on this machine."""
-    if weight.dtype == torch.bfloat16 and tiles.available() and not _has_matrix_unit():
+    if weight.dtype == torch.bfloat16 and tiles.available(weight.dtype) and not _has_matrix_unit():
         return TileProducts(weight)
     return TorchProducts(weight)
 
@@ -57,26 +57,39 @@ def _has_matrix_unit() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-class TileProducts:
+class TileLogits:
+    """Logits of a bf16 or fp32 weight (V, H) in tiles: fp32 sums, in an order that is the same for
+    every row, whatever other rows there are."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        vocab, size = weight.shape
+        self._padding = size % 2 if weight.dtype == torch.bfloat16 else 0
+        padded = torch.nn.functional.pad(weight, (0, self._padding)) if self._padding else weight
+        right = words(padded.contiguous())
+        shape = (_panels(vocab), right.shape[1], tiles.COLUMNS)
+        self._panels = _words("weight_panels", shape, right.dtype)
+        parallel(bf16.pack_weight, split(len(self._panels)), right, self._panels)
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Products.logits`."""
+        count, size = hidden.shape
+        shape = (padded_rows(count), size + self._padding)
+        left = buffer("left_rows", shape, self._weight.dtype)
+        left[:count, :size] = hidden
+        left[:, size:] = 0
+        tasks = split(len(self._panels))
+        parallel(bf16.logits, tasks, words(left), count, self._panels, out.numpy())
+
+
+class TileProducts(TileLogits):
     """Our own bf16 products: AVX512-BF16 tiles with fp32 sums."""
 
     slope_dtype = torch.bfloat16
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight
-        vocab, size = weight.shape
-        padded = torch.nn.functional.pad(weight, (0, 1)) if size % 2 else weight.contiguous()
-        self._panels = _words("weight_panels", (_panels(vocab), (size + 1) // 2, tiles.COLUMNS))
-        parallel(bf16.pack_weight, split(len(self._panels)), _pairs(padded), self._panels)
+        super().__init__(weight)
         self._pairs: np.ndarray | None = None
-
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        count, size = hidden.shape
-        left = buffer("left_rows", (padded_rows(count), size + size % 2), torch.bfloat16)
-        left[:count, :size] = hidden
-        left[:, size:] = 0
-        tasks = split(len(self._panels))
-        parallel(bf16.logits, tasks, _pairs(left), count, self._panels, out.numpy())
 
     def d_hidden(
         self, slopes: torch.Tensor, count: int, columns: torch.Tensor | None, out: torch.Tensor
@@ -88,8 +101,8 @@ class TileProducts:
         else:
             packed = self._pairs
         tasks = split(count, tiles.ROWS, per_thread=4)
-        words = _pairs(slopes)[:, : packed.shape[1]]
-        parallel(bf16.hidden_gradient, tasks, words, packed, out.numpy())
+        pairs = words(slopes)[:, : packed.shape[1]]
+        parallel(bf16.hidden_gradient, tasks, pairs, packed, out.numpy())
 
     def d_weight(
         self, slopes: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, add: bool
@@ -136,7 +149,7 @@ class TorchProducts:
 
 def packed_rows(hidden: torch.Tensor) -> np.ndarray | None:
     """`hidden` (N, H) as `add_weight_gradient` reads it, in scratch memory; None: as it is."""
-    if hidden.dtype != torch.bfloat16 or not tiles.available() or _has_matrix_unit():
+    if hidden.dtype != torch.bfloat16 or not tiles.available(hidden.dtype) or _has_matrix_unit():
         return None
     return _pack_rows("hidden_pairs", hidden)
 
@@ -183,15 +196,15 @@ def _fp32_products(precision: str) -> Iterator[None]:
 
 
 def pack_layers(name: str, *stacks: list[torch.Tensor]) -> np.ndarray:
-    """(L, stacks * panels, inputs / 2, 48) words: bf16 weights (outputs, inputs) of every layer as
-    right operands of a product, panels of the stacks by turns, in scratch memory called `name`."""
-    outputs, inputs = stacks[0][0].shape
-    panels, count = _panels(outputs), len(stacks)
-    packed = _words(f"packed {name}", (len(stacks[0]), panels * count, inputs // 2, tiles.COLUMNS))
-    for number, weights in enumerate(stacks):
+    """(L, stacks * panels, words of inputs, 48): weights (outputs, inputs) of every layer as right
+    operands of a product, panels of the stacks by turns, in scratch memory called `name`."""
+    panels, count = _panels(len(stacks[0][0])), len(stacks)
+    layers = [[words(weight.detach().contiguous()) for weight in weights] for weights in stacks]
+    shape = (len(layers[0]), panels * count, layers[0][0].shape[1], tiles.COLUMNS)
+    packed = _words(f"packed {name}", shape, layers[0][0].dtype)
+    for number, weights in enumerate(layers):
         for layer, weight in enumerate(weights):
-            words = _pairs(weight.detach().contiguous())
-            parallel(bf16.pack_weight, split(panels), words, packed[layer, number::count])
+            parallel(bf16.pack_weight, split(panels), weight, packed[layer, number::count])
     return packed
 
 
@@ -212,8 +225,8 @@ def _pack_rows(name: str, matrix: torch.Tensor) -> np.ndarray:
     return packed
 
 
-def _words(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    return buffer(name, shape, torch.int32).numpy().view(np.uint32)
+def _words(name: str, shape: tuple[int, ...], dtype: type = np.uint32) -> np.ndarray:
+    return buffer(name, shape, torch.int32).numpy().view(dtype)
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
@@ -221,6 +234,6 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _pairs(tensor: torch.Tensor) -> np.ndarray:
-    """bf16 (rows, 2 n) -> uint32 (rows, n)."""
-    return bits(tensor).view(np.uint32)
+def words(tensor: torch.Tensor) -> np.ndarray:
+    """What products count in: bf16 (rows, 2 n) -> uint32 (rows, n); fp32 as it is."""
+    return bits(tensor).view(np.uint32) if tensor.dtype == torch.bfloat16 else tensor.numpy()

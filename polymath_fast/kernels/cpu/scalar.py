@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
@@ -115,6 +116,37 @@ def _compiled_value(stored):
     if stored == types.uint16:
         return lambda stored: from_bfloat16(stored)
     return lambda stored: stored
+
+
+def put(out, index, number):
+    """out[index] = the fp32 `number`, as it is or rounded to the bits of a bf16."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(put)
+def _compiled_put(out, index, number):
+    if out.dtype == types.uint16:
+
+        def put(out, index, number):
+            out[index] = bfloat16(number)
+    else:
+
+        def put(out, index, number):
+            out[index] = number
+
+    return put
+
+
+def words(row):
+    """A row as the words of 32 bits that products count in: pairs of bf16, or fp32 as they are."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(words)
+def _compiled_words(row):
+    if row.dtype == types.uint16:
+        return lambda row: row.view(np.uint32)
+    return lambda row: row
 
 
 def load_row(source, half, scale, out):

@@ -13,13 +13,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from polymath_fast.kernels.cpu.threads import worker_pool
-from polymath_fast.kernels.cpu.tiles import atomic_add, offer_core
 
 _PATIENCE = 2000
 """looks at a counter before the core is offered to other threads"""
+
+
+@intrinsic
+def atomic_add(typing_context, address, value):
+    """Add to the 64-bit integer at an address that threads share; returns what was there before."""
+    signature = types.int64(types.uintp, types.int64)
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, args[1], "seq_cst")
+
+    return signature, emit
+
+
+@intrinsic
+def offer_core(typing_context):
+    """Let another thread that waits for this core run first (sched_yield of the C library)."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+
+    return types.int32(), emit
 
 
 def together(kernel: Callable[..., None], phases: int, *args: Any) -> None:

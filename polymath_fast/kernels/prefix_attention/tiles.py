@@ -23,7 +23,7 @@ def fits(q: Tensor, scale: float) -> bool:
     """Whether these kernels compute this attention on this processor."""
     return (
         q.dtype == torch.bfloat16 and q.shape[-1] % tiles.LANES == 0 and scale > 0
-    ) and tiles.available()
+    ) and tiles.available(q.dtype)
 
 
 @dataclass(frozen=True)
