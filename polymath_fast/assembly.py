@@ -317,9 +317,10 @@ def _find_checkpoint(config: Config, run_dir: Path, identity: dict[str, Any]):
 def _check_microbatch(config: Config, trained: list[Sample]) -> None:
     longest = max(len(sample.prompt_ids) for sample in trained)
     needed = longest + config.max_completion_length
-    if config.tokens_per_microbatch < needed:
+    tokens = config.tokens_per_microbatch
+    if tokens is not None and tokens < needed:
         raise UserError(
-            f"--tokens-per-microbatch {config.tokens_per_microbatch} cannot hold one prompt and "
+            f"--tokens-per-microbatch {tokens} cannot hold one prompt and "
             f"one completion ({longest} + {config.max_completion_length} tokens); {needed} works"
         )
 

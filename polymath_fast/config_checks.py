@@ -280,9 +280,10 @@ def _check_sizes(config: Config) -> None:
             f"--num-generations ({config.num_generations}); {max(2, config.num_generations // 4)} "
             "works"
         )
-    if config.tokens_per_microbatch < config.max_completion_length:
+    tokens = config.tokens_per_microbatch
+    if tokens is not None and tokens < config.max_completion_length:
         raise UserError(
-            f"--tokens-per-microbatch is {config.tokens_per_microbatch}; one completion must fit, "
+            f"--tokens-per-microbatch is {tokens}; one completion must fit, "
             f"so it must be at least --max-completion-length ({config.max_completion_length}); "
             f"{max(16384, 2 * config.max_completion_length)} works"
         )

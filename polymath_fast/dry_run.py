@@ -69,7 +69,8 @@ def _advice(config: Config, needs: dict[str, float], missing: float, inputs: Inp
     """The one knob that would help, with a value."""
     smallest = inputs.longest_prompt + config.max_completion_length
     activations = next(size for name, size in needs.items() if name.startswith("activations"))
-    tokens = int(config.tokens_per_microbatch * (1 - missing / activations) * 0.9)
+    now = memory.microbatch_tokens(config, inputs.device)
+    tokens = int(now * (1 - missing / activations) * 0.9)
     if tokens >= smallest:
         return f"--tokens-per-microbatch {tokens} works"
     return "take a smaller model"

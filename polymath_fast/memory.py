@@ -11,7 +11,14 @@ GIB = 2**30
 FULL_LENGTH_SEQUENCES = 256  # completions that the sampler's memory holds at their full length
 _KV_BLOCK = 16  # tokens that vLLM allocates at a time on a GPU
 _HEAD_CHUNK = 2**25  # logits that the LM head holds at once, in float32
+_MICROBATCH = (16384, 1024)  # tokens, on a GPU and on a CPU
 _LIBRARIES = {"vllm": 1.6 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU
+
+
+def microbatch_tokens(config: Config, device: str) -> int:
+    """`--tokens-per-microbatch`, or what is left to `device` ("cpu", "cuda"); a completion that is
+    longer goes alone."""
+    return config.tokens_per_microbatch or _MICROBATCH[device == "cpu"]
 
 
 def parameters(shape: dict[str, Any]) -> int:
@@ -116,7 +123,8 @@ def estimate(
     weights = parameters(shape)
     rollouts = config.num_generations * config.groups_per_step
     rows = prompt_tokens + rollouts * config.max_completion_length
-    tokens = min(config.tokens_per_microbatch, rows)
+    alone = prompt_tokens + config.max_completion_length
+    tokens = min(max(microbatch_tokens(config, device), alone), rows)
     vocabulary = shape["vocab_size"]
     sequences = min(FULL_LENGTH_SEQUENCES, config.asked_generations * config.groups_per_step)
     longest = prompt_tokens + sequences * config.max_completion_length

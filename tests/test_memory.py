@@ -143,6 +143,12 @@ def test_a_small_batch_needs_no_more_than_its_tokens() -> None:
     assert "activations of 200 tokens" in estimate(**small)
 
 
+def test_on_a_cpu_fewer_tokens_go_through_the_model_at_once() -> None:
+    assert "activations of 16384 tokens" in estimate(device="cuda")
+    assert "activations of 1024 tokens" in estimate(device="cpu", max_completion_length=512)
+    assert "activations of 3172 tokens" in estimate(device="cpu", max_completion_length=3072)
+
+
 def test_the_shape_may_come_from_a_config_file(tiny_model: Path) -> None:
     shape = json.loads((tiny_model / "config.json").read_text())
     tensors = Policy(tiny_model).model.parameters()

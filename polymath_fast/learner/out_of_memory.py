@@ -15,18 +15,19 @@ from polymath_fast.learner.prefix_tree import PrefixTree, Rule, plan
 def named(
     config: Config,
     rows: Sequence[TrainingRow],
+    tokens: int,
     undo: Callable[[], None],
     rule: Rule | None = None,
 ) -> Iterator[None]:
     """Memory errors of learning from `rows` become `OutOfMemory` with a way out, after `undo`;
-    others pass. `rule`: by which the rows share a prefix tree."""
+    others pass. `tokens`: of a micro-batch; `rule`: by which the rows share a prefix tree."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         undo()
-        raise OutOfMemory(advice(config, rows, rule)) from error
+        raise OutOfMemory(advice(config, rows, tokens, rule)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -37,12 +38,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return refused or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def advice(config: Config, rows: Sequence[TrainingRow], rule: Rule | None = None) -> str:
+def advice(
+    config: Config, rows: Sequence[TrainingRow], tokens: int, rule: Rule | None = None
+) -> str:
     """What did not fit, the knob, and a value for it."""
     tree = None if rule is None else plan(rows, rule)
     largest = max(
         _model_rows([rows[index] for index in part], tree)
-        for parts in split_rows(rows, config.tokens_per_microbatch, tree)
+        for parts in split_rows(rows, tokens, tree)
         for part in parts
     )
     smallest = max(len(row.prompt_ids) for row in rows) + config.max_completion_length
@@ -55,7 +58,7 @@ def advice(config: Config, rows: Sequence[TrainingRow], rule: Rule | None = None
         knobs.append(f"--max-completion-length {max(1, config.max_completion_length // 2)}")
     return (
         f"out of memory: {largest} tokens were learned from at once (--tokens-per-microbatch is "
-        f"{config.tokens_per_microbatch}); go on with {' or '.join(knobs)}"
+        f"{tokens}); go on with {' or '.join(knobs)}"
     )
 
 

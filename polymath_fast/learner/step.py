@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from polymath_fast import memory
 from polymath_fast.config import Config
 from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss, linear_logprobs
+from polymath_fast.kernels.cpu import workspace
 from polymath_fast.learner import out_of_memory
 from polymath_fast.learner.flat_storage import FlatStorage
 from polymath_fast.learner.metrics import UpdateMetrics
@@ -57,6 +59,8 @@ class Learner:
         self.config = config
         self.reference = reference
         self.optimizer = FlatAdamW(policy.model, config, storage)
+        if policy.device.type == "cpu":
+            workspace.trim()  # the weights have left where they were loaded
         self.tree_rule = rule_for(
             config.prefix_tree, policy.device, policy.head.weight.dtype, policy.head_dim
         )
@@ -77,7 +81,9 @@ class Learner:
         trained = sum(len(row.token_ids) for row in rows if row.trained)
         share = config.updates_per_batch
         divisors = Divisors(tokens=max(1, trained // share), completions=max(1, len(rows) // share))
-        with out_of_memory.named(config, needed, self.optimizer.zero_grad, self.tree_rule):
+        with out_of_memory.named(
+            config, needed, self.microbatch_tokens, self.optimizer.zero_grad, self.tree_rule
+        ):
             found = self._learn(needed, loss_spec(config, divisors), step)
         duplicates, shared = shared_token_ratio(needed)
         return found | {
@@ -100,6 +106,11 @@ class Learner:
             norm, updated = self.optimizer.step(learning_rate_at(step, config))
             metrics.add_update(norm, updated)
         return metrics.result()
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens that go through the model at once."""
+        return memory.microbatch_tokens(self.config, self.policy.device.type)
 
     def save(self, folder: Path) -> None:
         """Write the live weights as a Hugging Face folder."""
@@ -150,7 +161,7 @@ class Learner:
         its gradient follows their last: call backward for each batch before taking the next one.
         """
         tree = None if self.tree_rule is None else plan(rows, self.tree_rule)
-        for parts in split_rows(rows, self.config.tokens_per_microbatch, tree):
+        for parts in split_rows(rows, self.microbatch_tokens, tree):
             apart = len(parts) > 1
             prompt = policy.share(rows[parts[0][0]].prompt_ids) if apart else None
             for part in parts:

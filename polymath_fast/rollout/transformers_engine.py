@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from polymath_fast.kernels.cpu import workspace
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout import tile_decoder
 from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
@@ -63,6 +64,10 @@ class TransformersEngine(StreamingEngine):
     @torch.inference_mode()
     def stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
         """The completions of all requests, as they finish; see `StreamingEngine.stream`."""
+        with workspace.passing():
+            yield from self._stream(requests, sampling)
+
+    def _stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
         quotas = Quotas(requests)
         make_decoder = self._decoders()
         generator = torch.Generator().manual_seed(sampling.seed)

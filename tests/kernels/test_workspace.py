@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from polymath_fast.kernels.cpu.workspace import buffer, clear
+from polymath_fast.kernels.cpu.workspace import buffer, clear, passing
 
 
 def test_a_buffer_first_used_by_the_sampler_may_be_written_by_the_learner():
@@ -24,4 +24,17 @@ def test_a_larger_or_other_request_replaces_the_memory():
     assert buffer("x", (2, 8), torch.float32).shape == (2, 8)
     assert buffer("x", (4,), torch.bfloat16).dtype == torch.bfloat16
     assert buffer("y", (4,), torch.float32).data_ptr() != small.data_ptr()
+    clear()
+
+
+def test_what_comes_into_being_for_a_while_goes_again():
+    clear()
+    kept = buffer("x", (4,), torch.float32)
+    with passing():
+        assert buffer("x", (4,), torch.float32).data_ptr() == kept.data_ptr()
+        lent = buffer("y", (4,), torch.float32)
+        lent.fill_(1.0)
+    assert buffer("x", (4,), torch.float32).data_ptr() == kept.data_ptr()
+    assert buffer("y", (4,), torch.float32).data_ptr() != lent.data_ptr()
+    assert torch.equal(lent, torch.ones(4))  # whoever holds it may go on
     clear()

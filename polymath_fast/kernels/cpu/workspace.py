@@ -5,7 +5,10 @@ Fresh pages cost a CPU more than the arithmetic on them: the kernel zeroes each 
 
 from __future__ import annotations
 
+import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -25,6 +28,23 @@ def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tenso
         with torch.inference_mode(False):  # the sampler may ask first, the learner writes later
             held = store[name] = torch.empty(count, dtype=dtype)
     return held[:count].view(shape)
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """Buffers of this thread that come into being inside are given back at the end."""
+    before = set(_buffers.__dict__)
+    try:
+        yield
+    finally:
+        for name in _buffers.__dict__.keys() - before:
+            del _buffers.__dict__[name]
+
+
+def trim() -> None:
+    """Give memory that was freed, but that the C library keeps, back to the system."""
+    with suppress(OSError, AttributeError, TypeError):  # only glibc can be asked
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def clear() -> None:
