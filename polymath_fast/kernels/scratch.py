@@ -1,8 +1,8 @@
 """Memory that dies with the call that asked for it, taken from somebody else's where some is lent.
 
-An `Arena` is memory whose owner does not need it for a while, such as the KV cache of an engine that
-is not sampling. While it is lent, operators take their scratch memory from it as far as it fits.
-Where an operator's bytes lie changes no result.
+An `Arena` is memory whose owner does not need it for a while, such as the KV cache of an engine
+that is not sampling. While it is lent, operators take their scratch memory from it as far as it
+fits. Where an operator's bytes lie changes no result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Arena:
     """
 
     def __init__(self, storages: Iterable[torch.UntypedStorage]) -> None:
-        self._storages = list({each.data_ptr(): each for each in storages if each.nbytes()}.values())
+        distinct = {each.data_ptr(): each for each in storages if each.nbytes()}
+        self._storages = list(distinct.values())
         self.device = self._storages[0].device if self._storages else None
         self.capacity = sum(each.nbytes() for each in self._storages)
         self._taken: list[dict[int, int]] = [{} for _ in self._storages]  # start -> stop, in bytes

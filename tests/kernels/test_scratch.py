@@ -1,4 +1,4 @@
-"""Scratch memory that lies in somebody else's: where it lies, what is refused, what is left there."""
+"""Scratch memory that lies in somebody else's: where it lies, what is refused, what is left."""
 
 from __future__ import annotations
 

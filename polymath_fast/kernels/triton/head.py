@@ -138,7 +138,8 @@ class Head:
         partial = self._scratch.buffer("partial", 3 * tiles * count, torch.float32)
         exps = None
         if live is not None:
-            exps = self._scratch.buffer("exps", count * self.width, hidden.dtype).view(count, self.width)
+            exps = self._scratch.buffer("exps", count * self.width, hidden.dtype)
+            exps = exps.view(count, self.width)
         found = torch.empty(4, count, device=hidden.device)
         for repeat in (False, True):
             marks = (again, any_again if repeat else None)

@@ -44,8 +44,7 @@ class HeadGradient:
         self.head, self._unit = head, unit
         self.vocabulary = Vocabulary(head.weight, vocab_tol) if vocab_tol else None
         self._chooses = self.vocabulary is not None and self.vocabulary.room > 0
-        hidden, weight = head.hidden, head.weight
-        device = hidden.device
+        hidden, device = head.hidden, head.hidden.device
         self.d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         if not needs[0]:
             self.d_hidden = None
