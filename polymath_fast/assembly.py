@@ -105,6 +105,8 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
     )
     if config.speculate:
         rollout.require_speculation(engine_name, sync_name)
+    if config.reuse_kv_cache:
+        rollout.require_kv_reuse(engine_name, sync_name)
     tokenizer = samples.load_tokenizer(model_dir)
     context = models.context_length(model_dir)
     trained = samples.from_config(config, tokenizer, context_length=context, notify=notify)
@@ -194,6 +196,7 @@ def build(config: Config) -> Iterator[Parts]:
             weight_sync=inputs.sync_name,
             readable_weights=config.verify_sync,
             release_kv_cache=config.release_kv_cache,
+            reuse_kv_cache=config.reuse_kv_cache,
             speculation=speculation,
         )
         stack.callback(engine.close)

@@ -75,6 +75,9 @@ class RolloutSettings:
     full length fill"""
     release_kv_cache: bool = False
     """give the memory of vLLM's KV cache to the learner between rollouts (GPUs)"""
+    reuse_kv_cache: bool = False
+    """let the learner's scratch memory lie in vLLM's KV cache between rollouts, as far as it fits;
+    changes no result"""
     weight_sync: Literal["auto", "alias", "copy", "ipc", "reload"] = "auto"
     """how updated weights reach vLLM: alias (learner and engine share one memory, nothing moves),
     copy (one launch copies them all), ipc (vLLM in a process of its own, which copies from the

@@ -235,6 +235,11 @@ def _check_saturation(config: Config) -> None:
 
 
 def _check_rollouts(config: Config) -> None:
+    if config.release_kv_cache and config.reuse_kv_cache:
+        raise UserError(
+            "--reuse-kv-cache works in the KV cache between rollouts, and --release-kv-cache "
+            "gives that memory away; leave one of them out"
+        )
     if config.partial_rollouts and not config.oversample:
         raise UserError(
             "--partial-rollouts goes on with completions that --oversample aborts, and without it "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from polymath_fast import assembly, console, memory, models
 from polymath_fast.assembly import Inputs
@@ -51,6 +52,7 @@ def _memory_facts(config: Config, inputs: Inputs) -> dict[str, str]:
         prompt_tokens=inputs.longest_prompt,
         device=inputs.device,
         dtype=inputs.dtype,
+        kv_storages=_kv_storages(config, shape),
     )
     total, free = sum(needs.values()), _free_gib(inputs.device)
     parts = ", ".join(f"{name} {size:.2f}" for name, size in needs.items())
@@ -63,6 +65,14 @@ def _memory_facts(config: Config, inputs: Inputs) -> dict[str, str]:
         "parameters": f"{memory.parameters(shape):,}",
         "memory": f"about {total:.1f} GiB of {free:.1f} GiB free: {parts}",
     }
+
+
+def _kv_storages(config: Config, shape: dict[str, Any]) -> int:
+    if not config.reuse_kv_cache:
+        return 1
+    from polymath_fast.rollout.vllm_process import kv_storages
+
+    return kv_storages(shape["num_hidden_layers"])
 
 
 def _advice(config: Config, needs: dict[str, float], missing: float, inputs: Inputs) -> str:

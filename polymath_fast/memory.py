@@ -114,11 +114,13 @@ def estimate(
     prompt_tokens: int,
     device: str,
     dtype: str = "bfloat16",
+    kv_storages: int = 1,
 ) -> dict[str, float]:
     """GiB for each part of a run, largest moments of all phases added up.
 
     `shape` holds the keys of the model's config.json, `engine` is "vllm" or "transformers",
-    `prompt_tokens` is the length of the longest prompt. An estimate: allocators round up.
+    `prompt_tokens` is the length of the longest prompt, `kv_storages` the number of allocations
+    that make up vLLM's KV cache. An estimate: allocators round up.
     """
     weights = parameters(shape)
     rollouts = config.num_generations * config.groups_per_step
@@ -140,6 +142,13 @@ def estimate(
     size, kind = BYTES[dtype], {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     # on a GPU they are the learner's; CPU builds of vLLM multiply with a packed copy all the same
     shared = engine != "vllm" or (device != "cpu" and config.weight_sync in ("auto", "alias"))
+    logits = min(_HEAD_CHUNK, tokens * vocabulary)
+    head = 12 * logits + 8 * vocabulary * shape["hidden_size"]
+    if config.reuse_kv_cache and engine == "vllm":
+        buffers = [4 * logits] * 3
+        if device == "cpu" or dtype != "float32":  # else the sum is the result
+            buffers.append(4 * vocabulary * shape["hidden_size"])
+        head -= _fitting(buffers, kv_storages, cached / kv_storages)
     parts = {
         f"weights ({kind})": size * weights,
         **{name: bytes * weights for name, bytes in optimizer_bytes(config, dtype).items()},
@@ -147,11 +156,22 @@ def estimate(
         f"sampler's weights ({kind})": 0 if shared else size * weights,
         "KV cache": cached,
         f"activations of {tokens} tokens": kept * tokens,
-        "LM head": 12 * min(_HEAD_CHUNK, tokens * vocabulary)
-        + 8 * vocabulary * shape["hidden_size"],
+        "LM head": head,
         "libraries": _LIBRARIES[engine] if device == "cpu" else 0,
     }
     return {name: size / GIB for name, size in parts.items() if size}
+
+
+def _fitting(buffers: list[int], storages: int, room: float) -> int:
+    """Bytes of the buffers that find room in storages of `room` bytes, each in the first that has
+    any left."""
+    left, held = [room] * storages, 0
+    for size in buffers:
+        number = next((i for i, free in enumerate(left) if size <= free), None)
+        if number is not None:
+            left[number] -= size
+            held += size
+    return held
 
 
 def _widths(shape: dict[str, Any]) -> tuple[int, int, int]:

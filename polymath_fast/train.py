@@ -69,7 +69,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     from polymath_fast.kernels import group_advantages
     from polymath_fast.learner.downsampling import train_rewards
     from polymath_fast.learner.step import training_rows
-    from polymath_fast.rollout import collect
+    from polymath_fast.rollout import collect, loan
     from polymath_fast.rollout.scoring import Scorer
 
     clock = Clock(parts.monitor)
@@ -91,7 +91,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         batch.groups += drawn.groups
         attempts += 1
     parts.engine.sleep()
-    with clock("learn"):
+    with clock("learn"), parts.engine.lend() as arena:
         rewards = train_rewards(batch, settings)
         advantages = group_advantages(
             torch.tensor(rewards), settings.num_generations, scale=settings.scale_rewards
@@ -109,13 +109,13 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         with clock("verify"):
             parts.engine.weights.verify(parts.learner.policy.named_weights())
     metrics = collect.rollout_metrics(batch, settings) | scores.metrics | learned | clock.metrics()
-    metrics |= parts.speculation.end_step(batch)
+    metrics |= parts.speculation.end_step(batch) | loan.metrics(arena)
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
     metrics["memory/peak_gib"] = peak_memory_gib()
     metrics["rollout/resampled"] = attempts - 1
     for note in scores.notes:
         parts.monitor.note(note)
-    if note := saturation.note(settings, learned):
+    for note in filter(None, (saturation.note(settings, learned), loan.note(arena, learned))):
         parts.monitor.note_once(f"step {step}", note)
     parts.monitor.log_step(step, metrics)
     parts.monitor.log_completions(step, collect.completion_rows(batch, scores))

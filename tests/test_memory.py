@@ -130,6 +130,45 @@ def test_parts_follow_the_settings() -> None:
     )
 
 
+def test_scratch_memory_in_the_cache_is_not_counted_twice() -> None:
+    gib = 2**30
+    vocabulary, hidden = 151936, 1536
+    sums, logits = 4 * vocabulary * hidden / gib, 3 * 4 * 2**25 / gib
+    for device, dtype, spared in (
+        ("cpu", "float32", logits + sums),
+        ("cuda", "bfloat16", logits + sums),
+        ("cuda", "float32", logits),  # there the sum is the gradient itself
+    ):
+        plain = estimate("vllm", device, dtype, kv_cache_gib=8.0)
+        reused = estimate("vllm", device, dtype, kv_cache_gib=8.0, reuse_kv_cache=True)
+        assert sum(plain.values()) - sum(reused.values()) == pytest.approx(spared)
+        assert plain["LM head"] - reused["LM head"] == pytest.approx(spared)
+        assert reused["LM head"] > 0
+
+
+def test_scratch_memory_lies_in_one_piece_of_the_cache() -> None:
+    """Vocabulary sums of 0.87 GiB and three buffers of 1/8 GiB, in a cache of 2 GiB."""
+
+    def spared(storages: int) -> float:
+        parts = (
+            memory.estimate(
+                random_models.FAMILIES["qwen2.5-1.5b"],
+                Config(kv_cache_gib=2.0, reuse_kv_cache=reuse),
+                engine="vllm",
+                prompt_tokens=100,
+                device="cuda",
+                kv_storages=storages,
+            )["LM head"]
+            for reuse in (False, True)
+        )
+        return next(parts) - next(parts)
+
+    sums = 4 * 151936 * 1536 / 2**30
+    assert spared(1) == pytest.approx(3 / 8 + sums)
+    assert spared(4) == pytest.approx(3 / 8)
+    assert spared(28) == 0
+
+
 def test_float32_weights_are_twice_as_long_and_their_own_master() -> None:
     gib = PUBLISHED["qwen2.5-1.5b"] / 2**30
     parts = estimate("vllm", device="cpu", dtype="float32", beta=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -12,6 +13,7 @@ from polymath_fast.precision import torch_dtype
 from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
 
 if TYPE_CHECKING:
+    from polymath_fast.kernels.scratch import Arena
     from polymath_fast.learner.policy import Policy
     from polymath_fast.rollout.speculation import Speculation
     from polymath_fast.rollout.weights import WeightSync
@@ -35,6 +37,9 @@ class Engine(Protocol):
         self, prompts: Sequence[Sequence[int]], n: int, sampling: SamplingOptions
     ) -> list[list[Completion]]:
         """n completions for each prompt, in the order of the prompts."""
+
+    def lend(self) -> AbstractContextManager[Arena | None]:
+        """Scratch memory for the learner; see `streaming.StreamingEngine`."""
 
     def sleep(self) -> None:
         """Give back the memory that sampling does not need until `wake`."""
@@ -119,6 +124,24 @@ def require_speculation(engine: str, weight_sync: str) -> None:
     require_drafts()
 
 
+def require_kv_reuse(engine: str, weight_sync: str) -> None:
+    """Raise UserError where `--reuse-kv-cache` finds no KV cache in the learner's process.
+
+    Args:
+        engine, weight_sync: as `choose_engine` and `choose_weight_sync` chose them.
+    """
+    if engine != "vllm":
+        raise UserError(
+            "--reuse-kv-cache is for vLLM; the embedded sampler keeps nothing between rollouts: "
+            "leave it out, or take --engine vllm"
+        )
+    if weight_sync == "ipc":
+        raise UserError(
+            "--reuse-kv-cache: with --weight-sync ipc vLLM and its KV cache are in another "
+            "process, whose memory the learner cannot write to; --weight-sync alias works"
+        )
+
+
 def build_engine(
     name: str,
     *,
@@ -135,6 +158,7 @@ def build_engine(
     weight_sync: str = "reload",
     readable_weights: bool = False,
     release_kv_cache: bool = False,
+    reuse_kv_cache: bool = False,
     speculation: Speculation | None = None,
 ) -> Engine:
     """Start the engine called `name` ("vllm" or "transformers"; see `choose_engine`).
@@ -148,6 +172,7 @@ def build_engine(
         weight_sync: of vLLM, see `choose_weight_sync`.
         readable_weights: let vLLM's weights be verified after every sync.
         release_kv_cache: let vLLM's KV cache go while it sleeps.
+        reuse_kv_cache: let the learner work in vLLM's KV cache; see `Engine.lend`.
         speculation: what the engine drafts from; None drafts nothing.
     """
     if name == "transformers":
@@ -176,12 +201,15 @@ def build_engine(
     if weight_sync == "ipc":
         if speculation is not None and speculation.most:
             raise ValueError("drafts need the engine in this process; see require_speculation")
+        if reuse_kv_cache:
+            raise ValueError("a KV cache is lent within a process; see require_kv_reuse")
         from polymath_fast.rollout.remote_engine import RemoteEngine
 
         return RemoteEngine(model_dir, **settings)
     from polymath_fast.rollout.vllm_engine import VllmEngine
 
-    return VllmEngine(model_dir, weight_sync=weight_sync, speculation=speculation, **settings)
+    settings |= {"weight_sync": weight_sync, "reuse_kv_cache": reuse_kv_cache}
+    return VllmEngine(model_dir, speculation=speculation, **settings)
 
 
 def stop_token_ids(model_dir: Path, tokenizer: object) -> list[int]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import TYPE_CHECKING
 
 from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
+
+if TYPE_CHECKING:
+    from polymath_fast.kernels.scratch import Arena
 
 
 class StreamingEngine:
@@ -39,6 +43,11 @@ class StreamingEngine:
             for number, index, completion in stream:
                 found[number][index] = completion
         return [[each[i % distinct] for i in range(n)] for each in found]
+
+    def lend(self) -> AbstractContextManager[Arena | None]:
+        """Scratch memory for the operators of this thread, while nothing is sampled; None where the
+        engine has none to lend, or was not started to."""
+        return nullcontext()
 
 
 class Quotas:

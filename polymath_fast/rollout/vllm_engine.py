@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ from polymath_fast.rollout import vllm_process
 from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.streaming import StreamingEngine
 from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
+from polymath_fast.rollout.vllm_kv_cache import LentCache
 from polymath_fast.rollout.vllm_stream import stream
 from polymath_fast.rollout.vllm_sync import AliasSync, ReloadSync
 from polymath_fast.rollout.weights import WeightSync
 
 if TYPE_CHECKING:
+    from polymath_fast.kernels.scratch import Arena
     from polymath_fast.rollout.vllm_speculation import HistoryProposer
 
 _DEFAULT_GRAPH_SIZE = 512  # sequences up to which vLLM captures CUDA graphs by itself
@@ -48,6 +51,7 @@ class VllmEngine(StreamingEngine):
         weight_sync: str = "reload",
         readable_weights: bool = False,
         release_kv_cache: bool = False,
+        reuse_kv_cache: bool = False,
         speculation: Speculation | None = None,
     ):
         """Start the engine.
@@ -61,10 +65,13 @@ class VllmEngine(StreamingEngine):
                 they are then not repacked.
             release_kv_cache: let `sleep` give the KV cache's memory back; see
                 `vllm_process.require_release`.
+            reuse_kv_cache: let `lend` hand out the KV cache; not with `release_kv_cache`.
             speculation: what is drafted from; see `vllm_process.require_drafts`.
 
         Raises UserError for settings that vLLM cannot work with, EngineError when it fails.
         """
+        if release_kv_cache and reuse_kv_cache:
+            raise ValueError("a KV cache that is released cannot be reused; choose one of both")
         vllm_process.require_first_device(device)
         if VllmEngine._running:
             raise UserError("a vLLM engine runs in this process already; close() it first")
@@ -111,6 +118,7 @@ class VllmEngine(StreamingEngine):
         try:
             self.weights: WeightSync = self._make_sync(weight_sync, live)
             self._proposer = self._attach_proposer() if self._speculation.most else None
+            self._kv_cache = LentCache(self._llm) if reuse_kv_cache else None
         except Exception:
             self.close()
             raise
@@ -120,6 +128,8 @@ class VllmEngine(StreamingEngine):
 
         vLLM prefills a prompt once and shares it by its prefix cache.
         """
+        if self._kv_cache is not None:
+            self._kv_cache.require_back()
         self.wake()
         if self._proposer is not None:
             self._speculation.start_call()
@@ -128,6 +138,10 @@ class VllmEngine(StreamingEngine):
         yield from stream(
             self._llm.llm_engine, requests, sampling, self.stop_token_ids, self.weights.version
         )
+
+    def lend(self) -> AbstractContextManager[Arena | None]:
+        """The KV cache, if the engine was started to reuse it; see `LentCache.lend`."""
+        return super().lend() if self._kv_cache is None else self._kv_cache.lend()
 
     def sleep(self) -> None:
         """Give the KV cache's memory to the learner, if the engine was started to do so.
@@ -148,7 +162,7 @@ class VllmEngine(StreamingEngine):
     def close(self) -> None:
         """Stop the engine and free what it holds; a learner keeps the weights it shares with it."""
         llm, self._llm = self._llm, None
-        self.weights = None
+        self.weights = self._kv_cache = None
         if llm is not None:
             VllmEngine._running = False
             llm.llm_engine.engine_core.shutdown()

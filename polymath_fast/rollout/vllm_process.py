@@ -72,6 +72,15 @@ def require_release(device: str) -> None:
         )
 
 
+def kv_storages(layers: int) -> int:
+    """How many storages the installed vLLM divides the KV cache of a plain model into.
+
+    One in 0.32, one for each layer in 0.26; versions between are taken for the latter.
+    """
+    found = tuple(int(part) for part in check_version().split(".")[:2])
+    return 1 if found >= (0, 32) else layers
+
+
 def require_drafts() -> None:
     """Raise UserError where vLLM takes no drafts but those of its own."""
     if find_spec("vllm.v1.spec_decode.custom_class_proposer") is None:

@@ -97,11 +97,11 @@ class ReloadSync:
         weight_tools.compare(named_weights, self._weights.storage.views())
 
 
-def forget_prefixes(llm: object) -> None:
-    """Drop cached keys and values of weights that are no longer there. Raises EngineError."""
+def forget_prefixes(llm: object, when: str = "after a weight update") -> None:
+    """Drop cached keys and values that are no longer good. Raises EngineError that says `when`."""
     try:
         forgotten = llm.reset_prefix_cache()
     except Exception as error:
-        raise EngineError(f"vLLM failed after a weight update: {error}") from error
+        raise EngineError(f"vLLM failed {when}: {error}") from error
     if not forgotten:
-        raise EngineError("vLLM kept its prefix cache after a weight update: it is still busy")
+        raise EngineError(f"vLLM kept its prefix cache {when}: it is still busy")

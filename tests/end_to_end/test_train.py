@@ -124,7 +124,7 @@ def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path, kept
 @pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def test_aborted_completions_go_on_in_the_next_step(flags, tmp_path, monkeypatch, engine):
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # vLLM's short warm-up
-    proof = ["--verify-sync"] if engine == "vllm" else []
+    proof = ["--verify-sync", "--reuse-kv-cache"] if engine == "vllm" else []
     more = ["--max-steps", "4", "--engine", engine, *proof]
     run([*partial(flags), *more], tmp_path / "run")
     rows = metrics(tmp_path / "run")
@@ -142,6 +142,8 @@ def test_aborted_completions_go_on_in_the_next_step(flags, tmp_path, monkeypatch
         assert list(starts) == sorted(set(starts)) and starts[0] == 0 < row["length"] - starts[-1]
     for row in rows:
         assert row["oversample/aborted"] > 0
+        assert ("memory/kv_reused_gib" in row) == (engine == "vllm")
+        assert engine != "vllm" or row["update/skipped"] or row["memory/kv_reused_gib"] > 0
         assert (row["partial/stale_token_ratio"] > 0) == (row["partial/continued"] > 0)
     # stale tokens are off policy: the learner's log-probs of them are not the sampler's
     stalest = max(rows, key=lambda row: row["partial/stale_token_ratio"])
@@ -236,6 +238,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
         (["--max-completion-length", "4000"], "--max-completion-length"),
         (["--device", "cuda"], "--device cuda"),
         (["--offload-optimizer", "--device", "cpu"], "learning runs on cpu"),
+        (["--reuse-kv-cache"], "the embedded sampler keeps nothing"),
         (["--eval-dataset", "missing.jsonl"], "missing.jsonl"),
         (["--resume", "nowhere"], "--resume nowhere"),
     ],

@@ -137,6 +137,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ),
         ("--oversample -0.1", ["--oversample is -0.1", "at least 0", "0.25 works"]),
         ("--oversample inf", ["--oversample is inf", "at most 16"]),
+        (
+            "--release-kv-cache --reuse-kv-cache",
+            ["--reuse-kv-cache", "--release-kv-cache gives that memory away", "leave one"],
+        ),
         ("--partial-rollouts", ["--partial-rollouts", "add --oversample 0.25"]),
         (
             "--partial-rollouts --oversample 0.5",

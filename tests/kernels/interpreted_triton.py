@@ -22,6 +22,7 @@ from triton_checks import (
 )
 from weight_sync_cases import PAIRS, check, layouts
 
+from polymath_fast.kernels import scratch
 from polymath_fast.kernels.faults import verify_targets
 from polymath_fast.kernels.group_advantages import _triton as triton_advantages
 from polymath_fast.kernels.group_advantages import reference as advantages
@@ -153,6 +154,55 @@ def test_head_loss_of_one_chunk() -> None:
         make_head(63, 1000, 48, BF16, "cpu"),
         BF16,
     )
+
+
+LENT = [
+    pytest.param(BF16, PolicyLossSpec(), 0.0, 1 << 22, id="all-of-it"),
+    pytest.param(BF16, PolicyLossSpec(loss_type="gspo"), 0.0, 1 << 16, id="too-little"),
+    pytest.param(FP16, PolicyLossSpec(entropy_coef=0.01), 1e-3, 1 << 22, id="chosen-columns"),
+    pytest.param(FP32, PolicyLossSpec(), 0.0, 1 << 22, id="single"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "spec", "tol", "size"), LENT)
+def test_head_loss_has_the_same_bits_in_lent_memory(dtype, spec, tol, size, monkeypatch) -> None:
+    """Of a KV cache full of NaN; only results outlive the loan, which leaves zeros."""
+    monkeypatch.setattr(head.Head, "_rows_that_fit", lambda self: 16)
+    tensors, batch = make_head(37, 1000, 48, dtype, "cpu", bias=True), make_batch(37, "cpu")
+    given = ("linear_grpo_loss", "_triton", tensors, batch, spec, tol)
+    plain = loss_result(*given)
+    owner = torch.full((size,), 255, dtype=torch.uint8)
+    asked, take = [], scratch.Arena.take
+
+    def note(arena, count, dtype):
+        asked.append(take(arena, count, dtype))
+        return asked[-1]
+
+    monkeypatch.setattr(scratch.Arena, "take", note)
+    with scratch.lend(scratch.Arena([owner.untyped_storage()])) as arena:
+        lent = loss_result(*given)
+        with torch.no_grad():
+            loss_result_without_gradient(tensors, batch, spec)
+        assert arena.in_use == 0  # every call has given back what it took
+    chunk = 16 * 1000 * dtype.itemsize
+    assert arena.most >= chunk if size > 1 << 16 else arena.refused >= 4 * 1000 * 48
+    addresses = [part.data_ptr() - owner.data_ptr() for part in asked if part is not None]
+    assert addresses and all(0 <= address < size for address in addresses)
+    for name, value in plain.gradients.items():
+        assert torch.equal(lent.gradients[name], value)
+    assert torch.equal(lent.logprobs, plain.logprobs)
+    assert torch.equal(lent.entropy, plain.entropy)
+    assert lent.output.loss == plain.output.loss
+
+
+def loss_result_without_gradient(tensors, given, spec) -> None:
+    """Both operators that read the head under no_grad, as for old log-probs."""
+    hidden, weight, targets, bias = (tensors[n] for n in ("hidden", "weight", "targets", "bias"))
+    linear_logprobs(hidden, weight, targets, bias, 1.0)
+    prepared = prepare(
+        spec, 37, torch.float32, hidden.device, given["advantages"], given["cu_seqlens"]
+    )
+    linear_grpo_loss(hidden, weight, targets, bias, prepared, spec, 0.0)
 
 
 def test_head_logprobs_recomputed_in_chunks(monkeypatch) -> None:

@@ -39,6 +39,12 @@ def test_without_vllm_the_message_says_how_to_get_it(monkeypatch):
         vllm_process.check_version()
 
 
+def test_how_the_cache_lies_in_memory_depends_on_the_version(monkeypatch):
+    for found, storages in (("0.26.0", 28), ("0.31.2", 28), ("0.32.0", 1), ("0.32.1rc2", 1)):
+        installed(monkeypatch, vllm=found)
+        assert vllm_process.kv_storages(28) == storages
+
+
 def test_the_first_device_only():
     for device in ("cpu", "cuda", "cuda:0"):
         vllm_process.require_first_device(device)

@@ -1,6 +1,7 @@
 """Scratch memory that is allocated once and used again.
 
 Fresh pages cost a CPU more than the arithmetic on them: the kernel zeroes each one at first touch.
+While an arena is lent to this thread, what fits lies there instead.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from polymath_fast.kernels.scratch import lent
+
 _buffers = threading.local()
+_CPU = torch.device("cpu")
 
 
 def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -20,6 +24,10 @@ def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tenso
     count = 1
     for size in shape:
         count *= size
+    arena = lent(_CPU)
+    held = None if arena is None else arena.named(name, count, dtype)
+    if held is not None:
+        return held.view(shape)
     store = _buffers.__dict__
     held = store.get(name)
     if held is None or held.dtype != dtype or held.numel() < count:

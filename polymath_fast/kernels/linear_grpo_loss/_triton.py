@@ -54,6 +54,7 @@ def linear_grpo_loss(
             gradients = gradient.finish()
         else:
             _look(head, found)
+            head.release()
         logprobs, entropy = found
         terms = policy_terms(batch, logprobs, entropy, spec)
         metrics = summarize(batch, terms, logprobs, entropy)

@@ -90,6 +90,7 @@ class _LinearLogprobs(torch.autograd.Function):
         found = torch.empty(2, count, device=hidden.device)
         for chunk in all_chunks(head):
             found[:, chunk.index] = chunk.found[:2]
+        head.release()
         return found[0].clone(), found[1].clone()
 
     @staticmethod

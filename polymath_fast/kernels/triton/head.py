@@ -14,6 +14,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from polymath_fast.kernels.faults import note_for
+from polymath_fast.kernels.scratch import Scratch
 from polymath_fast.kernels.triton import rows
 from polymath_fast.kernels.triton.head_kernels import (
     exp_gemm_kernel,
@@ -73,7 +74,7 @@ class Head:
         # 128-byte rows, so that the products may read them in whole lines
         self.width = -(-self.vocab // 64) * 64
         self.rows = self._rows_that_fit()
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._scratch = Scratch(hidden.device)
 
     def chunk(
         self,
@@ -100,7 +101,7 @@ class Head:
 
     def release(self) -> None:
         """Give scratch memory back, `exps` of every chunk with it."""
-        self._buffers.clear()
+        self._scratch.release()
 
     def _exps(
         self,
@@ -134,10 +135,11 @@ class Head:
         )
         again = torch.empty(count, dtype=torch.int8, device=hidden.device)
         any_again = torch.zeros(1, dtype=torch.int32, device=hidden.device)
-        partial = self._buffer("partial", 3 * tiles * count, torch.float32)
+        partial = self._scratch.buffer("partial", 3 * tiles * count, torch.float32)
         exps = None
         if live is not None:
-            exps = self._buffer("exps", count * self.width, hidden.dtype).view(count, self.width)
+            exps = self._scratch.buffer("exps", count * self.width, hidden.dtype)
+            exps = exps.view(count, self.width)
         found = torch.empty(4, count, device=hidden.device)
         for repeat in (False, True):
             marks = (again, any_again if repeat else None)
@@ -227,7 +229,7 @@ class Head:
         others: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         count = len(hidden)
-        logits = self._buffer("logits", count * self.vocab, torch.float32)
+        logits = self._scratch.buffer("logits", count * self.vocab, torch.float32)
         logits = logits.view(count, self.vocab)
         product(hidden, self.weight.T, logits)
         if self.bias is not None:
@@ -237,7 +239,7 @@ class Head:
             return found, None
         exps = logits
         if hidden.dtype != torch.float32:
-            exps = self._buffer("exps", count * self.width, hidden.dtype)
+            exps = self._scratch.buffer("exps", count * self.width, hidden.dtype)
             exps = exps.view(count, self.width)[:, : self.vocab]
         # the gradient for -T and for a target that is certain: p elsewhere, 0 for the target
         kept = torch.arange(count, device=hidden.device) < live
@@ -260,14 +262,6 @@ class Head:
         most = chunk_bytes(self.hidden.device) // (cell * self.width)
         device, count = self.hidden.device, len(self.hidden)
         return best_rows(count, most, self.depth, processors(device), self.tiles)
-
-    def _buffer(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
-        held = self._buffers.get(name)
-        if held is None or held.numel() < count:
-            self._buffers.pop(name, None)
-            held = torch.empty(count, dtype=dtype, device=self.hidden.device)
-            self._buffers[name] = held
-        return held[:count]
 
 
 def chunk_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from polymath_fast.kernels.scratch import Scratch
 from polymath_fast.kernels.triton.gradient_kernels import (
     add_rows_kernel,
     bonus_kernel,
@@ -43,12 +44,12 @@ class HeadGradient:
         self.head, self._unit = head, unit
         self.vocabulary = Vocabulary(head.weight, vocab_tol) if vocab_tol else None
         self._chooses = self.vocabulary is not None and self.vocabulary.room > 0
-        hidden, weight = head.hidden, head.weight
-        device = hidden.device
+        hidden, device = head.hidden, head.hidden.device
         self.d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         if not needs[0]:
             self.d_hidden = None
-        self._d_weight = torch.zeros(weight.shape, device=device) if needs[1] else None
+        self._scratch = Scratch(device)
+        self._d_weight = self._zeros_like_weight() if needs[1] else None
         self._d_bias = torch.zeros(head.vocab, device=device) if needs[2] else None
         self._by_target = torch.zeros(len(hidden), device=device)
         # where columns are chosen, the weight's gradient has some rows' targets already
@@ -235,9 +236,19 @@ class HeadGradient:
         d_weight = d_bias = None
         if self._d_weight is not None:
             d_weight = self._results(self._d_weight, head.weight)
+            self._d_weight = None
+            self._scratch.release()
         if self._d_bias is not None:
             d_bias = self._results(self._d_bias, head.bias)
         return self.d_hidden, d_weight, d_bias
+
+    def _zeros_like_weight(self) -> torch.Tensor:
+        """(V, H) fp32; scratch memory where `_results` converts it, as fp32 it is the result."""
+        weight = self.head.weight
+        if weight.dtype == torch.float32:
+            return torch.zeros(weight.shape, device=weight.device)
+        held = self._scratch.buffer("weight_gradient", weight.numel(), torch.float32)
+        return held.view(weight.shape).zero_()
 
     def _results(self, summed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Sums in their unit -> gradient in the dtype of `like`, in one pass."""

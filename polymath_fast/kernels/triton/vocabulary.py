@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from polymath_fast.kernels.scratch import Scratch
 from polymath_fast.kernels.triton.gradient_kernels import (
     column_masses_kernel,
     row_masses_kernel,
@@ -64,7 +65,7 @@ class Vocabulary:
         if weight.dtype == torch.float32:
             self.room = 0
         self._account = torch.zeros(5, device=weight.device)
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._scratch = Scratch(weight.device)
 
     def choose(self, chunk: Chunk, a: torch.Tensor, largest: torch.Tensor) -> Columns:
         """Columns for slopes a[i] exps[i].
@@ -143,16 +144,11 @@ class Vocabulary:
 
     def buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         """Scratch memory that lives until the next chunk asks for it."""
-        count = shape[0] * shape[1]
-        held = self._buffers.get(name)
-        if held is None or held.numel() < count:
-            held = torch.empty(count, dtype=dtype, device=self.weight.device)
-            self._buffers[name] = held
-        return held[:count].view(shape)
+        return self._scratch.buffer(name, shape[0] * shape[1], dtype).view(shape)
 
     def release(self) -> None:
         """Give the scratch memory back."""
-        self._buffers.clear()
+        self._scratch.release()
 
     def _gather(
         self, chunk: Chunk, order: torch.Tensor, width: torch.Tensor
