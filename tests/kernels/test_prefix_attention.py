@@ -152,6 +152,20 @@ def test_strided_inputs():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", ["q", "k", "v"])
+def test_heads_whose_numbers_lie_apart(turned, dtype):
+    """A view whose last dimension is not the innermost one in memory."""
+    layout = [(5, [4, 6])]
+    tensors = make(layout, (4, 2), 16, dtype)
+    plain = run(_cpu.prefix_attention, tensors, layout, 0.3)
+    place = "qkv".index(turned)
+    tensors[place] = tensors[place].permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert tensors[place].stride(-1) > 1
+    found = run(_cpu.prefix_attention, tensors, layout, 0.3)
+    torch.testing.assert_close(found, plain)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
