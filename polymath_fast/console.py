@@ -41,6 +41,11 @@ def printable(text: str, limit: int | None = None) -> str:
     return text.translate(_VISIBLE)
 
 
+def print_error(error: Exception) -> None:
+    """The line with which a command ends; a reward's own message in it may hold model text."""
+    print(f"error: {printable(str(error))}", file=sys.stderr)
+
+
 class SafeStream:
     """A text stream that goes silent, instead of raising, once nobody reads it any more."""
 

@@ -25,6 +25,7 @@ from polymath_fast import (
     sources,
 )
 from polymath_fast.config import DEFAULT_SAMPLE
+from polymath_fast.console import print_error
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.eval_files import EvalProblem, Grading
 from polymath_fast.eval_settings import EvalSettings, parse
@@ -235,10 +236,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         evaluate(parse(args))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         print("stopped; the completions so far are in the output folder", file=sys.stderr)

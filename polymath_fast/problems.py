@@ -78,7 +78,8 @@ def _answer(where: str, row: dict[str, Any]) -> str:
         raise _missing(where, row, _ANSWERS)
     value = found[name]
     if isinstance(value, int | float | decimal.Decimal) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        # a whole number is finite, and may be too large for isfinite to look at
+        if not isinstance(value, int) and not math.isfinite(value):
             raise UserError(f"{where}: {name} is {value}; it must be a finite number or text")
         value = str(value)
     _check_text(where, name, value, empty=True)

@@ -14,6 +14,7 @@ from polymath_fast import assembly, checkpoint, config, rng, saturation
 from polymath_fast.assembly import Parts
 from polymath_fast.clock import Clock
 from polymath_fast.config import Config
+from polymath_fast.console import print_error
 from polymath_fast.errors import EngineError, OutOfMemory, UserError
 from polymath_fast.interrupt import Interrupt
 from polymath_fast.monitor import peak_memory_gib
@@ -187,10 +188,10 @@ def main(args: list[str] | None = None) -> int:
     try:
         return train(config.parse(args))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
 
 

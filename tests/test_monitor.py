@@ -18,9 +18,10 @@ import pytest
 from rich.console import Console
 
 from polymath_fast import console as view
-from polymath_fast import run_data, status, trackers
+from polymath_fast import evaluate, run_data, status, trackers, train
 from polymath_fast.errors import UserError
 from polymath_fast.monitor import Monitor, pick
+from polymath_fast.report import __main__ as report
 
 
 @dataclasses.dataclass
@@ -205,6 +206,22 @@ def test_hostile_text_reaches_the_terminal_as_text(tmp_path):
     assert shown.count("\\x1b[2J") == 3
     assert shown.count("[bold]not markup[/]") == 3
     assert "(empty)" in shown
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (train.main, ["--dry-run", "--model", f"random:{HOSTILE}"]),
+        (evaluate.main, ["--model", f"random:{HOSTILE}"]),
+        (report.main, [HOSTILE]),
+    ],
+)
+def test_what_ends_a_command_is_escaped(command, words, capsys):
+    """Messages of rewards hold what the model wrote; a name of a file or a model may be as bad."""
+    assert command([word.replace("\ud800", "") for word in words]) == 2
+    shown = capsys.readouterr().err
+    assert "error: " in shown and "\\x1b[2J" in shown
+    assert not {"\x1b", "\x07", "\r", "\u202e", "\x9b"} & set(shown)
 
 
 def test_long_completion_shows_its_beginning_and_its_end():

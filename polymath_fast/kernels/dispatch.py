@@ -120,8 +120,14 @@ def resolve(
     """The module that implements `op` for `tensor`, honouring `use` and POLYMATH_FAST_IMPL.
 
     Falling back to the reference on a CUDA tensor is allowed but slow, so it warns, once.
+    RuntimeError inside of torch.func's transforms, whose tensors have no memory to read.
     """
     name, reason = choose_here(op, tensor.device, tensor.dtype, impl, unable)
+    if name != "reference" and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{op} does not run inside of torch.func (grad, vmap, jvp, ...): take backward() or "
+            "torch.autograd.grad, and rows in place of vmap"
+        )
     on_cuda = tensor.device.type == "cuda"
     if on_cuda and name == "reference" and not reason.startswith("asked"):
         _warn_once(op, reason)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from polymath_fast.console import print_error
 from polymath_fast.errors import UserError
 from polymath_fast.report import write_report
 
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(write_report(options.run_dir))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0
 

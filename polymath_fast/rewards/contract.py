@@ -94,7 +94,10 @@ def _scalar(value: object, index: int) -> float | None:
             f"returned a {type(value).__name__} at position {index}{hint}: "
             "expected a float, an int or None"
         )
-    number = float(value)  # type: ignore[arg-type]
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:  # a whole number beyond the range of floats
+        number = math.inf
     if not math.isfinite(number) or abs(number) > MAX_REWARD:
         raise ValueError(
             f"returned {number} at position {index}: rewards must be finite and at most "

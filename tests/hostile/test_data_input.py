@@ -71,6 +71,12 @@ def test_a_broken_line_is_named(line: bytes, part: str, tokenizer: Any, tmp_path
     refused(tokenizer, file, f"{file}:3", part)
 
 
+def test_a_whole_number_beyond_the_floats(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"problem": "x?", "answer": ' + "9" * 400 + "}")
+    assert [s.answer for s in load(tokenizer, str(file))] == ["9" * 400]
+
+
 def test_a_byte_order_mark_crlf_blank_lines_and_line_separators_do_no_harm(
     tokenizer: Any, tmp_path: Path
 ) -> None:

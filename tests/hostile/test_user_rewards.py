@@ -171,6 +171,20 @@ def test_a_daemon_that_keeps_the_output_open_does_not_block(reward_of):
     assert time.monotonic() - begun < 10
 
 
+def test_a_child_that_returns_too_is_not_heard(reward_of):
+    built = reward_of("""
+        import os, time
+
+        def reward(completions, **columns):
+            if os.fork() == 0:
+                return [9.0] * len(completions)
+            time.sleep(0.3)
+            return [1.0] * len(completions)
+    """)
+    for _ in range(2):
+        assert score(built).total == [1.0] * 10
+
+
 def test_the_run_keeps_its_own_copies(reward_of):
     completions, level = list(TEN), [[1] for _ in TEN]
     built = reward_of("""

@@ -377,6 +377,19 @@ def test_second_derivatives_are_refused(op: str, impl: str) -> None:
 
 
 @operators
+def test_transforms_of_torch_func_are_refused(op: str) -> None:
+    given, name = make(op), main_input(op)
+
+    def scalar(rows: Tensor) -> Tensor:
+        return call(op, given | {name: rows})[1]
+
+    with pytest.raises(RuntimeError, match=rf"{op} does not run inside of torch.func"):
+        torch.func.grad(scalar)(given[name])
+    with pytest.raises(RuntimeError, match=rf"{op} does not run inside of torch.func"):
+        torch.func.vmap(scalar)(given[name][None])
+
+
+@operators
 @impls
 def test_autocast(op: str, impl: str) -> None:
     """A head multiplies in the narrow dtype, as a linear layer would; logits are what they are."""

@@ -152,6 +152,20 @@ def test_strided_inputs():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", ["q", "k", "v"])
+def test_heads_whose_numbers_lie_apart(turned, dtype):
+    """A view whose last dimension is not the innermost one in memory."""
+    layout = [(5, [4, 6])]
+    tensors = make(layout, (4, 2), 16, dtype)
+    plain = run(_cpu.prefix_attention, tensors, layout, 0.3)
+    place = "qkv".index(turned)
+    tensors[place] = tensors[place].permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert tensors[place].stride(-1) > 1
+    found = run(_cpu.prefix_attention, tensors, layout, 0.3)
+    torch.testing.assert_close(found, plain)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -159,6 +173,10 @@ def test_strided_inputs():
         (lambda a: a | {"prompt_len": 0}, "prompt_len 0"),
         (lambda a: a | {"cu_seqlens": torch.tensor([0, 7, 4])}, "never fall"),
         (lambda a: a | {"cu_seqlens": torch.tensor([1, 10])}, "start at 0"),
+        (lambda a: a | {"cu_seqlens": [0, 4, 10]}, "cu_seqlens must be a tensor, got list"),
+        (lambda a: a | {"cu_seqlens": torch.tensor([0.0, 4.0, 10.0])}, "cu_seqlens must be int32"),
+        (lambda a: a | {"cu_seqlens": torch.tensor([[0, 4], [0, 10]])}, "cu_seqlens must be int32"),
+        (lambda a: a | {"q": a["q"].tolist()}, "q must be a tensor, got list"),
         (lambda a: a | {"k": a["k"].bfloat16()}, "differ"),
         (lambda a: a | {"k": a["k"][:, :, :8]}, "want .T, Hq, D."),
         (lambda a: a | {"k": a["k"][1:], "v": a["v"][1:]}, "14 rows of k and 15 of q"),

@@ -62,6 +62,7 @@ def test_lists_of_numbers_pass_as_floats():
         ([1.0, float("nan"), 0.0], "returned nan at position 1"),
         ([float("-inf"), 1.0, 0.0], "returned -inf at position 0"),
         ([1.0, 1.0, 1e30], r"returned 1e\+30 at position 2"),
+        ([1.0, 10**400, 1.0], "returned inf at position 1"),
         ([[1.0], 1.0, 1.0], "returned a list at position 0"),
         ([1j, 1.0, 1.0], "returned a complex at position 0"),
         ({"a": 1, "b": 2, "c": 3}, "returned a dict"),

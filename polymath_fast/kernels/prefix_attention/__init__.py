@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from polymath_fast.kernels import dispatch
+from polymath_fast.kernels import checks, dispatch
 from polymath_fast.kernels.prefix_attention.blocks import to_blocks
 
 NO_TREES = {"flash": "it takes no tree of segments (triton, cpu and reference do)"}
@@ -87,6 +87,8 @@ def prefix_attention_blocks(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        checks.check_tensor(name, value)
     if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or k.shape[2] != q.shape[2]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want (T, Hq, D), "

@@ -80,6 +80,8 @@ class PrefixAttention(torch.autograd.Function):
     def forward(
         ctx, q, k, v, prompt_len: int, bounds: tuple[int, ...], parents: Parents, scale: float
     ):
+        # torch's kernels read the numbers of a head side by side, whatever their stride says
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         wide = _accumulator(q.dtype)
         # a row that is merged more than once is rounded once all the same
         out = q.new_empty(q.shape, dtype=wide if parents else q.dtype)

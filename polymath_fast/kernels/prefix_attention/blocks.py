@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from polymath_fast.kernels import checks
+
 
 class Block(NamedTuple):
     """One prompt and the segments that continue it."""
@@ -56,8 +58,14 @@ def to_blocks(
     """
     blocks = []
     for prompt_len, cu_seqlens, *more in given:
+        checks.check_tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.device.type != "cpu":
             raise ValueError(f"cu_seqlens must lie on the CPU, not on {cu_seqlens.device}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens must be int32 (B + 1,), got {cu_seqlens.dtype} "
+                f"{tuple(cu_seqlens.shape)}"
+            )
         offsets = cu_seqlens.tolist()
         if not offsets or offsets[0] != 0 or offsets != sorted(offsets):
             raise ValueError("cu_seqlens must start at 0 and never fall, e.g. [0, 5, 9]")

@@ -106,4 +106,6 @@ def _packed(name: str, rows: Tensor, count: int) -> tuple[np.ndarray, np.ndarray
 
 def _rows_in_place(x: Tensor) -> Tensor:
     """Strided rows and heads are fine; a head's numbers must lie side by side, as even words."""
-    return x if x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and x.stride(0) % 2 == 0 else x.clone()
+    if x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and x.stride(0) % 2 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
