@@ -70,6 +70,11 @@ class Parts:
     speculation: Any
     identity: dict[str, Any]
     steps_done: int
+    """the last step whose updates are made and whose row is written"""
+    updates_done: int
+    """updates the optimizer had made then; any other number means that a step broke off midway"""
+    steps_saved: int
+    """the step of the newest checkpoint, 0 for none"""
     pending: Pending
     """completions that the next step goes on with; changes from step to step"""
 
@@ -223,8 +228,10 @@ def build(config: Config) -> Iterator[Parts]:
             engine,
             speculation,
             identity,
-            steps_done,
-            pending,
+            steps_done=steps_done,
+            updates_done=learner.optimizer.updates,
+            steps_saved=steps_done,
+            pending=pending,
         )
 
 

@@ -21,11 +21,13 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time the block as `phase`; blocks of one phase add up."""
+        """Time the block as `phase`, also when it fails; blocks of one phase add up."""
         self._monitor.phase(phase)
         started = time.perf_counter()
-        yield
-        self.add(phase, time.perf_counter() - started)
+        try:
+            yield
+        finally:
+            self.add(phase, time.perf_counter() - started)
 
     def add(self, phase: str, seconds: float) -> None:
         """More seconds of `phase`, which may have run beside another one."""

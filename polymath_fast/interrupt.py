@@ -6,7 +6,7 @@
             if interrupt.requested:
                 save(); break
 
-The first signal only sets the flag; the second one raises KeyboardInterrupt at once.
+The first signal only sets the flag; the second one raises `Stopped`, a KeyboardInterrupt, at once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MESSAGE = b"\nfinishing this step, then saving; once more stops at once and loses it\n"
+
+
+class Stopped(KeyboardInterrupt):
+    """A second signal came. `exit_code` is what a shell expects of it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
 
 
 class Interrupt:
@@ -61,7 +69,7 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            raise Stopped(number)
         self.signal = signal.Signals(number)
         # print() could be what the signal interrupted, and it cannot be entered twice.
         with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from polymath_fast.errors import UserError
 LOCK_FILE = ".polymath_fast.lock"
 # Left by a run that ended before its first step: nothing is lost by starting over.
 _NOTHING_YET = {LOCK_FILE, "config.toml"}
+_ROWS = {"metrics.jsonl", "completions.jsonl"}  # made empty before the first step
 _held: set[int] = set()
 
 
@@ -106,11 +107,12 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
             )
         run_dir.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in run_dir.iterdir()}
+        empty = {name for name in names & _ROWS if not (run_dir / name).stat().st_size}
     except UserError:
         raise
     except (OSError, ValueError) as error:
         raise _unusable(run_dir, error) from error
-    if reason := _taken(run_dir, names, resume):
+    if reason := _taken(run_dir, names, empty, resume):
         name = shlex.quote(str(_free_name(run_dir)))
         raise UserError(f"{reason} choose a folder that is new or empty, e.g. --output-dir {name}")
     if not os.access(run_dir, os.W_OK | os.X_OK):
@@ -118,13 +120,13 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
     return run_dir
 
 
-def _taken(run_dir: Path, names: set[str], resume: str | None) -> str | None:
-    """Why the run may not go on among the files `names`, or None."""
+def _taken(run_dir: Path, names: set[str], empty: set[str], resume: str | None) -> str | None:
+    """Why the run may not go on among the files `names`, some `empty`, or None."""
     folder = f"--output-dir {run_dir}"
     copied = {"config.toml", "metrics.jsonl"} <= names
     if names and LOCK_FILE not in names and not copied:
         return f"{folder} holds files that are no run's ({_some(names)});"
-    if not names - _NOTHING_YET or resume == "auto":
+    if not names - _NOTHING_YET - empty or resume == "auto":
         return None
     if resume is None:
         return f"{folder} holds an earlier run; add --resume auto to continue it, or"

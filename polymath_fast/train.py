@@ -6,20 +6,22 @@ with its group, take one gradient step, hand the weights to the sampler. `--help
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
 
-from polymath_fast import assembly, checkpoint, config, rng, saturation
+from polymath_fast import assembly, config, saturation
 from polymath_fast.assembly import Parts
 from polymath_fast.clock import Clock
 from polymath_fast.config import Config
 from polymath_fast.console import print_error
-from polymath_fast.errors import EngineError, OutOfMemory, UserError
-from polymath_fast.interrupt import Interrupt
+from polymath_fast.errors import EngineError, UserError
+from polymath_fast.interrupt import Interrupt, Stopped
 from polymath_fast.monitor import peak_memory_gib
 from polymath_fast.rewards import RewardResult
 from polymath_fast.rollout.types import RolloutBatch
+from polymath_fast.saving import last_saved, rescue, save
 
 NONFINITE_LIMIT = 3  # batches in a row without a finite gradient after which a run stops
 
@@ -30,18 +32,24 @@ def train(settings: Config) -> int:
         from polymath_fast.dry_run import dry_run
 
         return dry_run(settings)
-    with assembly.build(settings) as parts, Interrupt() as interrupt:
-        return _loop(settings, parts, interrupt)
+    parts = None
+    try:
+        with assembly.build(settings) as parts, Interrupt() as interrupt:
+            return _loop(settings, parts, interrupt)
+    except KeyboardInterrupt as error:
+        # By now all that the run had started is closed, and the terminal is as it was.
+        where = "before the first step" if parts is None else f"at once; {last_saved(parts)}"
+        _say(f"stopped {where}")
+        return error.exit_code if isinstance(error, Stopped) else 130
 
 
 def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
-    done, saved, lost = parts.steps_done, None, 0
-    if done == 0:
+    saved, lost = None, 0
+    if parts.steps_done == 0:
         evaluate(settings, parts, 0)
-    try:
-        for step in range(done + 1, settings.max_steps + 1):
+    for step in range(parts.steps_done + 1, settings.max_steps + 1):
+        try:
             learned = train_step(settings, parts, step)
-            done = step
             lost = lost + 1 if learned.get("update/nonfinite") else 0
             if lost == NONFINITE_LIMIT:
                 raise UserError(
@@ -52,15 +60,14 @@ def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
             last = step == settings.max_steps or interrupt.requested
             if not last and _due(step, settings.eval_every):
                 evaluate(settings, parts, step)
-            if last or _due(step, settings.save_every):
-                saved = save(settings, parts, step)
-            if last:
-                break
-    except (EngineError, OutOfMemory):
-        if done > parts.steps_done:
-            parts.monitor.note(f"saved {save(settings, parts, done)}")
-        raise
-    return finish(settings, parts, done, saved, interrupt)
+        except (EngineError, UserError):
+            rescue(settings, parts)
+            raise
+        if last or _due(step, settings.save_every):
+            saved = save(settings, parts)
+        if last:
+            break
+    return finish(settings, parts, saved, interrupt)
 
 
 def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
@@ -101,14 +108,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
             batch, rewards, advantages, mask_truncated=settings.mask_truncated_completions
         )
         learned = parts.learner.update(rows, step - 1)
-    with clock("sync"):
-        if not learned["update/skipped"]:
-            parts.engine.weights.push(
-                parts.learner.policy.named_weights(), parts.learner.optimizer.updates
-            )
-    if settings.verify_sync:
-        with clock("verify"):
-            parts.engine.weights.verify(parts.learner.policy.named_weights())
+    failure = _sync(settings, parts, clock, skipped=bool(learned["update/skipped"]))
     metrics = collect.rollout_metrics(batch, settings) | scores.metrics | learned | clock.metrics()
     metrics |= parts.speculation.end_step(batch) | loan.metrics(arena)
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
@@ -120,8 +120,28 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         parts.monitor.note_once(f"step {step}", note)
     parts.monitor.log_step(step, metrics)
     parts.monitor.log_completions(step, collect.completion_rows(batch, scores))
-    parts.pending = pending
+    parts.pending, parts.steps_done = pending, step
+    parts.updates_done = parts.learner.optimizer.updates
+    if failure is not None:
+        raise failure  # not before: the updates are made, so the step is done, and its row written
     return metrics
+
+
+def _sync(
+    settings: Config, parts: Parts, clock: Clock, *, skipped: bool
+) -> EngineError | UserError | None:
+    """Bring the new weights to the engine; what went wrong, if anything did."""
+    policy = parts.learner.policy
+    try:
+        with clock("sync"):
+            if not skipped:
+                parts.engine.weights.push(policy.named_weights(), parts.learner.optimizer.updates)
+        if settings.verify_sync:
+            with clock("verify"):
+                parts.engine.weights.verify(policy.named_weights())
+    except (EngineError, UserError) as error:
+        return error
+    return None
 
 
 def evaluate(settings: Config, parts: Parts, step: int) -> None:
@@ -147,32 +167,12 @@ def evaluate(settings: Config, parts: Parts, step: int) -> None:
         parts.monitor.log_step(step, metrics)
 
 
-def save(settings: Config, parts: Parts, step: int) -> Path:
-    """Write checkpoints/step_N: a Hugging Face folder and all that an exact resume needs."""
-    parts.monitor.phase("save")
-    return checkpoint.save(
-        parts.run_dir,
-        step,
-        model_files=parts.learner.save,
-        trainer_tensors=parts.learner.optimizer.tensors() | parts.speculation.tensors(),
-        trainer_state={
-            "updates": parts.learner.optimizer.updates,
-            "model": parts.identity,
-            "rng": rng.capture(),
-            "pending": parts.pending.to_json(),
-        },
-        keep=settings.keep_checkpoints,
-    )
-
-
-def finish(
-    settings: Config, parts: Parts, step: int, saved: Path | None, interrupt: Interrupt
-) -> int:
+def finish(settings: Config, parts: Parts, saved: Path | None, interrupt: Interrupt) -> int:
     """Last evaluation, report, last screen."""
     from polymath_fast.report import write_report
 
     if not interrupt.requested:
-        evaluate(settings, parts, step)
+        evaluate(settings, parts, parts.steps_done)
     parts.monitor.phase("write the report")
     report = write_report(parts.run_dir)
     parts.monitor.summary(checkpoint=saved, report=report, interrupted=interrupt.requested)
@@ -187,12 +187,18 @@ def main(args: list[str] | None = None) -> int:
     """Parse the command line and train; 2 for what the user can mend, 1 when the engine died."""
     try:
         return train(config.parse(args))
-    except UserError as error:
-        print_error(error)
-        return 2
-    except EngineError as error:
-        print_error(error)
-        return 1
+    except (UserError, EngineError) as error:
+        with contextlib.suppress(OSError):
+            print_error(error)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        _say("stopped before the run began")
+        return 130
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # a closed terminal is one of the reasons to stop
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

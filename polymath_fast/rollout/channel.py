@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from polymath_fast.errors import EngineError, UserError
@@ -19,6 +22,27 @@ class Channel:
         """`timeout`: seconds that a message may take to come or go; None waits for ever."""
         self._socket = connection
         self._socket.settimeout(timeout)
+        self.busy = False
+        """whether a request has not had all its answers, or broke off before"""
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Send one request and take all its answers inside. After an error in there, what comes
+        next could be an answer to what was broken off: no other request is made then.
+
+        Raises EngineError when that is so, or inside another request.
+        """
+        if self.busy:
+            raise EngineError("the engine's process is still at work on what was broken off")
+        self.busy = True
+        yield
+        self.busy = False
+
+    def waiting(self) -> bool:
+        """Whether something has come, or the other side is gone; does not wait."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        return bool(poller.poll(0))
 
     def send(self, kind: str, **content: Any) -> None:
         """Raises EngineError when the other side is gone."""

@@ -21,7 +21,7 @@ from polymath_fast.rollout.types import SamplingOptions
 from polymath_fast.rollout.wire import decode_request, encode
 
 _PR_SET_PDEATHSIG = 1
-_REQUESTS = ("stream", "sleep", "wake", "attach", "push", "verify", "close")
+_REQUESTS = ("stream", "abort", "sleep", "wake", "attach", "push", "verify", "close")
 
 
 def serve(
@@ -55,10 +55,13 @@ def _answer(channel: Channel, engine: Any, driver: Driver) -> None:
         if kind == "stream":
             sampling = SamplingOptions(**request["sampling"])
             asked = [decode_request(each) for each in request["requests"]]
-            for drawn in engine.stream(asked, sampling):
+            # All that can come now is "abort", or the end of the parent.
+            for drawn in engine.stream(asked, sampling, stopped=channel.waiting):
                 place = {"request": drawn.request, "index": drawn.index}
                 channel.send("drawn", **place, completion=encode(drawn.completion))
             channel.send("end")
+        elif kind == "abort":
+            pass  # of the stream that has just ended
         elif kind in ("sleep", "wake"):
             getattr(engine, kind)()
             channel.send("done")

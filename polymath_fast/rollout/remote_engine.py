@@ -50,10 +50,11 @@ class IpcSync:
         storage = self._shared_storage(model)
         storage.adopt(model)
         weights = dict(model.named_parameters(remove_duplicate=False))
-        self._channel.send("attach")
-        self._sender = WeightSender(
-            self._channel, {n: w.detach() for n, w in weights.items()}, self._driver
-        )
+        with self._channel.request():
+            self._channel.send("attach")
+            self._sender = WeightSender(
+                self._channel, {n: w.detach() for n, w in weights.items()}, self._driver
+            )
         self._addresses = {name: weight.data_ptr() for name, weight in weights.items()}
         return storage
 
@@ -78,14 +79,16 @@ class IpcSync:
                     f"{name} of the learner no longer lies in the shared memory: its data was "
                     "replaced instead of being written in place"
                 )
-        self._channel.send("push")
-        self._sender.push(version)
+        with self._channel.request():
+            self._channel.send("push")
+            self._sender.push(version)
         self.version = version
 
     def verify(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """Let the engine's process compare checksums of what it maps with what it samples from."""
-        self._channel.send("verify")
-        self._channel.receive("verified")
+        with self._channel.request():
+            self._channel.send("verify")
+            self._channel.receive("verified")
 
 
 class RemoteEngine(StreamingEngine):
@@ -103,7 +106,6 @@ class RemoteEngine(StreamingEngine):
         Raises:
             UserError, EngineError: what the engine raised at its start.
         """
-        self._busy = False
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", engine_process.__name__, str(theirs.fileno())]
@@ -126,18 +128,19 @@ class RemoteEngine(StreamingEngine):
     def stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
         """The completions of all requests, as they finish; see `StreamingEngine.stream`.
 
-        An iterator that is closed before its end leaves the process at work: the engine can then
-        only be closed.
+        The process notices within one step of its engine that an iterator was closed, and then
+        takes the next request.
         """
-        self._begin()
         asked = [encode_request(request) for request in requests]
-        self._channel.send("stream", requests=asked, sampling=asdict(sampling))
-        while True:
-            answer = self._channel.receive("drawn", "end")
-            if answer["kind"] == "end":
-                break
-            yield decode_drawn(answer)
-        self._busy = False
+        with self._channel.request():
+            self._channel.send("stream", requests=asked, sampling=asdict(sampling))
+            try:
+                while (answer := self._channel.receive("drawn", "end"))["kind"] != "end":
+                    yield decode_drawn(answer)
+            except GeneratorExit:
+                self._channel.send("abort")
+                while self._channel.receive("drawn", "end")["kind"] != "end":
+                    pass
 
     def sleep(self) -> None:
         """Let the engine give back what it was started to give back."""
@@ -149,7 +152,7 @@ class RemoteEngine(StreamingEngine):
 
     def close(self) -> None:
         """End the process; the learner's weights stay where they are."""
-        if self._busy:  # interrupted while it worked: there is nothing to wait for
+        if self._channel.busy:  # interrupted while it worked: there is nothing to wait for
             self._process.kill()
         if self._process.poll() is None:
             try:
@@ -161,13 +164,6 @@ class RemoteEngine(StreamingEngine):
         self._channel.close()
 
     def _ask(self, answer: str, kind: str, **content: Any) -> dict[str, Any]:
-        self._begin()
-        self._channel.send(kind, **content)
-        found = self._channel.receive(answer)
-        self._busy = False
-        return found
-
-    def _begin(self) -> None:
-        if self._busy:
-            raise EngineError("the engine's process is still at work on what was broken off")
-        self._busy = True
+        with self._channel.request():
+            self._channel.send(kind, **content)
+            return self._channel.receive(answer)

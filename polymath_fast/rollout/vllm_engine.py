@@ -6,7 +6,7 @@ vLLM's Python API is touched here and in the other `vllm_*` modules of this pack
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +123,15 @@ class VllmEngine(StreamingEngine):
             self.close()
             raise
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
+    def stream(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingOptions,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Drawn]:
         """The completions of all requests, as they finish; see `StreamingEngine.stream`.
 
+        `stopped` is asked after every step of the engine; True ends the stream as a close would.
         vLLM prefills a prompt once and shares it by its prefix cache.
         """
         if self._kv_cache is not None:
@@ -136,7 +142,12 @@ class VllmEngine(StreamingEngine):
             prompts = [request.prompt_ids for request in requests]
             self._proposer.start(prompts, sampling.max_completion_length)
         yield from stream(
-            self._llm.llm_engine, requests, sampling, self.stop_token_ids, self.weights.version
+            self._llm.llm_engine,
+            requests,
+            sampling,
+            self.stop_token_ids,
+            self.weights.version,
+            stopped,
         )
 
     def lend(self) -> AbstractContextManager[Arena | None]:

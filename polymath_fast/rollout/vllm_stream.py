@@ -22,11 +22,13 @@ def stream(
     sampling: SamplingOptions,
     stop_token_ids: Sequence[int],
     weight_version: int,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Drawn]:
     """The completions of all requests; see `StreamingEngine.stream`.
 
     Args:
         engine: vLLM's LLMEngine, in this process and with nothing else to do.
+        stopped: asked after every step of the engine; True aborts what is left without a word.
     """
     import torch
 
@@ -44,6 +46,8 @@ def stream(
                 quotas.count(drawn.request)
             if finished:
                 yield from running.abort(quotas.met)
+            if stopped():
+                running.abort(lambda request: True)
         running.drain()
     except GeneratorExit:  # closed before its end, between two steps
         running.abort(lambda request: True)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Engine:
         self.weights = self
         self.version = 0
         self.copy: dict[str, Tensor] = {}
-        self.closed = self.asleep = False
+        self.aborted_at: list[int] = []
+        self.closed = self.asleep = self.fails_to_abort = False
 
     def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.copy = {name: weight.clone() for name, weight in named_weights}
@@ -48,13 +50,20 @@ class Engine:
             if not torch.equal(self.copy[name], weight):
                 raise EngineError(f"{name} differs")
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingOptions, stopped: Callable[[], bool]
+    ) -> Iterator[Drawn]:
         assert sampling == SAMPLING
         for number, request in enumerate(requests):
-            if request.n > 2:
+            if request.n == 3:
                 raise EngineError("out of memory")
             for index in range(request.n):
                 yield Drawn(number, index, self.complete(request, index))
+                if stopped():
+                    self.aborted_at.append(index)
+                    if self.fails_to_abort:
+                        raise EngineError("lost what it aborted")
+                    return
 
     def complete(self, request: Request, index: int) -> Completion:
         made = Completion(
@@ -86,7 +95,6 @@ class Running:
         self.remote = RemoteEngine.__new__(RemoteEngine)
         self.remote._channel = Channel(ours, 20)
         self.remote._process = self
-        self.remote._busy = False
 
     def start(self, max_num_seqs: int = 4) -> RemoteEngine:
         settings = {"device": "cpu", "max_num_seqs": max_num_seqs}
@@ -162,13 +170,76 @@ def test_an_engine_that_dies_in_between_has_given_what_had_finished(running: Run
         next(stream)
 
 
-def test_a_stream_that_was_broken_off_is_not_mistaken_for_an_answer(running: Running) -> None:
+ENDLESS = [Request(prompt_ids=[9], n=10**9)]
+
+
+def test_a_closed_stream_is_aborted_and_the_next_request_gets_its_own_answer(
+    running: Running,
+) -> None:
+    engine, model = running.start(), small_model()
+    engine.weights.attach(model)
+    for version in (1, 2, 3):
+        stream = engine.stream(ENDLESS, SAMPLING)
+        assert [next(stream)[:2] for _ in range(version)] == [(0, i) for i in range(version)]
+        stream.close()
+        assert len(running.engines[0].aborted_at) == version
+        # weights and completions, whatever was still on its way
+        engine.weights.push(model.named_parameters(), version)
+        (completion,) = engine.generate([version], 1, SAMPLING)
+        assert completion.token_ids[0] == version == completion.weight_version
+    assert max(running.engines[0].aborted_at) < 10**6
+    engine.sleep()
+
+
+def test_a_consumer_that_fails_leaves_a_usable_engine(running: Running) -> None:
+    engine = running.start()
+    with pytest.raises(ZeroDivisionError), closing(engine.stream(ENDLESS, SAMPLING)) as stream:
+        for drawn in stream:
+            assert 6 // (2 - drawn.index)
+    assert engine.generate([3], 1, SAMPLING)[0].token_ids[0] == 3
+
+
+def test_closing_what_has_ended_there_aborts_nothing_later(running: Running) -> None:
+    """The word to stop arrives when the process is done: it must not end the next stream."""
     engine = running.start()
     stream = engine.stream([Request(prompt_ids=[1], n=2)], SAMPLING)
     next(stream)
+    while b'"end"' not in engine._channel._socket.recv(2**16, socket.MSG_PEEK):
+        time.sleep(0.001)
     stream.close()
+    for _ in range(3):
+        assert len(list(engine.stream([Request(prompt_ids=[1], n=2)], SAMPLING))) == 2
+    assert running.engines[0].aborted_at == []
+
+
+def test_an_engine_that_cannot_abort_says_so(running: Running) -> None:
+    engine = running.start()
+    running.engines[0].fails_to_abort = True
+    stream = engine.stream(ENDLESS, SAMPLING)
+    next(stream)
+    with pytest.raises(EngineError, match="lost what it aborted"):
+        stream.close()
     with pytest.raises(EngineError, match="still at work on what was broken off"):
         engine.generate([1], 1, SAMPLING)
+
+
+def test_an_interrupted_wait_is_not_taken_up_by_the_next_request(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, model = running.start(), small_model()
+    engine.weights.attach(model)
+    stream = engine.stream([Request(prompt_ids=[1], n=2)], SAMPLING)
+    next(stream)
+
+    def interrupted(*kinds: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine._channel, "receive", interrupted)
+        next(stream)
+    for use in (engine.sleep, lambda: engine.weights.push(model.named_parameters(), 1)):
+        with pytest.raises(EngineError, match="still at work on what was broken off"):
+            use()
 
 
 def test_weights_are_read_where_the_learner_writes_them(running: Running) -> None:

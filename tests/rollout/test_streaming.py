@@ -141,6 +141,24 @@ def test_an_aborted_completion_goes_on_where_it_was(engine, plain):
     assert all(completions[i].spans == ((old + 3, 0),) for i in (len(left), len(left) + 1))
 
 
+@pytest.mark.vllm
+def test_vllm_stops_between_two_steps_when_it_is_told_to(engine):
+    """Not only between two completions: none of these ends before its 40th token."""
+    if engine.name != "vllm":
+        pytest.skip("in its own process there is nobody else to tell it")
+    requests, asked = [Request(prompt_ids=PROMPTS[0], n=4)], []
+
+    def stopped() -> bool:
+        asked.append(len(asked))
+        return len(asked) == 5
+
+    endless = replace(SAMPLING, temperature=0)
+    reference = draw(engine, requests, endless)
+    assert all(len(each.completion.token_ids) > 8 for each in reference)
+    assert list(engine.stream(requests, endless, stopped)) == [] and len(asked) == 5
+    assert draw(engine, requests, endless) == reference
+
+
 def test_a_completion_of_one_token_each(engine):
     everything = replace(SAMPLING, max_completion_length=1)
     found = draw(engine, [Request(prompt_ids=PROMPTS[2], n=SEQUENCES + 2, needed=3)], everything)

@@ -13,7 +13,7 @@ from polymath_fast.errors import EngineError
 from polymath_fast.learner.policy import Policy
 from polymath_fast.precision import default_dtype
 from polymath_fast.rollout.remote_engine import RemoteEngine
-from polymath_fast.rollout.types import SamplingOptions
+from polymath_fast.rollout.types import Request, SamplingOptions
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -43,6 +43,12 @@ def test_updates_reach_an_engine_in_another_process(tiny_model, monkeypatch):
         policy = Policy(tiny_model, device=device)
         storage = engine.weights.attach(policy.model)
         before = engine.generate(prompt, 1, greedy)[0]
+        # a stream that nobody wants to the end: its process stops and takes the push at once
+        stream = engine.stream(
+            [Request(prompt_ids=prompt, n=40)], SamplingOptions(max_completion_length=40)
+        )
+        next(stream)
+        stream.close()
         engine.weights.push(policy.named_weights(), 1)
         same = engine.generate(prompt, 1, greedy)[0]
         assert same.token_ids == before.token_ids and same.weight_version == 1

@@ -1,0 +1,241 @@
+"""Runs that end before their time: what they say, what they leave, and how they go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from polymath_fast import checkpoint, train
+from polymath_fast.errors import EngineError
+from polymath_fast.kernels import linear_grpo_loss
+from polymath_fast.learner import step as learner_step
+from polymath_fast.rollout.transformers_engine import TransformersEngine
+from polymath_fast.rollout.weights import IdentitySync
+
+REWARD = '''
+import time
+from pathlib import Path
+
+calls = 0
+
+
+def even(prompts, completions, completion_ids, **columns):
+    """Share of even token ids, which differs from the start."""
+    global calls
+    calls += 1
+    if calls == SLEEPS_AT:
+        Path(__file__).with_name("asleep").touch()
+        time.sleep(600)
+    return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]
+'''
+
+
+@pytest.fixture
+def flags(tmp_path):
+    return make_flags(tmp_path)
+
+
+def make_flags(folder: Path, sleeps_at: int = 0) -> list[str]:
+    """Flags of a small run whose reward falls asleep in its call number `sleeps_at`."""
+    (folder / "my_reward.py").write_text(f"SLEEPS_AT = {sleeps_at}\n{REWARD}")
+    return [
+        *("--model", "random:tiny", "--question", "Say something.", "--answer", "e"),
+        *("--engine", "transformers", "--reward", f"{folder / 'my_reward.py'}:even"),
+        *("--num-generations", "8", "--groups-per-step", "1", "--max-completion-length", "16"),
+        *("--learning-rate", "0.01", "--max-steps", "5", "--save-every", "2"),
+    ]
+
+
+def run(flags: list[str], folder: Path) -> int:
+    return train.main([*flags, "--output-dir", str(folder)])
+
+
+def newest(folder: Path) -> checkpoint.Checkpoint:
+    def torn(path: Path, reason: str) -> None:
+        raise AssertionError(f"{path}: {reason}")
+
+    return checkpoint.find(folder, on_skip=torn)
+
+
+def assert_same_end(one: Path, two: Path) -> None:
+    """Weights, optimizer and completions of both runs are equal, bit for bit."""
+    left, right = newest(one), newest(two)
+    assert (left.step, left.state["updates"]) == (right.step, right.state["updates"])
+    theirs = right.tensors()
+    for name, tensor in left.tensors().items():
+        assert torch.equal(tensor, theirs[name]), name
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        assert (one / name).read_text().count("\n") == (two / name).read_text().count("\n")
+    assert (one / "completions.jsonl").read_bytes() == (two / "completions.jsonl").read_bytes()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int) -> None:
+    """Let the method fail in its call number `call`, and count on."""
+    method, calls = getattr(owner, name), []
+
+    def fails(self, *arguments):
+        calls.append(name)
+        if len(calls) == call:
+            raise EngineError("the engine is gone")
+        return method(self, *arguments)
+
+    monkeypatch.setattr(owner, name, fails)
+
+
+def test_a_step_whose_weights_did_not_reach_the_engine_is_done_all_the_same(
+    flags, tmp_path, monkeypatch, capsys
+):
+    assert run(flags, tmp_path / "straight") == 0
+    for method, call in (("push", 3), ("verify", 4)):  # it is verified once before the first step
+        folder = tmp_path / method
+        with monkeypatch.context() as patch:
+            failing(patch, IdentitySync, method, call)
+            assert run([*flags, "--verify-sync"], folder) == 1
+        assert "the engine is gone" in capsys.readouterr().err
+        found = newest(folder)
+        assert (found.step, found.state["updates"]) == (3, 3)
+        assert run([*flags, "--resume", "auto"], folder) == 0
+        assert_same_end(tmp_path / "straight", folder)
+
+
+def test_what_a_step_left_pending_is_saved_with_it(flags, tmp_path, monkeypatch):
+    flags += ["--oversample", "3", "--partial-rollouts", "--temperature", "0.3"]
+    flags += ["--importance-sampling-mode", "token_truncate", "--stop-repetition", "2"]
+    assert run(flags, tmp_path / "straight") == 0
+    with monkeypatch.context() as patch:
+        failing(patch, IdentitySync, "push", 2)
+        assert run(flags, tmp_path / "broken") == 1
+    assert newest(tmp_path / "broken").state["pending"]
+    assert run([*flags, "--resume", "auto"], tmp_path / "broken") == 0
+    assert_same_end(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_an_engine_that_dies_while_sampling_leaves_the_last_whole_step(
+    flags, tmp_path, monkeypatch
+):
+    assert run(flags, tmp_path / "straight") == 0
+    for call, step in ((4, 3), (3, 2)):  # before and after a regular save
+        folder = tmp_path / str(step)
+        with monkeypatch.context() as patch:
+            failing(patch, TransformersEngine, "stream", call)
+            assert run(flags, folder) == 1
+        assert newest(folder).step == step
+        assert run([*flags, "--resume", "auto"], folder) == 0
+        assert_same_end(tmp_path / "straight", folder)
+
+
+def test_half_of_a_step_is_not_saved_under_the_name_of_another(
+    flags, tmp_path, monkeypatch, capsys
+):
+    """Two updates a step; memory ends in the second one of step 4."""
+    flags += ["--updates-per-batch", "2"]
+    assert run(flags, tmp_path / "straight") == 0
+    calls = []
+
+    def loss(*arguments, **options):
+        calls.append("loss")
+        if len(calls) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return linear_grpo_loss(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner_step, "linear_grpo_loss", loss)
+        assert run(flags, tmp_path / "broken") == 2
+    said = capsys.readouterr()
+    assert "out of memory" in said.err
+    assert "step 4 broke off between two of its updates" in said.out
+    assert newest(tmp_path / "broken").step == 2
+    assert run([*flags, "--resume", "auto"], tmp_path / "broken") == 0
+    assert_same_end(tmp_path / "straight", tmp_path / "broken")
+
+
+def children_of(pid: int) -> list[int]:
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for each in lists for child in each.read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def start(flags: list[str], folder: Path) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "polymath_fast.train", *flags, "--output-dir", str(folder)]
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background would hand an ignored SIGINT down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("sleeps_at", "saved"), [(1, "nothing was saved yet"), (4, "step_000002 was saved last")]
+)
+def test_a_second_signal_stops_with_one_plain_line_and_no_child(tmp_path, sleeps_at, saved):
+    process = start(make_flags(tmp_path, sleeps_at), tmp_path / "run")
+    wait_for(tmp_path / "asleep", process)
+    children = children_of(process.pid)
+    assert children
+    process.send_signal(signal.SIGINT)
+    lines = [process.stderr.readline() for _ in range(2)]
+    assert "once more stops at once" in "".join(lines)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = errors.splitlines()
+    assert line.startswith("stopped at once; ") and saved in line
+    assert "--resume auto" in line and str(tmp_path / "run") in line
+    deadline = time.monotonic() + 20
+    while any(map(alive, children)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not [path for path in tmp_path.glob("run/checkpoints/*") if "tmp" in path.name]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_second_signal_ends_an_engine_in_another_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # vLLM's short warm-up
+    flags = [*make_flags(tmp_path, 3), "--engine", "vllm", "--weight-sync", "ipc"]
+    process = start(flags, tmp_path / "run")
+    wait_for(tmp_path / "asleep", process)
+    children = children_of(process.pid)
+    assert len(children) >= 2  # the reward's and the engine's
+    os.kill(process.pid, signal.SIGINT)
+    while "once more" not in process.stderr.readline():
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert "step_000002 was saved last" in errors.splitlines()[-1]
+    assert not any(map(alive, children))
+
+
+def test_a_signal_before_the_first_step_is_no_traceback(flags, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "__init__", interrupted)
+        assert run(flags, tmp_path / "run") == 130
+    assert capsys.readouterr().err == "stopped before the first step\n"
+    assert run([*flags, "--max-steps", "1"], tmp_path / "run") == 0
