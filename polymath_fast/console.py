@@ -43,7 +43,13 @@ def printable(text: str, limit: int | None = None) -> str:
 
 def print_error(error: Exception) -> None:
     """The line with which a command ends; a reward's own message in it may hold model text."""
-    print(f"error: {printable(str(error))}", file=sys.stderr)
+    say(f"error: {printable(str(error))}")
+
+
+def say(line: str) -> None:
+    """Print on stderr, if it is still there: a closed terminal is one of the reasons to end."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 class SafeStream:

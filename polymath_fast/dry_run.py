@@ -78,11 +78,11 @@ def _kv_storages(config: Config, shape: dict[str, Any]) -> int:
 def _advice(config: Config, needs: dict[str, float], missing: float, inputs: Inputs) -> str:
     """The one knob that would help, with a value."""
     smallest = inputs.longest_prompt + config.max_completion_length
-    activations = next(size for name, size in needs.items() if name.startswith("activations"))
     now = memory.microbatch_tokens(config, inputs.device)
-    tokens = int(now * (1 - missing / activations) * 0.9)
-    if tokens >= smallest:
-        return f"--tokens-per-microbatch {tokens} works"
+    for name, size in needs.items():
+        tokens = int(now * (1 - missing / size) * 0.9)
+        if name.startswith("activations") and tokens >= smallest:
+            return f"--tokens-per-microbatch {tokens} works"
     return "take a smaller model"
 
 

@@ -116,7 +116,10 @@ def estimate(
     dtype: str = "bfloat16",
     kv_storages: int = 1,
 ) -> dict[str, float]:
-    """GiB for each part of a run, largest moments of all phases added up.
+    """GiB for each part of a run at its largest moment.
+
+    With vLLM it is that of learning, beside an engine that keeps what it has. The embedded sampler
+    keeps nothing, so its parts are there instead of the learner's where they are larger.
 
     `shape` holds the keys of the model's config.json, `engine` is "vllm" or "transformers",
     `prompt_tokens` is the length of the longest prompt, `kv_storages` the number of allocations
@@ -149,14 +152,20 @@ def estimate(
         if device == "cpu" or dtype != "float32":  # else the sum is the result
             buffers.append(4 * vocabulary * shape["hidden_size"])
         head -= _fitting(buffers, kv_storages, cached / kv_storages)
+    sampling = {"KV cache": cached}
+    learning = {f"activations of {tokens} tokens": kept * tokens, "LM head": head}
+    if engine == "vllm":
+        largest = sampling | learning
+    else:
+        if device == "cpu":
+            sampling[f"sampler's packed weights ({kind})"] = size * weights
+        largest = max(sampling, learning, key=lambda parts: sum(parts.values()))
     parts = {
         f"weights ({kind})": size * weights,
         **{name: bytes * weights for name, bytes in optimizer_bytes(config, dtype).items()},
         f"reference model ({kind})": size * weights if config.beta else 0,
         f"sampler's weights ({kind})": 0 if shared else size * weights,
-        "KV cache": cached,
-        f"activations of {tokens} tokens": kept * tokens,
-        "LM head": head,
+        **largest,
         "libraries": _LIBRARIES[engine] if device == "cpu" else 0,
     }
     return {name: size / GIB for name, size in parts.items() if size}

@@ -6,7 +6,6 @@ with its group, take one gradient step, hand the weights to the sampler. `--help
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from polymath_fast import assembly, config, saturation
 from polymath_fast.assembly import Parts
 from polymath_fast.clock import Clock
 from polymath_fast.config import Config
-from polymath_fast.console import print_error
+from polymath_fast.console import print_error, say
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.interrupt import Interrupt, Stopped
 from polymath_fast.monitor import peak_memory_gib
@@ -39,7 +38,7 @@ def train(settings: Config) -> int:
     except KeyboardInterrupt as error:
         # By now all that the run had started is closed, and the terminal is as it was.
         where = "before the first step" if parts is None else f"at once; {last_saved(parts)}"
-        _say(f"stopped {where}")
+        say(f"stopped {where}")
         return error.exit_code if isinstance(error, Stopped) else 130
 
 
@@ -188,17 +187,11 @@ def main(args: list[str] | None = None) -> int:
     try:
         return train(config.parse(args))
     except (UserError, EngineError) as error:
-        with contextlib.suppress(OSError):
-            print_error(error)
+        print_error(error)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        _say("stopped before the run began")
+        say("stopped before the run began")
         return 130
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # a closed terminal is one of the reasons to stop
-        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -182,10 +182,20 @@ def test_a_small_batch_needs_no_more_than_its_tokens() -> None:
     assert "activations of 200 tokens" in estimate(**small)
 
 
+def test_the_embedded_sampler_counts_where_it_needs_more_than_learning() -> None:
+    long = estimate(device="cpu", max_completion_length=2048, num_generations=256)
+    assert {"KV cache", "sampler's packed weights (bf16)"} <= long.keys()
+    assert not [name for name in long if name.startswith(("activations", "LM head"))]
+    short = estimate(device="cpu", max_completion_length=16, num_generations=8)
+    assert "LM head" in long | short and "KV cache" not in short
+
+
 def test_on_a_cpu_fewer_tokens_go_through_the_model_at_once() -> None:
     assert "activations of 16384 tokens" in estimate(device="cuda")
-    assert "activations of 1024 tokens" in estimate(device="cpu", max_completion_length=512)
-    assert "activations of 3172 tokens" in estimate(device="cpu", max_completion_length=3072)
+    assert "activations of 1024 tokens" in estimate("vllm", device="cpu", max_completion_length=512)
+    assert "activations of 3172 tokens" in estimate(
+        "vllm", device="cpu", max_completion_length=3072
+    )
 
 
 def test_the_shape_may_come_from_a_config_file(tiny_model: Path) -> None:
