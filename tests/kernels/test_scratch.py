@@ -149,11 +149,12 @@ def test_named_buffers_of_a_cpu_are_lent_and_forgotten_with_the_loan():
     workspace.clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1 << 16, 1 << 24])
-def test_the_fused_head_computes_the_same_bits_in_lent_memory(size):
+def test_the_fused_head_computes_the_same_bits_in_lent_memory(size, dtype):
     """`size`: too little for the larger buffers, and enough for all."""
     draw = torch.Generator().manual_seed(3)
-    given = [torch.randn(n, 64, generator=draw) / 4 for n in (40, 1000)]
+    given = [(torch.randn(n, 64, generator=draw) / 4).to(dtype) for n in (40, 1000)]
     targets = torch.randint(1000, (40,), generator=draw)
     ends, advantages = torch.tensor([0, 11, 40]), torch.tensor([1.0, -0.7])
     (bytes_,) = memory(size)
