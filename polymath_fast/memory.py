@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polymath_fast.config import Config
 from polymath_fast.precision import BYTES
 
+if TYPE_CHECKING:
+    from polymath_fast.kernels.triton.budget import Gpu
+
 GIB = 2**30
 FULL_LENGTH_SEQUENCES = 256  # completions that the sampler's memory holds at their full length
 _KV_BLOCK = 16  # tokens that vLLM allocates at a time on a GPU
-_HEAD_CHUNK = 2**25  # logits that the LM head holds at once, in float32
+_HEAD_CHUNK = 2**25  # logits that the LM head holds at once on a CPU, in float32
 _LIBRARIES = {"vllm": 1.6 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU
 
 
@@ -107,17 +110,18 @@ def estimate(
     prompt_tokens: int,
     device: str,
     dtype: str = "bfloat16",
+    gpu: Gpu | None = None,
 ) -> dict[str, float]:
     """GiB for each part of a run, largest moments of all phases added up.
 
     `shape` holds the keys of the model's config.json, `engine` is "vllm" or "transformers",
-    `prompt_tokens` is the length of the longest prompt. An estimate: allocators round up.
+    `prompt_tokens` is the length of the longest prompt, `gpu` is what "cuda" means where there is
+    none, or another one. An estimate: allocators round up.
     """
     weights = parameters(shape)
     rollouts = config.num_generations * config.groups_per_step
     rows = prompt_tokens + rollouts * config.max_completion_length
     tokens = min(config.tokens_per_microbatch, rows)
-    vocabulary = shape["vocab_size"]
     sequences = min(FULL_LENGTH_SEQUENCES, config.asked_generations * config.groups_per_step)
     longest = prompt_tokens + sequences * config.max_completion_length
     cached = kv_cache_bytes(shape, dtype) * longest
@@ -139,11 +143,34 @@ def estimate(
         f"sampler's weights ({kind})": 0 if shared else size * weights,
         "KV cache": cached,
         f"activations of {tokens} tokens": kept * tokens,
-        "LM head": 12 * min(_HEAD_CHUNK, tokens * vocabulary)
-        + 8 * vocabulary * shape["hidden_size"],
+        "LM head": _head_bytes(shape, config, tokens, device, dtype, gpu),
         "libraries": _LIBRARIES[engine] if device == "cpu" else 0,
     }
     return {name: size / GIB for name, size in parts.items() if size}
+
+
+def _head_bytes(
+    shape: dict[str, Any], config: Config, tokens: int, device: str, dtype: str, gpu: Gpu | None
+) -> int:
+    """What the LM head holds while it learns from `tokens` tokens at once."""
+    vocabulary, hidden = shape["vocab_size"], shape["hidden_size"]
+    if device == "cpu":
+        return 12 * min(_HEAD_CHUNK, tokens * vocabulary) + 8 * vocabulary * hidden
+    import torch
+
+    from polymath_fast.kernels.triton.budget import gpu_of, head_bytes
+    from polymath_fast.precision import torch_dtype
+
+    if gpu is None and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': torch sees none here; say which with gpu=Gpu(...)")
+    return head_bytes(
+        tokens,
+        vocabulary,
+        hidden,
+        torch_dtype(dtype),
+        gpu or gpu_of(torch.device(device)),
+        some_columns=config.active_vocabulary == "auto",
+    )
 
 
 def _widths(shape: dict[str, Any]) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ import torch
 
 from polymath_fast import memory, random_models
 from polymath_fast.config import Config
+from polymath_fast.kernels.triton.budget import Gpu, head_bytes
 from polymath_fast.learner import fused_layers
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
@@ -24,6 +25,8 @@ PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-0.6b": 596_049_920,
 }
+H100 = Gpu(85_017_493_504, 132, "hopper")
+H200 = Gpu(150_754_820_096, 132, "hopper")
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
@@ -91,15 +94,18 @@ def estimate(
     engine: str = "transformers",
     device: str = "cuda",
     dtype: str = "bfloat16",
+    family: str = "qwen2.5-1.5b",
+    gpu: Gpu = H100,
     **settings: object,
 ) -> dict:
     return memory.estimate(
-        random_models.FAMILIES["qwen2.5-1.5b"],
+        random_models.FAMILIES[family],
         Config(**settings),
         engine=engine,
         prompt_tokens=100,
         device=device,
         dtype=dtype,
+        gpu=gpu,
     )
 
 
@@ -136,6 +142,21 @@ def test_float32_weights_are_twice_as_long_and_their_own_master() -> None:
     for name in ("weights (fp32)", "reference model (fp32)", "sampler's weights (fp32)"):
         assert parts[name] == pytest.approx(4 * gib)
     assert not [name for name in parts if "master" in name or "bf16" in name]
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-1.5b", "qwen2.5-7b"])
+def test_the_head_on_a_gpu_is_counted_as_the_kernel_cuts_it(family: str) -> None:
+    shape = random_models.FAMILIES[family]
+    size = (16_384, shape["vocab_size"], shape["hidden_size"], torch.bfloat16)
+    for gpu in (H100, H200):
+        found = estimate(family=family, gpu=gpu)["LM head"]
+        assert found * 2**30 == head_bytes(*size, gpu)
+        # the fp32 gradient of the weight, and a chunk of a 64th of the device beside it
+        assert found * 2**30 > 4 * size[1] * size[2] + 0.5 * gpu.memory / 64
+        some = estimate(family=family, gpu=gpu, active_vocabulary="auto")["LM head"]
+        assert some * 2**30 == head_bytes(*size, gpu, some_columns=True)
+    on_cpu = estimate("vllm", device="cpu", family=family)["LM head"]
+    assert on_cpu * 2**30 == 12 * 2**25 + 8 * size[1] * size[2]
 
 
 def test_a_small_batch_needs_no_more_than_its_tokens() -> None:
