@@ -61,7 +61,7 @@ class Sizes:
     completions_at_once: int = 12
     """of a micro-batch, without gradient checkpointing. For each of the 1.54e9 parameters 18 bytes
     (bf16 weight, fp32 master, gradient and two moments): 27.8e9; for each of 12 x 1,024 + 150
-    tokens 2.91e6 bytes of activations: 36.2e9; 2.3e9 of the LM head: 66.2e9 bytes, 61.7 GiB"""
+    tokens 2.91e6 bytes of activations: 36.2e9; 1.9e9 of the LM head: 65.9e9 bytes, 61.4 GiB"""
     rival_completions: int = 16
     rival_completions_at_once: int = 8
     """8 x 1,174 tokens: 27.3e9 bytes of activations, 6.2e9 of bf16 weights and gradients, and of

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polymath_fast.config import Config
 from polymath_fast.precision import BYTES
 
+if TYPE_CHECKING:
+    from polymath_fast.kernels.triton.budget import Gpu
+
 GIB = 2**30
 FULL_LENGTH_SEQUENCES = 256  # completions that the sampler's memory holds at their full length
 _KV_BLOCK = 16  # tokens that vLLM allocates at a time on a GPU
-_HEAD_CHUNK = 2**25  # logits that the LM head holds at once, in float32
 _MICROBATCH = (16384, 1024)  # tokens, on a GPU and on a CPU
 _LIBRARIES = {"vllm": 1.6 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU
 
@@ -115,6 +117,7 @@ def estimate(
     device: str,
     dtype: str = "bfloat16",
     kv_storages: int = 1,
+    gpu: Gpu | None = None,
 ) -> dict[str, float]:
     """GiB for each part of a run at its largest moment.
 
@@ -123,14 +126,14 @@ def estimate(
 
     `shape` holds the keys of the model's config.json, `engine` is "vllm" or "transformers",
     `prompt_tokens` is the length of the longest prompt, `kv_storages` the number of allocations
-    that make up vLLM's KV cache. An estimate: allocators round up.
+    that make up vLLM's KV cache, `gpu` is what "cuda" means where there is none, or another one.
+    An estimate: allocators round up.
     """
     weights = parameters(shape)
     rollouts = config.num_generations * config.groups_per_step
     rows = prompt_tokens + rollouts * config.max_completion_length
     alone = prompt_tokens + config.max_completion_length
     tokens = min(max(microbatch_tokens(config, device), alone), rows)
-    vocabulary = shape["vocab_size"]
     sequences = min(FULL_LENGTH_SEQUENCES, config.asked_generations * config.groups_per_step)
     longest = prompt_tokens + sequences * config.max_completion_length
     cached = kv_cache_bytes(shape, dtype) * longest
@@ -145,13 +148,9 @@ def estimate(
     size, kind = BYTES[dtype], {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     # on a GPU they are the learner's; CPU builds of vLLM multiply with a packed copy all the same
     shared = engine != "vllm" or (device != "cpu" and config.weight_sync in ("auto", "alias"))
-    logits = min(_HEAD_CHUNK, tokens * vocabulary)
-    head = 12 * logits + 8 * vocabulary * shape["hidden_size"]
-    if config.reuse_kv_cache and engine == "vllm":
-        buffers = [4 * logits] * 3
-        if device == "cpu" or dtype != "float32":  # else the sum is the result
-            buffers.append(4 * vocabulary * shape["hidden_size"])
-        head -= _fitting(buffers, kv_storages, cached / kv_storages)
+    lends = config.reuse_kv_cache and engine == "vllm"
+    room = [cached / kv_storages] * kv_storages if lends else []
+    head = _head_bytes(shape, config, tokens, device, dtype, gpu, room)
     sampling = {"KV cache": cached}
     learning = {f"activations of {tokens} tokens": kept * tokens, "LM head": head}
     if engine == "vllm":
@@ -171,10 +170,37 @@ def estimate(
     return {name: size / GIB for name, size in parts.items() if size}
 
 
-def _fitting(buffers: list[int], storages: int, room: float) -> int:
-    """Bytes of the buffers that find room in storages of `room` bytes, each in the first that has
-    any left."""
-    left, held = [room] * storages, 0
+def _head_bytes(
+    shape: dict[str, Any],
+    config: Config,
+    tokens: int,
+    device: str,
+    dtype: str,
+    gpu: Gpu | None,
+    room: list[float],
+) -> int:
+    """What the LM head holds while it learns from `tokens` tokens at once, outside of storages with
+    `room` bytes that are lent to it."""
+    import torch
+
+    from polymath_fast.kernels.linear_grpo_loss.footprint import head_bytes, lendable_bytes
+    from polymath_fast.kernels.triton.budget import gpu_of
+    from polymath_fast.precision import torch_dtype
+
+    if device == "cpu":
+        gpu = None
+    elif gpu is None:
+        if not torch.cuda.is_available():
+            raise ValueError("device 'cuda': torch sees none here; say which with gpu=Gpu(...)")
+        gpu = gpu_of(torch.device(device))
+    sizes = (tokens, shape["vocab_size"], shape["hidden_size"], torch_dtype(dtype), gpu)
+    held = head_bytes(*sizes, some_columns=config.active_vocabulary == "auto")
+    return held - (_fitting(lendable_bytes(*sizes), room) if room else 0)
+
+
+def _fitting(buffers: list[int], room: list[float]) -> int:
+    """Bytes of the buffers that find room in these storages, each in the first that has any."""
+    left, held = list(room), 0
     for size in buffers:
         number = next((i for i, free in enumerate(left) if size <= free), None)
         if number is not None:

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import gpu_learner, gpu_operators, gpu_sizes, gpu_suite, run
 from polymath_fast import memory
+from polymath_fast.kernels.triton.budget import Gpu
 from polymath_fast.learner import step
 from polymath_fast.random_models import FAMILIES
 
@@ -111,6 +112,7 @@ def test_the_learner_is_timed_where_it_fits() -> None:
         engine="transformers",
         prompt_tokens=sizes.update[0],
         device="cuda",
+        gpu=Gpu(85_017_493_504, 132, "hopper"),
     )
     parts.pop("KV cache")
     assert 40 < sum(parts.values()) < 0.9 * 78

@@ -10,6 +10,7 @@ import torch
 
 from polymath_fast import memory, random_models
 from polymath_fast.config import Config
+from polymath_fast.kernels.triton.budget import Gpu, chunk_rows, head_bytes
 from polymath_fast.learner import fused_layers
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
@@ -24,6 +25,8 @@ PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-0.6b": 596_049_920,
 }
+H100 = Gpu(85_017_493_504, 132, "hopper")
+H200 = Gpu(150_754_820_096, 132, "hopper")
 
 
 @pytest.mark.parametrize("family", PUBLISHED)
@@ -91,15 +94,18 @@ def estimate(
     engine: str = "transformers",
     device: str = "cuda",
     dtype: str = "bfloat16",
+    family: str = "qwen2.5-1.5b",
+    gpu: Gpu = H100,
     **settings: object,
 ) -> dict:
     return memory.estimate(
-        random_models.FAMILIES["qwen2.5-1.5b"],
+        random_models.FAMILIES[family],
         Config(**settings),
         engine=engine,
         prompt_tokens=100,
         device=device,
         dtype=dtype,
+        gpu=gpu,
     )
 
 
@@ -134,10 +140,14 @@ def test_scratch_memory_in_the_cache_is_not_counted_twice() -> None:
     gib = 2**30
     vocabulary, hidden = 151936, 1536
     sums, logits = 4 * vocabulary * hidden / gib, 3 * 4 * 2**25 / gib
+    chunks = {
+        dtype: chunk_rows(16384, vocabulary, hidden, torch_dtype(dtype), H100) * vocabulary / gib
+        for dtype in ("bfloat16", "float32")
+    }
     for device, dtype, spared in (
         ("cpu", "float32", logits + sums),
-        ("cuda", "bfloat16", logits + sums),
-        ("cuda", "float32", logits),  # there the sum is the gradient itself
+        ("cuda", "bfloat16", 2 * chunks["bfloat16"] + sums),
+        ("cuda", "float32", 4 * chunks["float32"]),  # there the sum is the gradient itself
     ):
         plain = estimate("vllm", device, dtype, kv_cache_gib=8.0)
         reused = estimate("vllm", device, dtype, kv_cache_gib=8.0, reuse_kv_cache=True)
@@ -156,7 +166,7 @@ def test_scratch_memory_lies_in_one_piece_of_the_cache() -> None:
                 Config(kv_cache_gib=2.0, reuse_kv_cache=reuse),
                 engine="vllm",
                 prompt_tokens=100,
-                device="cuda",
+                device="cpu",
                 kv_storages=storages,
             )["LM head"]
             for reuse in (False, True)
@@ -177,6 +187,21 @@ def test_float32_weights_are_twice_as_long_and_their_own_master() -> None:
     assert not [name for name in parts if "master" in name or "bf16" in name]
 
 
+@pytest.mark.parametrize("family", ["qwen2.5-1.5b", "qwen2.5-7b"])
+def test_the_head_on_a_gpu_is_counted_as_the_kernel_cuts_it(family: str) -> None:
+    shape = random_models.FAMILIES[family]
+    size = (16_384, shape["vocab_size"], shape["hidden_size"], torch.bfloat16)
+    for gpu in (H100, H200):
+        found = estimate(family=family, gpu=gpu)["LM head"]
+        assert found * 2**30 == head_bytes(*size, gpu)
+        # the fp32 gradient of the weight, and a chunk of a 64th of the device beside it
+        assert found * 2**30 > 4 * size[1] * size[2] + 0.5 * gpu.memory / 64
+        some = estimate(family=family, gpu=gpu, active_vocabulary="auto")["LM head"]
+        assert some * 2**30 == head_bytes(*size, gpu, some_columns=True)
+    on_cpu = estimate("vllm", device="cpu", family=family)["LM head"]
+    assert on_cpu * 2**30 == 12 * 2**25 + 8 * size[1] * size[2]
+
+
 def test_a_small_batch_needs_no_more_than_its_tokens() -> None:
     small = {"num_generations": 2, "groups_per_step": 1, "max_completion_length": 50}
     assert "activations of 200 tokens" in estimate(**small)
@@ -186,8 +211,8 @@ def test_the_embedded_sampler_counts_where_it_needs_more_than_learning() -> None
     long = estimate(device="cpu", max_completion_length=2048, num_generations=256)
     assert {"KV cache", "sampler's packed weights (bf16)"} <= long.keys()
     assert not [name for name in long if name.startswith(("activations", "LM head"))]
-    short = estimate(device="cpu", max_completion_length=16, num_generations=8)
-    assert "LM head" in long | short and "KV cache" not in short
+    few = estimate(device="cpu", max_completion_length=1500, num_generations=2)
+    assert {"LM head", "activations of 1600 tokens"} <= few.keys() and "KV cache" not in few
 
 
 def test_on_a_cpu_fewer_tokens_go_through_the_model_at_once() -> None:

@@ -33,7 +33,7 @@ from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
 from polymath_fast.kernels.policy_loss import PolicyLossSpec, batch, prepare
 from polymath_fast.kernels.token_logprobs._triton import gradient as token_gradient
 from polymath_fast.kernels.token_logprobs._triton import token_logprobs
-from polymath_fast.kernels.triton import head, head_gradient, offsets
+from polymath_fast.kernels.triton import budget, head, head_gradient, offsets, vocabulary
 from polymath_fast.kernels.triton.coefficients import known_beforehand
 from polymath_fast.kernels.weight_sync import _triton as triton_sync
 
@@ -396,6 +396,36 @@ def test_masked_tokens_enter_no_product(far) -> None:
         linear_grpo_loss(*leaves, tensors["targets"], None, given, spec, 0.0).loss.backward()
         results.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("tol", [0.0, 0.3], ids=["all-columns", "some-columns"])
+def test_scratch_is_what_the_budget_says(dtype, tol, monkeypatch) -> None:
+    """Of several chunks; `memory.estimate` counts by the same functions."""
+    monkeypatch.setattr(budget, "SMALLEST_BUDGET", 130 * budget.CELLS[dtype] * 2048)
+    count, vocab, depth, held = 200, 2000, 16, []
+
+    def noting(owner: type) -> None:
+        release = owner.release
+
+        def note(self) -> None:
+            held.append(sum(buffer.nbytes for buffer in self._buffers.values()))
+            release(self)
+
+        monkeypatch.setattr(owner, "release", note)
+
+    noting(head.Head)
+    noting(vocabulary.Vocabulary)
+    tensors = make_head(count, vocab, depth, dtype, "cpu")
+    leaves = [tensors[n].detach().requires_grad_() for n in ("hidden", "weight")]
+    spec = PolicyLossSpec()
+    linear_grpo_loss(*leaves, tensors["targets"], None, _prepared(count, spec), spec, tol)
+    gpu = budget.gpu_of(torch.device("cpu"))
+    assert budget.chunk_rows(count, vocab, depth, dtype, gpu) == 128
+    counted = budget.head_bytes(count, vocab, depth, dtype, gpu, some_columns=tol > 0)
+    counted -= (dtype.itemsize * count + 4 * vocab) * depth  # both gradients
+    counted -= 128 * 2 * dtype.itemsize * depth  # rows of hidden states, gathered and scaled
+    assert 0.95 * counted < sum(held) <= counted
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "gaps", "odd-address"])

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from polymath_fast.kernels.faults import note_for
 from polymath_fast.kernels.scratch import Scratch
 from polymath_fast.kernels.triton import rows
+from polymath_fast.kernels.triton.budget import chunk_rows, gpu_of, width_of
 from polymath_fast.kernels.triton.head_kernels import (
     exp_gemm_kernel,
     finish_kernel,
@@ -23,16 +24,11 @@ from polymath_fast.kernels.triton.head_kernels import (
 )
 from polymath_fast.kernels.triton.products import product
 from polymath_fast.kernels.triton.tiles import (
-    best_rows,
     describable,
     flattens,
     processors,
     tiles_for,
 )
-
-MEMORY_SHARE = 64
-"""a chunk may take this fraction of the device's memory"""
-SMALLEST_BUDGET = 2**27
 
 
 @dataclass(frozen=True)
@@ -71,8 +67,7 @@ class Head:
         self.vocab, self.depth = weight.shape
         self.by_exps = hidden.dtype == torch.bfloat16
         self.tiles = tiles_for(hidden.device)
-        # 128-byte rows, so that the products may read them in whole lines
-        self.width = -(-self.vocab // 64) * 64
+        self.width = width_of(self.vocab)
         self.rows = self._rows_that_fit()
         self._scratch = Scratch(hidden.device)
 
@@ -258,15 +253,5 @@ class Head:
         return found, exps
 
     def _rows_that_fit(self) -> int:
-        cell = {torch.bfloat16: 2, torch.float16: 6, torch.float32: 4}[self.hidden.dtype]
-        most = chunk_bytes(self.hidden.device) // (cell * self.width)
-        device, count = self.hidden.device, len(self.hidden)
-        return best_rows(count, most, self.depth, processors(device), self.tiles)
-
-
-def chunk_bytes(device: torch.device) -> int:
-    """What a chunk's logits may take."""
-    if device.type != "cuda":
-        return SMALLEST_BUDGET
-    total = torch.cuda.get_device_properties(device).total_memory
-    return max(total // MEMORY_SHARE, SMALLEST_BUDGET)
+        count, gpu = len(self.hidden), gpu_of(self.hidden.device)
+        return chunk_rows(count, self.vocab, self.depth, self.hidden.dtype, gpu)

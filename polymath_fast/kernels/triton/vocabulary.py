@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from polymath_fast.kernels.scratch import Scratch
+from polymath_fast.kernels.triton.budget import room_for
 from polymath_fast.kernels.triton.gradient_kernels import (
     column_masses_kernel,
     row_masses_kernel,
@@ -35,8 +36,6 @@ _SAMPLE = 64
 """rows on which "auto" looks up how long the gradient is"""
 _MARGIN = 0.8
 """part of the allowed error that may be planned for, because that length is an estimate"""
-_WORTH_IT = 0.5
-"""with more columns than this alive, gathering them costs more than it saves"""
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,8 @@ class Vocabulary:
     def __init__(self, weight: torch.Tensor, tol: float | str) -> None:
         self.weight, self.tol = weight, tol
         self._lengths = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-        self.room = int(_WORTH_IT * len(weight)) // LIVE_STEP * LIVE_STEP
+        self.room = room_for(len(weight), weight.dtype)
         """columns there can be in a choice; 0: there is none"""
-        if weight.dtype == torch.float32:
-            self.room = 0
         self._account = torch.zeros(5, device=weight.device)
         self._scratch = Scratch(weight.device)
 
