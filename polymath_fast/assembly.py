@@ -155,16 +155,17 @@ def build(config: Config) -> Iterator[Parts]:
         stack.callback(inputs.rewards.close)
         run_dir = run_folder.prepare(config.output_dir, resume=config.resume)
         stack.enter_context(run_folder.RunLock(run_dir))
-        checkpoint.sweep(run_dir)
+        with run_folder.writing(run_dir):
+            checkpoint.sweep(run_dir)
         identity = checkpoint.model_identity(config.model, models.read_config(inputs.model_dir))
         resumed = _find_checkpoint(config, run_dir, identity)
         steps_done = resumed.step if resumed else 0
-        config.write(run_dir / "config.toml")
-        monitor = stack.enter_context(
-            Monitor(
+        with run_folder.writing(run_dir):
+            config.write(run_dir / "config.toml")
+            monitor = Monitor(
                 run_dir, config, config.max_steps, trackers=config.log_to, start_step=steps_done
             )
-        )
+        stack.enter_context(monitor)
         monitor.plan(plan(config, inputs, run_dir, steps_done))
         _set_threads(config)
         dtype = precision.torch_dtype(inputs.dtype)

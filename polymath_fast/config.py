@@ -296,8 +296,11 @@ class Config(
     def write(self, path: Path) -> None:
         """Write `to_toml()` to `path`, whole or not at all."""
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(self.to_toml(), encoding="utf-8")
-        partial.replace(path)
+        try:
+            partial.write_text(self.to_toml(), encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def parse(args: Sequence[str] | None = None, prog: str = "python -m polymath_fast.train") -> Config:

@@ -14,6 +14,8 @@ import shlex
 import socket
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -56,8 +58,12 @@ class RunLock:
                 return self
             raise UserError(_in_use(self.path.parent, owner)) from None
         owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, owner.encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, owner.encode(), 0)
+        except OSError as error:
+            os.close(descriptor)
+            raise _unusable(self.path.parent, error) from error
         self._descriptor = descriptor
         _held.add(descriptor)
         return self
@@ -91,8 +97,18 @@ def _drop_in_child() -> None:
 os.register_at_fork(after_in_child=_drop_in_child)
 
 
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """A disk that refuses what is written in the block becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise _unusable(run_dir, error) from error
+
+
 def prepare(output_dir: str | None, *, resume: str | None) -> Path:
-    """Make the output folder and return it; None means runs/YYYYmmdd-HHMMSS.
+    """Make the output folder and return it; None means runs/YYYYmmdd-HHMMSS, with a number behind
+    it where that is taken: two runs may start in one second, and clocks go back.
 
     Refuses (UserError) what cannot be a run's folder: a file, a folder that cannot be written, one
     with foreign files, and one with an earlier run's files unless `resume` says to go on in it.
@@ -100,6 +116,8 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
     """
     run_dir = Path(output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
     try:
+        if output_dir is None:
+            return _make_new(run_dir)
         if run_dir.exists() and not run_dir.is_dir():
             raise UserError(
                 f"--output-dir {run_dir} is a file; it must be a folder that is new, empty or an "
@@ -108,6 +126,7 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in run_dir.iterdir()}
         empty = {name for name in names & _ROWS if not (run_dir / name).stat().st_size}
+        empty |= {name for name in names if name.startswith(".config.toml.")}  # of a killed start
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -118,6 +137,15 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise _unusable(run_dir, PermissionError(errno.EACCES, "Permission denied"))
     return run_dir
+
+
+def _make_new(run_dir: Path) -> Path:
+    while True:
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            run_dir = _free_name(run_dir)
 
 
 def _taken(run_dir: Path, names: set[str], empty: set[str], resume: str | None) -> str | None:

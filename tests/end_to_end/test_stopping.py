@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from polymath_fast import checkpoint, train
-from polymath_fast.errors import EngineError
+from polymath_fast.errors import EngineError, UserError
 from polymath_fast.kernels import linear_grpo_loss
 from polymath_fast.learner import step as learner_step
+from polymath_fast.rewards import RewardSet
 from polymath_fast.rollout.transformers_engine import TransformersEngine
 from polymath_fast.rollout.weights import IdentitySync
 
@@ -76,14 +77,23 @@ def assert_same_end(one: Path, two: Path) -> None:
     assert (one / "completions.jsonl").read_bytes() == (two / "completions.jsonl").read_bytes()
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int) -> None:
+GONE = EngineError("the engine is gone")
+
+
+def failing(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    name: str,
+    call: int,
+    error: Exception = GONE,
+) -> None:
     """Let the method fail in its call number `call`, and count on."""
     method, calls = getattr(owner, name), []
 
     def fails(self, *arguments):
         calls.append(name)
         if len(calls) == call:
-            raise EngineError("the engine is gone")
+            raise error
         return method(self, *arguments)
 
     monkeypatch.setattr(owner, name, fails)
@@ -129,6 +139,30 @@ def test_an_engine_that_dies_while_sampling_leaves_the_last_whole_step(
         assert newest(folder).step == step
         assert run([*flags, "--resume", "auto"], folder) == 0
         assert_same_end(tmp_path / "straight", folder)
+
+
+def test_a_reward_that_cannot_go_on_leaves_the_last_whole_step(flags, tmp_path, monkeypatch):
+    assert run(flags, tmp_path / "straight") == 0
+    with monkeypatch.context() as patch:
+        failing(patch, RewardSet, "score", 4, UserError("--reward: broken"))
+        assert run(flags, tmp_path / "broken") == 2
+    assert newest(tmp_path / "broken").step == 3
+    assert run([*flags, "--resume", "auto"], tmp_path / "broken") == 0
+    assert_same_end(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_a_rescue_that_fails_does_not_hide_why_it_was_called(flags, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        failing(patch, TransformersEngine, "stream", 4)
+        patch.setattr(checkpoint, "save", full_disk)
+        patch.setattr(train, "save", lambda *_: None)  # the regular one of step 2
+        assert run(flags, tmp_path / "run") == 1
+    said = capsys.readouterr()
+    assert "the engine is gone" in said.err and "not saved: no room" in said.out
+
+
+def full_disk(*_, **__):
+    raise UserError("no room")
 
 
 def test_half_of_a_step_is_not_saved_under_the_name_of_another(

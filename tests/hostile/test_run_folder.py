@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -47,6 +48,65 @@ def test_new_folder_of_any_name(tmp_path, name):
     assert words[:3] == ["python", "-m", "polymath_fast.train"]
     assert words[words.index("--output-dir") + 1] == str(run_dir)
     assert words[words.index("--config") + 1] == str(run_dir / "config.toml")
+
+
+def test_a_default_name_that_is_taken_gets_a_number(tmp_path, monkeypatch):
+    """Two runs in one second, or a clock that was put back into an earlier run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "runs/20260101-000000")
+    earlier_run(tmp_path / "runs/20260101-000000")
+    made = [prepare(None, resume=resume) for resume in (None, None, "auto")]
+    assert [path.name for path in made] == [f"20260101-000000-{n}" for n in (2, 3, 4)]
+    assert all(not list(path.iterdir()) for path in made)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "completions.jsonl", ".config.toml.4711"])
+def test_a_run_that_ended_before_its_first_step_may_start_over(tmp_path, left):
+    (tmp_path / LOCK_FILE).touch()
+    (tmp_path / "config.toml").write_text("seed = 0\n")
+    (tmp_path / left).touch()
+    assert prepare(str(tmp_path), resume=None) == tmp_path
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(UserError, match="holds an earlier run"):
+        prepare(str(tmp_path), resume=None)
+
+
+FLAGS = [
+    *("--model", "random:tiny", "--question", "Say something.", "--answer", "e"),
+    *("--engine", "transformers", "--num-generations", "2", "--groups-per-step", "1"),
+    *("--max-completion-length", "4", "--max-steps", "1"),
+]
+
+
+@pytest.mark.parametrize("where", ["lock", "sweep", "config", "rows"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_refuses_the_start_is_one_line(tmp_path, monkeypatch, capsys, where, code):
+    from polymath_fast import train
+
+    run_dir = earlier_run(tmp_path / "run")
+    rows = (run_dir / "metrics.jsonl").read_bytes()
+
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    if where == "lock":
+        monkeypatch.setattr(run_folder.os, "pwrite", refuse)
+    elif where == "rows":  # cutting metrics.jsonl is the first to flush
+        monkeypatch.setattr(os, "fsync", refuse)
+    elif where == "config":
+        monkeypatch.setattr(Path, "write_text", refuse)
+    else:  # what a kill left between two renames of a checkpoint
+        (run_dir / "checkpoints/tmp_000001_old").mkdir(parents=True)
+        monkeypatch.setattr(Path, "rename", refuse)
+    assert train.main([*FLAGS, "--resume", "auto", "--output-dir", str(run_dir)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --output-dir") and os.strerror(code) in error
+    assert error.count("\n") == 1
+    assert (run_dir / "metrics.jsonl").read_bytes() == rows
+    assert not list(run_dir.glob(".config.toml.*"))
+    monkeypatch.undo()
+    with RunLock(run_dir):  # nobody holds it any more
+        pass
 
 
 def test_command_for_a_name_that_looks_like_a_flag():
