@@ -36,7 +36,6 @@ def train(settings: Config) -> int:
         with assembly.build(settings) as parts, Interrupt() as interrupt:
             return _loop(settings, parts, interrupt)
     except KeyboardInterrupt as error:
-        # By now all that the run had started is closed, and the terminal is as it was.
         where = "before the first step" if parts is None else f"at once; {last_saved(parts)}"
         say(f"stopped {where}")
         return error.exit_code if isinstance(error, Stopped) else 130
@@ -107,7 +106,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
             batch, rewards, advantages, mask_truncated=settings.mask_truncated_completions
         )
         learned = parts.learner.update(rows, step - 1)
-    failure = _sync(settings, parts, clock, skipped=bool(learned["update/skipped"]))
+    failure = _sync(settings, parts, clock, bool(learned["update/skipped"]))
     metrics = collect.rollout_metrics(batch, settings) | scores.metrics | learned | clock.metrics()
     metrics |= parts.speculation.end_step(batch) | loan.metrics(arena)
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
@@ -126,9 +125,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     return metrics
 
 
-def _sync(
-    settings: Config, parts: Parts, clock: Clock, *, skipped: bool
-) -> EngineError | UserError | None:
+def _sync(settings: Config, parts: Parts, clock: Clock, skipped: bool) -> Exception | None:
     """Bring the new weights to the engine; what went wrong, if anything did."""
     policy = parts.learner.policy
     try:
