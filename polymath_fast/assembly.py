@@ -93,7 +93,7 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         from polymath_fast.learner.offload import require_gpu
 
         require_gpu(device)
-    engine_name, engine_reason = rollout.choose_engine(config.engine)
+    engine_name, engine_reason = rollout.choose_engine(config.engine, config.kv_cache_gib)
     if engine_name == "vllm":
         from polymath_fast.rollout.vllm_process import check_version, require_dtype
 

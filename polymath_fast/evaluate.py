@@ -145,7 +145,7 @@ def _start_engine(
     has_cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not has_cuda:
         raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
-    name, reason = rollout.choose_engine(settings.engine)
+    name, reason = rollout.choose_engine(settings.engine, settings.kv_cache_gib)
     print(f"engine: {name} ({reason})", flush=True)
     device = "cuda" if has_cuda and settings.device != "cpu" else "cpu"
     dtype, reason = precision.choose_dtype(settings.dtype, device)
@@ -242,7 +242,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print_error(error)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the completions so far are in the output folder", file=sys.stderr)
+        print("stopped; problems counted above are in the output folder", file=sys.stderr)
         return 130
     return 0
 

@@ -331,6 +331,10 @@ def test_grading_again_needs_no_model(file_of, scripted, tmp_path, monkeypatch):
         (["--result-path", "{file}"], "not a result of"),
         (["--result-path", "{file}", "--dataset", "{file}"], "give one of the two"),
         (["--device", "cuda", "--dataset", "{file}"], "--device cuda"),
+        (
+            ["--engine", "transformers", "--kv-cache-gib", "1", "--dataset", "{file}"],
+            "--kv-cache-gib 1 is for vLLM",
+        ),
     ],
 )
 def test_bad_flags_are_one_line_and_code_2(file_of, scripted, tmp_path, capsys, flags, said):

@@ -51,13 +51,24 @@ class Engine(Protocol):
         """Free everything; the engine is not used again."""
 
 
-def choose_engine(name: str) -> tuple[str, str]:
-    """The engine that `--engine name` means on this machine, and why."""
+def choose_engine(name: str, kv_cache_gib: float | None = None) -> tuple[str, str]:
+    """The engine that `--engine name` means on this machine, and why.
+
+    Raises UserError when it has no KV cache of a given size but one was asked for.
+    """
     if name != "auto":
-        return name, f"asked for by --engine {name}"
-    if find_spec("vllm") is not None:
-        return "vllm", "vLLM is installed"
-    return "transformers", "vLLM is not installed; pip install 'polymath-fast[vllm]' adds it"
+        chosen, reason = name, f"asked for by --engine {name}"
+    elif find_spec("vllm") is not None:
+        chosen, reason = "vllm", "vLLM is installed"
+    else:
+        chosen = "transformers"
+        reason = "vLLM is not installed; pip install 'polymath-fast[vllm]' adds it"
+    if kv_cache_gib is not None and chosen == "transformers":
+        raise UserError(
+            f"--kv-cache-gib {kv_cache_gib:g} is for vLLM; the embedded sampler takes what its "
+            "completions fill: leave it out, or take --engine vllm"
+        )
+    return chosen, reason
 
 
 def choose_weight_sync(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from polymath_fast import train
 from polymath_fast.config import Config, parse
 from polymath_fast.errors import UserError
 
@@ -222,6 +223,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("--question 6*7? --answer 42 --dataset a.jsonl", ["both given"]),
         ("--threads 0", ["--threads is 0"]),
         ("--kv-cache-gib 0", ["--kv-cache-gib is 0.0"]),
+        ("--kl-estimator k1", ["--kl-estimator is k1", "--beta 0.001"]),
         ("--output-dir=", ["--output-dir is ''"]),
         ("--model=", ["--model is ''"]),
     ],
@@ -232,6 +234,12 @@ def test_a_setting_that_cannot_work(flags: str, parts: list[str]) -> None:
     message = str(error.value)
     assert all(part in message for part in parts), message
     assert "\n" not in message
+
+
+def test_a_cache_that_the_engine_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "random:tiny", "--engine", "transformers", "--kv-cache-gib", "2.5"]
+    assert train.main([*flags, "--dry-run"]) == 2
+    assert "error: --kv-cache-gib 2.5 is for vLLM" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("question", ["", "  \n"])
