@@ -161,6 +161,8 @@ def build(config: Config) -> Iterator[Parts]:
         resumed = _find_checkpoint(config, run_dir, identity)
         steps_done = resumed.step if resumed else 0
         with run_folder.writing(run_dir):
+            if resumed:
+                checkpoint.go_back(config.resume, run_dir, resumed)
             config.write(run_dir / "config.toml")
             monitor = Monitor(
                 run_dir, config, config.max_steps, trackers=config.log_to, start_step=steps_done

@@ -3,7 +3,7 @@
     checkpoints/step_000010/
         config.json, model.safetensors, tokenizer ...   what transformers and vLLM load
         trainer/state.safetensors                       optimizer tensors
-        trainer/state.json                              step, model identity, RNG states, ...
+        trainer/state.json                              updates, model identity, pending completions
         manifest.json                                   sizes and sha256 of all of the above
 
 A save writes a tmp_* folder next to its final place, flushes it to disk, and renames it: a kill, a
@@ -142,6 +142,15 @@ def resume(
             f"{FOLDER}/step_N folders, or auto"
         )
     return found
+
+
+def go_back(option: str, run_dir: Path, found: Checkpoint) -> None:
+    """Where --resume names one checkpoint of the run's own folder, delete the later ones: a future
+    that it leaves, whose rows of metrics go, too. Else the next `--resume auto` would take them."""
+    if found.path.resolve() == Path(option).resolve():
+        root = Path(run_dir) / FOLDER
+        if found.path.resolve().parent == root.resolve():
+            step_folders.forget_after(root, found.step)
 
 
 def find(path: Path | str, *, on_skip: Callable[[Path, str], None]) -> Checkpoint | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 from polymath_fast.errors import UserError
+from polymath_fast.sources import on_hub
 
 if TYPE_CHECKING:
     from polymath_fast.config import Config
@@ -64,6 +65,7 @@ def check(config: Config) -> None:
     for field in fields(config):
         _check_value(field.name, getattr(config, field.name), hints[field.name])
     _check_sample(config)
+    _check_split(config)
     _check_rewards(config)
     _check_loss(config)
     _check_rollouts(config)
@@ -136,6 +138,15 @@ def _check_sample(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and (not value.strip() or "\0" in value):
             raise UserError(f"{flag(name)} is {value!r}; it must name something: leave it out")
+
+
+def _check_split(config: Config) -> None:
+    asked = [config.dataset, *(entry.partition("=")[0] for entry in config.eval_dataset or ())]
+    if config.dataset_split != "train" and not any(map(on_hub, filter(None, asked))):
+        raise UserError(
+            f"--dataset-split {config.dataset_split} is for data sets of the hub, and "
+            "all data sets here are files; leave it out"
+        )
 
 
 def _check_rewards(config: Config) -> None:

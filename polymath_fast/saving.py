@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polymath_fast import checkpoint, rng, run_folder, step_folders
+from polymath_fast import checkpoint, run_folder, step_folders
 from polymath_fast.assembly import Parts
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
@@ -22,7 +22,6 @@ def save(settings: Config, parts: Parts) -> Path:
         trainer_state={
             "updates": parts.learner.optimizer.updates,
             "model": parts.identity,
-            "rng": rng.capture(),
             "pending": parts.pending.to_json(),
         },
         keep=settings.keep_checkpoints,

@@ -18,6 +18,8 @@ Row = tuple[str, dict[str, Any]]
 
 def read_rows(dataset: str, split: str) -> Iterator[Row]:
     """The rows of shipped:NAME, a .jsonl or .parquet file, or a hub id. Raises UserError."""
+    if on_hub(dataset):
+        return _hub(dataset, split)
     if dataset.startswith("shipped:"):
         return _shipped(dataset.removeprefix("shipped:"))
     path = Path(dataset).expanduser()
@@ -26,12 +28,17 @@ def read_rows(dataset: str, split: str) -> Iterator[Row]:
             what = "a folder" if path.is_dir() else "not there"
             raise UserError(f"--dataset {dataset} is {what}; give a .jsonl or .parquet file")
         return _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
-    if path.exists() or dataset.startswith((".", "/", "~")):
-        raise UserError(
-            f"--dataset {dataset}: not a .jsonl or .parquet file; save it as jsonl with one "
-            '{"problem": ..., "answer": ...} a line'
-        )
-    return _hub(dataset, split)
+    raise UserError(
+        f"--dataset {dataset}: not a .jsonl or .parquet file; save it as jsonl with one "
+        '{"problem": ..., "answer": ...} a line'
+    )
+
+
+def on_hub(dataset: str) -> bool:
+    """Whether this is the id of a data set on the hub, which has splits."""
+    path = Path(dataset).expanduser()
+    local = dataset.startswith(("shipped:", ".", "/", "~")) or path.suffix in (".jsonl", ".parquet")
+    return not local and not path.exists()
 
 
 def held_out(dataset: str | None) -> str | None:

@@ -55,6 +55,13 @@ def rotate(root: Path, step: int, keep: int) -> None:
             _remove(folder)
 
 
+def forget_after(root: Path, step: int) -> None:
+    """Delete the checkpoints past `step`."""
+    for number, folder in steps(root):
+        if number > step:
+            _remove(folder)
+
+
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; a kill in the middle must not leave half of one under its name."""
     doomed = folder.with_name(f"tmp_{folder.name}_{uuid.uuid4().hex[:8]}")

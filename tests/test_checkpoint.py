@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polymath_fast import checkpoint, manifest, rng
+from polymath_fast import checkpoint, manifest, step_folders
 from polymath_fast.errors import UserError
 
 MODEL = {"name": "org/tiny", "shape": {"model_type": "llama", "hidden_size": 8, "vocab_size": 32}}
@@ -452,23 +452,21 @@ def test_killed_at_random_times(tmp_path):
     assert all(name.startswith("step_") for name in step_names(tmp_path))
 
 
-def test_random_states_survive_json(tmp_path):
-    import numpy as np
+def test_going_back_to_a_checkpoint_leaves_the_later_ones(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    paths = {step: save(run, step, keep=3) for step in (5, 10, 15)}
 
-    def draw():
-        return (
-            random.random(),
-            random.gauss(0, 1),
-            np.random.rand(3).tolist(),
-            torch.rand(3).tolist(),
-        )
+    def go_back(option, folder):
+        found = checkpoint.resume(option, run, on_skip=lambda *_: None)
+        checkpoint.go_back(option, folder, found)
+        return [step for step, _ in step_folders.steps(run / "checkpoints")]
 
-    random.gauss(0, 1)
-    save(tmp_path, 1, trainer_state={"model": MODEL, "rng": rng.capture()})
-    expected = draw()
-    random.seed(1), np.random.seed(2), torch.manual_seed(3)
-    rng.restore(find(tmp_path).state["rng"])
-    assert draw() == expected
+    assert go_back("auto", run) == go_back(str(run), run) == [5, 10, 15]
+    assert go_back(str(paths[5]), other) == [5, 10, 15]  # another run begins from there
+    (paths[10] / "config.json").write_text("torn")
+    assert go_back(str(paths[10]), run) == [5, 10, 15]  # an earlier one stands in for it
+    assert go_back(str(paths[5]), run) == [5]
+    assert checkpoint.resume("auto", run, on_skip=lambda *_: None).step == 5
 
 
 def test_import_is_light():

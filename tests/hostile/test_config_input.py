@@ -212,6 +212,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("--eval-temperature nan", ["--eval-temperature is nan"]),
         ("--eval-temperature 0.001", ["0 (greedy)"]),
         ("--eval-k 8", ["--eval-k is 8", "greedy", "--eval-temperature 0.6"]),
+        ("--dataset-split test --dataset my.jsonl", ["test", "files", "leave it out"]),
+        ("--dataset-split test --dataset shipped:rectangle", ["test", "leave it out"]),
         ("--tokens-per-microbatch 95", ["95", "--max-completion-length (96)", "16384 works"]),
         ("--warmup-steps 20", ["--warmup-steps is 20 of 20", "0 works"]),
         ("--reward math format --reward-weights 1", ["1 values for 2", "--reward-weights 1.0 1.0"]),
