@@ -209,6 +209,9 @@ def _write(
     save_file(dict(tensors), trainer / "state.safetensors")
     text = json.dumps(state, indent=1, allow_nan=False)
     (trainer / "state.json").write_text(text + "\n", encoding="utf-8")
+    readers = (folder / "config.json").stat().st_mode  # safetensors lets nobody but the owner read
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(readers)
     manifest.write(folder, step=step)
 
 

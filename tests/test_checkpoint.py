@@ -452,6 +452,12 @@ def test_killed_at_random_times(tmp_path):
     assert all(name.startswith("step_") for name in step_names(tmp_path))
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    folder = save(tmp_path, 1)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*.*")}
+    assert modes["model.safetensors"] == modes["state.safetensors"] == modes["config.json"]
+
+
 def test_going_back_to_a_checkpoint_leaves_the_later_ones(tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     paths = {step: save(run, step, keep=3) for step in (5, 10, 15)}

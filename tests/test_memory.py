@@ -145,7 +145,8 @@ def test_scratch_memory_in_the_cache_is_not_counted_twice() -> None:
         for dtype in ("bfloat16", "float32")
     }
     for device, dtype, spared in (
-        ("cpu", "float32", logits + sums),
+        ("cpu", "bfloat16", logits + sums),
+        ("cpu", "float32", logits),
         ("cuda", "bfloat16", 2 * chunks["bfloat16"] + sums),
         ("cuda", "float32", 4 * chunks["float32"]),  # there the sum is the gradient itself
     ):

@@ -59,8 +59,7 @@ class Learner:
         self.config = config
         self.reference = reference
         self.optimizer = FlatAdamW(policy.model, config, storage)
-        if policy.device.type == "cpu":
-            workspace.trim()  # the weights have left where they were loaded
+        self._trim()
         self.tree_rule = rule_for(
             config.prefix_tree, policy.device, policy.head.weight.dtype, policy.head_dim
         )
@@ -85,6 +84,7 @@ class Learner:
             config, needed, self.microbatch_tokens, self.optimizer.zero_grad, self.tree_rule
         ):
             found = self._learn(needed, loss_spec(config, divisors), step)
+        self._trim()
         duplicates, shared = shared_token_ratio(needed)
         return found | {
             "learning_rate": learning_rate_at(step, config),
@@ -106,6 +106,11 @@ class Learner:
             norm, updated = self.optimizer.step(learning_rate_at(step, config))
             metrics.add_update(norm, updated)
         return metrics.result()
+
+    def _trim(self) -> None:
+        """A CPU's heap keeps what the loader, or the layers of an update, had for a while."""
+        if self.policy.device.type == "cpu":
+            workspace.trim()
 
     @property
     def microbatch_tokens(self) -> int:

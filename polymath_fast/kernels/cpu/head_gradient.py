@@ -39,7 +39,9 @@ class HeadGradient:
         hidden, weight = head.hidden, head.weight
         self._d_hidden = torch.zeros_like(hidden) if needs[0] else None
         self._d_weight = None
-        if needs[1]:
+        if needs[1] and weight.dtype == torch.float32:
+            self._d_weight = torch.empty_like(weight)  # the sum is the result
+        elif needs[1]:
             self._d_weight = buffer("weight_gradient", tuple(weight.shape), torch.float32)
         self._d_bias = torch.zeros(head.vocab) if needs[2] else None
         self._live: list[torch.Tensor] = []
@@ -94,7 +96,7 @@ class HeadGradient:
         d_weight = d_bias = None
         if self._d_weight is not None:
             filled = self._d_weight if self._started else self._d_weight.zero_()
-            d_weight = filled.to(weight.dtype, copy=True)
+            d_weight = filled.to(weight.dtype)
         if self._d_bias is not None:
             d_bias = self._d_bias.to(bias.dtype)
         return self._d_hidden, d_weight, d_bias

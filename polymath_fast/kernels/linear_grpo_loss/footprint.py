@@ -23,7 +23,8 @@ def head_bytes(
         some_columns: whether `vocab_tol` chooses columns of the vocabulary.
     """
     if gpu is None:
-        return 12 * min(_CPU_LOGITS, count * vocab) + 8 * vocab * depth
+        sums = 4 if dtype == torch.float32 else 8
+        return 12 * min(_CPU_LOGITS, count * vocab) + sums * vocab * depth
     return budget.head_bytes(count, vocab, depth, dtype, gpu, some_columns=some_columns)
 
 
@@ -32,8 +33,9 @@ def lendable_bytes(
 ) -> list[int]:
     """Of these, the largest pieces that may lie in lent memory (`kernels.scratch`)."""
     if gpu is None:
-        return [4 * min(_CPU_LOGITS, count * vocab)] * 3 + [4 * vocab * depth]
-    rows = min(count, budget.chunk_rows(count, vocab, depth, dtype, gpu))
-    chunk = rows * budget.CELLS[dtype] * budget.width_of(vocab)
+        chunks = [4 * min(_CPU_LOGITS, count * vocab)] * 3
+    else:
+        rows = min(count, budget.chunk_rows(count, vocab, depth, dtype, gpu))
+        chunks = [rows * budget.CELLS[dtype] * budget.width_of(vocab)]
     # the sum of a float32 weight's gradient is the result itself
-    return [chunk] if dtype == torch.float32 else [chunk, 4 * vocab * depth]
+    return chunks if dtype == torch.float32 else [*chunks, 4 * vocab * depth]
