@@ -114,5 +114,5 @@ def test_the_learner_is_timed_where_it_fits() -> None:
         device="cuda",
         gpu=Gpu(85_017_493_504, 132, "hopper"),
     )
-    parts.pop("KV cache")
+    assert "KV cache" not in parts  # of a sampler, which needs less
     assert 40 < sum(parts.values()) < 0.9 * 78

@@ -402,14 +402,14 @@ def test_masked_tokens_enter_no_product(far) -> None:
 @pytest.mark.parametrize("tol", [0.0, 0.3], ids=["all-columns", "some-columns"])
 def test_scratch_is_what_the_budget_says(dtype, tol, monkeypatch) -> None:
     """Of several chunks; `memory.estimate` counts by the same functions."""
-    monkeypatch.setattr(budget, "SMALLEST_BUDGET", 130 * budget.CELLS[dtype] * 2048)
-    count, vocab, depth, held = 200, 2000, 16, []
+    monkeypatch.setattr(budget, "SMALLEST_BUDGET", 130 * budget.CELLS[dtype] * 1024)
+    count, vocab, depth, held = 200, 1000, 16, []
 
     def noting(owner: type) -> None:
         release = owner.release
 
         def note(self) -> None:
-            held.append(sum(buffer.nbytes for buffer in self._buffers.values()))
+            held.append(sum(buffer.nbytes for buffer in self._scratch._buffers.values()))
             release(self)
 
         monkeypatch.setattr(owner, "release", note)
