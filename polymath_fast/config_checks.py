@@ -182,9 +182,7 @@ def _check_loss(config: Config) -> None:
         raise UserError(
             "--loss-type cispo needs --epsilon-high, the largest ratio itself; 5.0 works"
         )
-    if config.kl_estimator != type(config).__dataclass_fields__["kl_estimator"].default and (
-        not config.beta
-    ):
+    if config.kl_estimator != type(config).kl_estimator and not config.beta:
         raise UserError(
             f"--kl-estimator is {config.kl_estimator}, which nothing reads without --beta; "
             "leave it out, or add --beta 0.001"
