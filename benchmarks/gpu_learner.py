@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 from benchmarks import gpu_sizes, gpu_timing
 from benchmarks.gpu_sections import rates
 from benchmarks.rivals import chosen_logprobs
-from polymath_fast import random_models
 from polymath_fast.config import Config
 from polymath_fast.kernels.policy_loss import policy_loss
 from polymath_fast.learner.packing import TrainingRow
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.step import Divisors, Learner, loss_spec
 from polymath_fast.memory import parameters
+from polymath_fast.models import random_models
 
 LIMITS = {"loss": 1e-5, "logprobs": 5e-5, "gradient": 3e-5}
 """the first two absolute; the last of each parameter's norm; float32 products are three of TF32"""

@@ -38,8 +38,9 @@ class Job:
 def ours(job: Job, engine: str) -> list[dict[str, float]]:
     """polymath_fast's own training step with everything around it."""
     from benchmarks.ablations import switched_off
-    from polymath_fast import assembly, train
+    from polymath_fast import train
     from polymath_fast.config import Config
+    from polymath_fast.run import assembly
 
     with tempfile.TemporaryDirectory() as folder:
         config = Config(

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.case import Case
 from benchmarks.timing import Variants
 from polymath_fast.kernels import SegmentTable, weight_sync
-from polymath_fast.random_models import FAMILIES
+from polymath_fast.models.random_models import FAMILIES
 
 Pairs = list[tuple[Tensor, Tensor]]
 _STACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}
@@ -127,7 +127,7 @@ def _shapes(shape: dict[str, Any]) -> dict[str, torch.Size]:
     """Hugging Face name -> shape, in the order of transformers' parameters; a tied head once."""
     from transformers import AutoModelForCausalLM
 
-    from polymath_fast.random_models import config_of
+    from polymath_fast.models.random_models import config_of
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(shape))

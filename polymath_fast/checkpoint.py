@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymath_fast import manifest, step_folders
 from polymath_fast.errors import UserError
+from polymath_fast.folders import manifest, step_folders
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -115,20 +115,15 @@ def model_and_memory(model: str) -> Iterator[Fact]:
     """Where a model is and what training it with the default settings takes."""
     import torch
 
-    from polymath_fast import (
-        config,
-        embedded_model,
-        memory,
-        models,
-        precision,
-        random_models,
-        rollout,
-    )
-    from polymath_fast.cache import cache_dir
+    from polymath_fast import memory, models, precision, rollout
+    from polymath_fast.config.command_line import parse
+    from polymath_fast.config.settings import EMBEDDED_MODEL
+    from polymath_fast.folders.cache import cache_dir
+    from polymath_fast.models import embedded_model, random_models
 
     yield "cache", str(cache_dir())
-    settings = config.parse(["--model", model])
-    if model == config.EMBEDDED_MODEL:
+    settings = parse(["--model", model])
+    if model == EMBEDDED_MODEL:
         shape = random_models.FAMILIES["smollm2-135m"]
         there = "installed" if embedded_model.is_installed() else "not installed: "
         yield model, there if there == "installed" else there + embedded_model.INSTALL
@@ -160,7 +155,7 @@ def report(model: str, self_test: bool) -> dict[str, list[Fact]]:
         "model and memory": lambda: model_and_memory(model),
     }
     if self_test:
-        from polymath_fast.self_test import run
+        from polymath_fast.run.self_test import run
 
         sections["self-test"] = run
     return {title: list(_safely(facts)) for title, facts in sections.items()}

@@ -14,23 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import (
-    environment,
-    eval_files,
-    eval_results,
-    models,
-    precision,
-    prompts,
-    rollout,
-    sources,
-)
-from polymath_fast.config import DEFAULT_SAMPLE
-from polymath_fast.console import print_error
+from polymath_fast import environment, models, precision, rollout
+from polymath_fast.config.settings import DEFAULT_SAMPLE
 from polymath_fast.errors import EngineError, UserError
-from polymath_fast.eval_files import EvalProblem, Grading
-from polymath_fast.eval_settings import EvalSettings, parse
-from polymath_fast.grading import EvalResult, evaluate_samples
-from polymath_fast.samples import Sample, load_tokenizer
+from polymath_fast.evaluation import problem_files, result_folder
+from polymath_fast.evaluation.grading import EvalResult, evaluate_samples
+from polymath_fast.evaluation.problem_files import EvalProblem, Grading
+from polymath_fast.evaluation.settings import EvalSettings, parse
+from polymath_fast.monitor.console import print_error
+from polymath_fast.samples import Sample, load_tokenizer, prompts, sources
 
 _COMPLETIONS_AT_ONCE = 2048
 
@@ -50,34 +42,34 @@ def evaluate(settings: EvalSettings) -> dict[str, EvalResult]:
     tokenizer = load_tokenizer(model_dir)
     context = models.context_length(model_dir)
     asked = _ask(problems, settings, tokenizer, context)
-    folder = eval_results.new_folder(settings.output_dir)
+    folder = result_folder.new_folder(settings.output_dir)
     results: dict[str, EvalResult] = {}
     with ExitStack() as stack:
-        grader = stack.enter_context(eval_results.grader(settings.reward_timeout))
+        grader = stack.enter_context(result_folder.grader(settings.reward_timeout))
         engine = _start_engine(settings, model_dir, tokenizer, asked)
         stack.callback(engine.close)
         for source, samples in asked.items():
             parts = []
             for part in _parts(engine, tokenizer, source, samples, settings, grader.score):
-                eval_results.write_rows(folder / eval_results.COMPLETIONS, part.rows)
+                result_folder.write_rows(folder / result_folder.COMPLETIONS, part.rows)
                 parts.append(part)
                 done = sum(len(part.per_problem) for part in parts)
                 print(f"{source}: {done} of {len(samples)} problems", flush=True)
             results[source] = _joined(parts)
-    eval_results.write_result(folder, asdict(settings), results)
-    print(f"{table(results)}\n{folder / eval_results.RESULT}")
+    result_folder.write_result(folder, asdict(settings), results)
+    print(f"{table(results)}\n{folder / result_folder.RESULT}")
     return results
 
 
 def _regrade(settings: EvalSettings, grading: Grading) -> dict[str, EvalResult]:
     path = Path(settings.result_path or "")
-    with eval_results.grader(settings.reward_timeout) as grader:
-        results = eval_results.regrade(path, grading, grader)
-    folder = eval_results.new_folder(settings.output_dir)
+    with result_folder.grader(settings.reward_timeout) as grader:
+        results = result_folder.regrade(path, grading, grader)
+    folder = result_folder.new_folder(settings.output_dir)
     for result in results.values():
-        eval_results.write_rows(folder / eval_results.COMPLETIONS, result.rows)
-    eval_results.write_result(folder, asdict(settings), results, regraded_from=path)
-    print(f"{table(results)}\n{folder / eval_results.RESULT}")
+        result_folder.write_rows(folder / result_folder.COMPLETIONS, result.rows)
+    result_folder.write_result(folder, asdict(settings), results, regraded_from=path)
+    print(f"{table(results)}\n{folder / result_folder.RESULT}")
     return results
 
 
@@ -88,14 +80,14 @@ def _problems(settings: EvalSettings, grading: Grading) -> list[EvalProblem]:
         print(f"no --dataset is given: evaluating {entries[0]}")
     problems: list[EvalProblem] = []
     for entry in entries:
-        found = eval_files.read(entry, settings.dataset_split, grading)
+        found = problem_files.read(entry, settings.dataset_split, grading)
         new = found[: settings.max_problems]
         shared = {problem.source for problem in new} & {problem.source for problem in problems}
         if shared:
             name = sorted(shared)[0]
             raise UserError(
                 f"--dataset {entry}: there is a source {name!r} already; name one of them, e.g. "
-                f"{eval_files.split_name(entry)[0]}={name}_2"
+                f"{problem_files.split_name(entry)[0]}={name}_2"
             )
         problems += new
     grading.require_known({problem.source for problem in problems})

@@ -10,17 +10,18 @@ import sys
 import time
 from pathlib import Path
 
-from polymath_fast import assembly, config, saturation
-from polymath_fast.assembly import Parts
-from polymath_fast.clock import Clock
 from polymath_fast.config import Config
-from polymath_fast.console import print_error, say
+from polymath_fast.config.command_line import parse
 from polymath_fast.errors import EngineError, UserError
-from polymath_fast.interrupt import Interrupt, Stopped
 from polymath_fast.monitor import peak_memory_gib
+from polymath_fast.monitor.clock import Clock
+from polymath_fast.monitor.console import print_error, say
 from polymath_fast.rewards import RewardResult
 from polymath_fast.rollout.types import RolloutBatch
-from polymath_fast.saving import last_saved, rescue, save
+from polymath_fast.run import assembly, saturation
+from polymath_fast.run.assembly import Parts
+from polymath_fast.run.interrupt import Interrupt, Stopped
+from polymath_fast.run.saving import last_saved, rescue, save
 
 NONFINITE_LIMIT = 3  # batches in a row without a finite gradient after which a run stops
 
@@ -28,7 +29,7 @@ NONFINITE_LIMIT = 3  # batches in a row without a finite gradient after which a 
 def train(settings: Config) -> int:
     """Run the training that `settings` describe; returns the exit code."""
     if settings.dry_run:
-        from polymath_fast.dry_run import dry_run
+        from polymath_fast.run.dry_run import dry_run
 
         return dry_run(settings)
     parts = None
@@ -143,7 +144,7 @@ def _sync(settings: Config, parts: Parts, clock: Clock, skipped: bool) -> Except
 def evaluate(settings: Config, parts: Parts, step: int) -> None:
     """Score the held-out problems with the present weights and log the result."""
     for name, held_out in parts.inputs.held_out.items():
-        from polymath_fast.grading import evaluate_samples
+        from polymath_fast.evaluation.grading import evaluate_samples
         from polymath_fast.rollout.collect import derived_seed
 
         parts.monitor.phase(f"evaluate {name}")
@@ -182,7 +183,7 @@ def _due(step: int, every: int) -> bool:
 def main(args: list[str] | None = None) -> int:
     """Parse the command line and train; 2 for what the user can mend, 1 when the engine died."""
     try:
-        return train(config.parse(args))
+        return train(parse(args))
     except (UserError, EngineError) as error:
         print_error(error)
         return 2 if isinstance(error, UserError) else 1

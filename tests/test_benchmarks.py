@@ -13,7 +13,7 @@ from benchmarks import gpu_learner, gpu_operators, gpu_sizes, gpu_suite, run
 from polymath_fast import memory
 from polymath_fast.kernels.triton.budget import Gpu
 from polymath_fast.learner import step
-from polymath_fast.random_models import FAMILIES
+from polymath_fast.models.random_models import FAMILIES
 
 FLAGS = {
     "fpu sse2 avx avx2": "AVX2",

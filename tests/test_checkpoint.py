@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polymath_fast import checkpoint, manifest, step_folders
+from polymath_fast import checkpoint
 from polymath_fast.errors import UserError
+from polymath_fast.folders import manifest, step_folders
 
 MODEL = {"name": "org/tiny", "shape": {"model_type": "llama", "hidden_size": 8, "vocab_size": 32}}
 

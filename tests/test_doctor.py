@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from polymath_fast import doctor, self_test
+from polymath_fast import doctor
 from polymath_fast.kernels import dispatch
+from polymath_fast.run import self_test
 
 
 def facts(model: str = "embedded:smollm2") -> dict[str, dict[str, str]]:

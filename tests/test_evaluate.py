@@ -12,12 +12,13 @@ import sys
 
 import pytest
 
-from polymath_fast import eval_files, eval_results, evaluate, rewards
+from polymath_fast import evaluate, rewards
 from polymath_fast.errors import UserError
-from polymath_fast.estimates import estimate, pass_at_k, wilson
-from polymath_fast.eval_files import Grading
-from polymath_fast.eval_settings import EvalSettings
-from polymath_fast.grading import evaluate_samples
+from polymath_fast.evaluation import problem_files, result_folder
+from polymath_fast.evaluation.estimates import estimate, pass_at_k, wilson
+from polymath_fast.evaluation.grading import evaluate_samples
+from polymath_fast.evaluation.problem_files import Grading
+from polymath_fast.evaluation.settings import EvalSettings
 from polymath_fast.rollout.types import Completion
 from polymath_fast.samples import Sample
 
@@ -67,14 +68,16 @@ def file_of(tmp_path):
     ],
 )
 def test_rows_of_known_sets_load(file_of, name, answer, letter, letters):
-    (item,) = eval_files.read(file_of(name, ROWS[name]), "test", Grading())
+    (item,) = problem_files.read(file_of(name, ROWS[name]), "test", Grading())
     assert (item.problem.answer, item.letter, item.letters) == (answer, letter, letters)
     assert item.source == ("minerva_verl" if name == "verl" else name)
     assert item.problem.text.startswith("p")
 
 
 def test_options_are_shown_and_context_comes_first(file_of):
-    (item,) = eval_files.read(file_of("m", ROWS["mmlu"] | {"context": "Cells."}), "test", Grading())
+    (item,) = problem_files.read(
+        file_of("m", ROWS["mmlu"] | {"context": "Cells."}), "test", Grading()
+    )
     lines = item.problem.text.splitlines()
     assert lines == [
         *("Cells.", "p", "A. a", "B. b", "C. c", "D. d"),
@@ -84,11 +87,11 @@ def test_options_are_shown_and_context_comes_first(file_of):
 
 def test_sources_may_be_graded_otherwise(file_of):
     path = file_of("m", ROWS["mmlu"])
-    (item,) = eval_files.read(path + "=x", "test", Grading(open_ended=["x"]))
+    (item,) = problem_files.read(path + "=x", "test", Grading(open_ended=["x"]))
     assert (item.source, item.problem.text, item.problem.answer) == ("x", "p", "c")
     assert item.letter is None
     path = file_of("gpqa", {"problem": "p (A) 1 (B) 2", "answer": "(b)"})
-    (item,) = eval_files.read(path, "test", Grading(multiple_choice=["gpqa"]))
+    (item,) = problem_files.read(path, "test", Grading(multiple_choice=["gpqa"]))
     assert item.letter == "B"
     with pytest.raises(UserError, match="in --open-ended-sources and in --mcp-sources"):
         Grading(open_ended=["x"], multiple_choice=["x"])
@@ -109,7 +112,7 @@ def test_sources_may_be_graded_otherwise(file_of):
 )
 def test_rows_that_cannot_be_graded_are_named(file_of, row, said):
     with pytest.raises(UserError, match=said):
-        eval_files.read(file_of("f", row), "test", Grading())
+        problem_files.read(file_of("f", row), "test", Grading())
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one():
@@ -360,8 +363,8 @@ def test_an_unknown_flag_names_the_nearest():
 def test_a_broken_completions_file_is_named(tmp_path, line):
     (tmp_path / "result.json").write_text('{"completions": "completions.jsonl"}')
     (tmp_path / "completions.jsonl").write_text(line + "\n")
-    with eval_results.grader(1.0) as grader, pytest.raises(UserError, match="completions.jsonl:1"):
-        eval_results.regrade(tmp_path / "result.json", Grading(), grader)
+    with result_folder.grader(1.0) as grader, pytest.raises(UserError, match="completions.jsonl:1"):
+        result_folder.regrade(tmp_path / "result.json", Grading(), grader)
 
 
 def test_defaults_are_greedy_and_single():

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from polymath_fast.interrupt import Interrupt
+from polymath_fast.run.interrupt import Interrupt
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -64,7 +64,7 @@ def test_other_threads_leave_the_handlers_alone():
 
 _RUN = """
 import sys, time
-from polymath_fast.interrupt import Interrupt
+from polymath_fast.run.interrupt import Interrupt
 with Interrupt() as interrupt:
     for step in range(1, 1000):
         print("begin", step, flush=True)
@@ -113,4 +113,4 @@ def test_twice_ends_a_process_in_the_middle_of_its_step():
     child.send_signal(signal.SIGINT)
     output, errors = child.communicate(timeout=20)
     assert time.monotonic() - started < 10
-    assert output == "" and "polymath_fast.interrupt.Stopped" in errors
+    assert output == "" and "polymath_fast.run.interrupt.Stopped" in errors

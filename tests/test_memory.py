@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from polymath_fast import memory, random_models
+from polymath_fast import memory
 from polymath_fast.config import Config
 from polymath_fast.kernels.triton.budget import Gpu, chunk_rows, head_bytes
 from polymath_fast.learner import fused_layers
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
-from polymath_fast.models import resolve_model
+from polymath_fast.models import random_models, resolve_model
 from polymath_fast.precision import torch_dtype
 
 PUBLISHED = {

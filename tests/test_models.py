@@ -17,9 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from polymath_fast import cache, embedded_model, manifest, models, random_models
+from polymath_fast import models
 from polymath_fast.errors import UserError
-from polymath_fast.models import check_folder, context_length, resolve_model
+from polymath_fast.folders import cache, manifest
+from polymath_fast.models import (
+    check_folder,
+    context_length,
+    embedded_model,
+    random_models,
+    resolve_model,
+)
 
 
 @pytest.fixture

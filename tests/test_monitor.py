@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from polymath_fast import console as view
-from polymath_fast import evaluate, run_data, status, trackers, train
+from polymath_fast import evaluate, train
 from polymath_fast.errors import UserError
-from polymath_fast.monitor import Monitor, pick
+from polymath_fast.folders import run_data
+from polymath_fast.monitor import Monitor, pick, status, trackers
+from polymath_fast.monitor import console as view
 from polymath_fast.report import __main__ as report
 
 

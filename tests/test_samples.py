@@ -13,11 +13,19 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from polymath_fast import held_out, problems, prompts, sources
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.models import resolve_model
-from polymath_fast.samples import Sample, from_config, load_samples, load_tokenizer
+from polymath_fast.samples import (
+    Sample,
+    from_config,
+    held_out,
+    load_samples,
+    load_tokenizer,
+    problems,
+    prompts,
+    sources,
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from polymath_fast import saturation
 from polymath_fast.config import Config
 from polymath_fast.rewards import RewardResult
 from polymath_fast.rollout.types import Group, RolloutBatch
+from polymath_fast.run import saturation
 
 REWARD = """
 calls = 0

@@ -11,8 +11,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import run_data
 from polymath_fast.errors import UserError
+from polymath_fast.folders import run_data
 
 NAME = "report.html"
 

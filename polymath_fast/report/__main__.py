@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from polymath_fast.console import print_error
 from polymath_fast.errors import UserError
+from polymath_fast.monitor.console import print_error
 from polymath_fast.report import write_report
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import run_data
+from polymath_fast.folders import run_data
 
 MAX_STEPS = 40
 MAX_PROMPTS = 4

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import polymath_fast
-from polymath_fast import run_data
-from polymath_fast.console import printable
+from polymath_fast.folders import run_data
+from polymath_fast.monitor.console import printable
+from polymath_fast.monitor.status import duration
 from polymath_fast.report import panels
 from polymath_fast.report.completions import Completions, StepPicks
-from polymath_fast.status import duration
 
 Rows = list[dict[str, Any]]
 MAX_TEXT = 3000

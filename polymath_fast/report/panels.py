@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable
 from typing import Any
 
-from polymath_fast import run_data
+from polymath_fast.folders import run_data
 from polymath_fast.report import charts
 from polymath_fast.report.charts import Series
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from polymath_fast.config import parse
+from polymath_fast.config.command_line import parse
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from polymath_fast import train
-from polymath_fast.config import Config, parse
+from polymath_fast.config import Config
+from polymath_fast.config.command_line import parse
 from polymath_fast.errors import UserError
 
 HUGE = 10**30
@@ -294,7 +295,7 @@ def test_values_that_begin_with_a_hyphen_are_values() -> None:
 
 
 def test_a_wrong_type_ends_the_process_with_code_2_and_writes_nothing(tmp_path: Path) -> None:
-    code = "from polymath_fast.config import parse; parse(['--seed', 'x'])"
+    code = "from polymath_fast.config.command_line import parse; parse(['--seed', 'x'])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from polymath_fast import run_folder
 from polymath_fast.errors import UserError
-from polymath_fast.run_folder import LOCK_FILE, RunLock, prepare
+from polymath_fast.folders import run_folder
+from polymath_fast.folders.run_folder import LOCK_FILE, RunLock, prepare
 
 
 def earlier_run(path: Path) -> Path:
@@ -238,7 +238,7 @@ def test_second_run_in_the_same_folder(tmp_path):
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from polymath_fast.run_folder import RunLock
+from polymath_fast.folders.run_folder import RunLock
 RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(60)

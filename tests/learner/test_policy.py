@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from polymath_fast import random_models
 from polymath_fast.errors import UserError
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy, shared_prompt_attention
-from polymath_fast.models import resolve_model
+from polymath_fast.models import random_models, resolve_model
 
 PROMPTS = [(5, 9, 17, 33, 70), (8, 21)]
 COMPLETIONS = [[40, 41, 42, 43, 44, 45], [50], [60, 61, 62]]

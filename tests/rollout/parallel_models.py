@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from polymath_fast import random_models
+from polymath_fast.models import random_models
 
 SMALL = {
     "hidden_size": 128,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from parallel_models import SMALL, build, make_folder, weights_of
 
-from polymath_fast import random_models
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import weight_sync
+from polymath_fast.models import random_models
 from polymath_fast.rollout.segments import record
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

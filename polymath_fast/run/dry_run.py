@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import assembly, console, memory, models
-from polymath_fast.assembly import Inputs
+from polymath_fast import memory, models
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
+from polymath_fast.monitor import console
+from polymath_fast.run.inputs import Inputs, read_inputs
+from polymath_fast.run.plan import plan
 
 
 def dry_run(config: Config) -> int:
     """Check model, samples, rewards and memory, print the plan, write nothing. Returns 0."""
     out = console.make_console()
-    inputs = assembly.read_inputs(config)
+    inputs = read_inputs(config)
     try:
-        facts = assembly.plan(config, inputs, None, 0)
+        facts = plan(config, inputs, None, 0)
         facts["prompt"] = f"{len(inputs.samples[0].prompt_ids)} tokens: {inputs.samples[0].prompt}"
         facts |= _reward_facts(inputs)
         facts |= _memory_facts(config, inputs)

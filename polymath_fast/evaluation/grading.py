@@ -8,7 +8,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
-from polymath_fast.estimates import Estimate, estimate, pass_at_k
+from polymath_fast.evaluation.estimates import Estimate, estimate, pass_at_k
 from polymath_fast.rollout.types import Completion, SamplingOptions
 
 if TYPE_CHECKING:

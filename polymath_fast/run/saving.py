@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polymath_fast import checkpoint, run_folder, step_folders
-from polymath_fast.assembly import Parts
+from polymath_fast import checkpoint
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
+from polymath_fast.folders import run_folder, step_folders
+from polymath_fast.run.assembly import Parts
 
 
 def save(settings: Config, parts: Parts) -> Path:

@@ -10,7 +10,7 @@ from typing import get_args, get_origin
 
 from polymath_fast.errors import UserError
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parents[1] / "presets"
 
 
 def values_of(flag: str, args: Sequence[str]) -> list[str]:

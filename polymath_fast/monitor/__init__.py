@@ -21,12 +21,12 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from polymath_fast import console as view
-from polymath_fast import run_data
 from polymath_fast.errors import UserError
-from polymath_fast.run_folder import evaluate_command, resume_command
-from polymath_fast.status import Status
-from polymath_fast.trackers import Tracker
+from polymath_fast.folders import run_data
+from polymath_fast.folders.run_folder import evaluate_command, resume_command
+from polymath_fast.monitor import console as view
+from polymath_fast.monitor.status import Status
+from polymath_fast.monitor.trackers import Tracker
 
 
 class Monitor:

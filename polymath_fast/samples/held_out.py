@@ -1,7 +1,8 @@
 """Makes the held-out problems of the shipped sample `rectangle`: other products of two numbers.
 
-python -m polymath_fast.held_out [FILE] writes the file that ships with the package. No problem
-shares a number, or the product, with the training sample, so a right answer was not memorised.
+python -m polymath_fast.samples.held_out [FILE] writes the file that ships with the package. No
+problem shares a number, or the product, with the training sample, so a right answer was not
+memorised.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 import sys
 from pathlib import Path
 
-from polymath_fast.sources import SHIPPED
+from polymath_fast.samples.sources import SHIPPED
 
 TRAINED = (24, 15)
 COUNT = 60

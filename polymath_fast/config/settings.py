@@ -1,4 +1,4 @@
-"""Every setting of a training run: one flat, frozen dataclass, whose fields are the flags.
+"""Every setting of a training run, in sections.
 
 The string below a field is its help text, its annotation holds its range, and its default stands
 here and nowhere else. Sections only group the flags in --help. Importing this loads neither torch
@@ -7,16 +7,10 @@ nor the parser.
 
 from __future__ import annotations
 
-import math
-import os
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, make_dataclass
-from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from polymath_fast import config_checks, toml_flags
-from polymath_fast.config_checks import Range
+from polymath_fast.config.ranges import Range
 
 EMBEDDED_MODEL = "embedded:smollm2"
 DEFAULT_SAMPLE = "shipped:rectangle"
@@ -250,128 +244,3 @@ SECTIONS = {
     "run": RunSettings,
     "evaluation": EvaluationSettings,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(
-    EvaluationSettings,
-    RunSettings,
-    OptimizerSettings,
-    LossSettings,
-    RewardSettings,
-    RolloutSettings,
-    SampleSettings,
-    ModelSettings,
-):
-    """All settings of a run. Raises UserError when one cannot work or two do not fit together."""
-
-    def __post_init__(self) -> None:
-        config_checks.check(self)
-        if self.question is None and self.dataset is None:
-            object.__setattr__(self, "dataset", DEFAULT_SAMPLE)
-
-    @property
-    def asked_generations(self) -> int:
-        """Completions that are asked for per group, with those of --oversample."""
-        # rounded first: 10 x 1.1 is a little more than 11
-        return math.ceil(round(self.num_generations * (1 + self.oversample), 6))
-
-    def to_toml(self) -> str:
-        """The settings as TOML that --config reads back into an equal Config.
-
-        Settings that are None are left out, for TOML has no null and None is always the default.
-        """
-        import tomli_w
-
-        from polymath_fast import __version__
-
-        values = asdict(self)
-        text = f"# every setting of a run of polymath_fast {__version__}\n"
-        for title, section in SECTIONS.items():
-            present = {f.name: values[f.name] for f in fields(section)}
-            present = {name: value for name, value in present.items() if value is not None}
-            text += f"\n# {title}\n{tomli_w.dumps(present)}"
-        return text
-
-    def write(self, path: Path) -> None:
-        """Write `to_toml()` to `path`, whole or not at all."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            partial.write_text(self.to_toml(), encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def parse(args: Sequence[str] | None = None, prog: str = "python -m polymath_fast.train") -> Config:
-    """Settings from the command line: defaults < --config left to right < flags.
-
-    The preset cpu_demo takes the place of --config when there is none and the model is the embedded
-    one. Raises UserError for an unknown flag or key, naming the nearest one, and for settings
-    that cannot work; a value of the wrong type ends the process with a message and code 2.
-    """
-    args = list(sys.argv[1:] if args is None else args)
-    configs = toml_flags.values_of("--config", args)
-    models = toml_flags.values_of("--model", args)
-    if not configs and models[-1:] in ([], [EMBEDDED_MODEL]):
-        configs = ["cpu_demo"]
-    kinds = get_type_hints(Config)
-    toml_flags.refuse_unknown(args, [*kinds, "config"])
-    words: list[str] = []
-    for name in configs:
-        path = toml_flags.find(name)
-        flags = toml_flags.read(path, kinds)
-        try:
-            _parse_flags(flags, prog)
-        except SystemExit:
-            print(f"in {path}", file=sys.stderr)
-            raise
-        words += [*_displaced_source(flags), *flags]
-    return Config(**_parse_flags([*words, *_displaced_source(args), *args], prog))
-
-
-def _displaced_source(words: Sequence[str]) -> list[str]:
-    """Flags that undo an earlier choice of sample where `words` choose another kind of source."""
-    question = toml_flags.values_of("--question", words)
-    dataset = toml_flags.values_of("--dataset", words)
-    if question and not dataset:
-        return ["--dataset=None"]
-    if dataset and not question:
-        return ["--question=None", "--answer=None"]
-    return []
-
-
-def _parse_flags(words: Sequence[str], prog: str) -> dict[str, object]:
-    """Let the parser read `words`; the sections become groups of --help, the flags stay flat."""
-    import tyro
-
-    sections = [
-        (title, Annotated[section, tyro.conf.OmitArgPrefixes], section())
-        for title, section in SECTIONS.items()
-    ]
-    source = (
-        "config",
-        Annotated[
-            tuple[str, ...],
-            tyro.conf.arg(
-                help="TOML files or presets ("
-                + ", ".join(sorted(path.stem for path in toml_flags.PRESETS.glob("*.toml")))
-                + ") with these settings; later ones win, flags win over all; cpu_demo when there "
-                "is none and the model is the embedded one"
-            ),
-        ],
-        (),
-    )
-    parser = make_dataclass("Settings", [source, *sections], frozen=True, kw_only=True)
-    parsed = tyro.cli(
-        parser,
-        args=words,
-        prog=prog,
-        description="Teach a language model from one sample, by reinforcement learning with a "
-        "verifiable reward.",
-    )
-    return {
-        field.name: getattr(getattr(parsed, title), field.name)
-        for title, section in SECTIONS.items()
-        for field in fields(section)
-    }

@@ -12,7 +12,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from polymath_fast import manifest
+from polymath_fast.folders import manifest
 
 STEP = re.compile(r"step_(\d+)")
 _ASIDE = re.compile(r"tmp_(\d+)_old")

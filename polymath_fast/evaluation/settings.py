@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from polymath_fast.config import EMBEDDED_MODEL
+from polymath_fast.config.settings import EMBEDDED_MODEL
 from polymath_fast.errors import UserError
 
 

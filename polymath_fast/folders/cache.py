@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from polymath_fast import manifest
 from polymath_fast.errors import UserError
+from polymath_fast.folders import manifest
 
 
 def cache_dir() -> Path:

@@ -16,9 +16,9 @@ from typing import Any
 
 from polymath_fast import __version__
 from polymath_fast.errors import UserError
-from polymath_fast.estimates import INTERVAL
-from polymath_fast.eval_files import LETTERS, Grading
-from polymath_fast.grading import EvalResult, grade
+from polymath_fast.evaluation.estimates import INTERVAL
+from polymath_fast.evaluation.grading import EvalResult, grade
+from polymath_fast.evaluation.problem_files import LETTERS, Grading
 from polymath_fast.rewards import RewardInput, RewardSet, Scores
 from polymath_fast.rewards.extraction import extract_answer, extract_choice
 from polymath_fast.rewards.math_reward import MathReward

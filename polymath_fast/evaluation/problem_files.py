@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import problems, sources
 from polymath_fast.errors import UserError
-from polymath_fast.problems import Problem
 from polymath_fast.rewards.extraction import last_box
+from polymath_fast.samples import problems, sources
+from polymath_fast.samples.problems import Problem
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LISTED_OPTION = re.compile(r"(?:^|\s)\(?([A-Z])[).:]\s")

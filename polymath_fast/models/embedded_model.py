@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymath_fast import cache
 from polymath_fast.errors import UserError
+from polymath_fast.folders import cache
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymath_fast import problems, prompts, sources
 from polymath_fast.errors import UserError
-from polymath_fast.problems import Problem
+from polymath_fast.samples import problems, prompts, sources
+from polymath_fast.samples.problems import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any
 
 from polymath_fast.errors import UserError
 
-SHIPPED = Path(__file__).parent / "data"
+SHIPPED = Path(__file__).parents[1] / "data"
 _BUILT_IN = SHIPPED / "samples.jsonl"
 Row = tuple[str, dict[str, Any]]
 """where a row stands (for messages), and its columns"""

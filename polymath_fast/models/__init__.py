@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import embedded_model, random_models
 from polymath_fast.errors import UserError
+from polymath_fast.models import embedded_model, random_models
 
 # Weights as safetensors, tokenizers and settings; never pickles, never code.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]

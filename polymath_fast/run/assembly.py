@@ -1,0 +1,158 @@
+"""The parts of a run, built from its settings in the order in which mistakes are cheapest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polymath_fast import checkpoint, memory, models, precision, rollout
+from polymath_fast.config import Config
+from polymath_fast.errors import UserError
+from polymath_fast.folders import run_folder
+from polymath_fast.monitor import Monitor
+from polymath_fast.rollout.partial import NOTHING, Pending
+from polymath_fast.run.inputs import Inputs, read_inputs
+from polymath_fast.run.plan import plan
+
+
+@dataclass
+class Parts:
+    """Everything the training loop works with."""
+
+    inputs: Inputs
+    run_dir: Path
+    monitor: Monitor
+    learner: Any
+    engine: Any
+    speculation: Any
+    identity: dict[str, Any]
+    steps_done: int
+    """the last step whose updates are made and whose row is written"""
+    updates_done: int
+    """updates the optimizer had made then; any other number means that a step broke off midway"""
+    steps_saved: int
+    """the step of the newest checkpoint, 0 for none"""
+    pending: Pending
+    """completions that the next step goes on with; changes from step to step"""
+
+
+@contextmanager
+def build(config: Config) -> Iterator[Parts]:
+    """Lock the run folder, resume if asked, load the learner, start the engine; closes them all."""
+    from polymath_fast.learner.policy import Policy
+    from polymath_fast.learner.step import Learner
+    from polymath_fast.rollout.speculation import Speculation, pass_rows
+
+    with ExitStack() as stack:
+        inputs = read_inputs(config)
+        stack.callback(inputs.rewards.close)
+        run_dir = run_folder.prepare(config.output_dir, resume=config.resume)
+        stack.enter_context(run_folder.RunLock(run_dir))
+        with run_folder.writing(run_dir):
+            checkpoint.sweep(run_dir)
+        identity = checkpoint.model_identity(config.model, models.read_config(inputs.model_dir))
+        resumed = _find_checkpoint(config, run_dir, identity)
+        steps_done = resumed.step if resumed else 0
+        with run_folder.writing(run_dir):
+            if resumed:
+                checkpoint.go_back(config.resume, run_dir, resumed)
+            config.write(run_dir / "config.toml")
+            monitor = Monitor(
+                run_dir, config, config.max_steps, trackers=config.log_to, start_step=steps_done
+            )
+        stack.enter_context(monitor)
+        monitor.plan(plan(config, inputs, run_dir, steps_done))
+        _set_threads(config)
+        dtype = precision.torch_dtype(inputs.dtype)
+        policy = Policy(
+            inputs.model_dir,
+            device=inputs.device,
+            dtype=dtype,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        monitor.phase("start the engine")
+        speculation = Speculation(config.speculate, pass_rows(inputs.device, inputs.dtype))
+        engine = rollout.build_engine(
+            inputs.engine_name,
+            model_dir=inputs.model_dir,
+            policy=policy,
+            stop_token_ids=rollout.stop_token_ids(inputs.model_dir, inputs.tokenizer),
+            max_model_len=inputs.longest_prompt + config.max_completion_length,
+            max_num_seqs=rollout.max_num_seqs(
+                config.asked_generations * config.groups_per_step,
+                inputs.engine_name,
+                inputs.device,
+            ),
+            device=inputs.device,
+            dtype=inputs.dtype,
+            seed=config.seed,
+            kv_cache_gib=memory.vllm_kv_cache_gib(
+                models.read_config(inputs.model_dir),
+                config,
+                inputs.longest_prompt,
+                device=inputs.device,
+                dtype=inputs.dtype,
+            ),
+            threads=config.threads,
+            weight_sync=inputs.sync_name,
+            readable_weights=config.verify_sync,
+            release_kv_cache=config.release_kv_cache,
+            reuse_kv_cache=config.reuse_kv_cache,
+            speculation=speculation,
+        )
+        stack.callback(engine.close)
+        reference = None
+        if config.beta:
+            reference = Policy(inputs.model_dir, device=inputs.device, dtype=dtype)
+        learner = Learner(policy, config, reference, engine.weights.attach(policy.model))
+        if resumed:
+            learner.optimizer.load(resumed.tensors(), resumed.state["updates"])
+            engine.weights.push(policy.named_weights(), learner.optimizer.updates)
+            speculation.load(resumed.tensors())
+        if config.verify_sync:
+            engine.weights.verify(policy.named_weights())
+        pending = NOTHING
+        if resumed and config.partial_rollouts:
+            pending = Pending.from_json(
+                resumed.state.get("pending", []), config.max_completion_length
+            )
+        yield Parts(
+            inputs,
+            run_dir,
+            monitor,
+            learner,
+            engine,
+            speculation,
+            identity,
+            steps_done=steps_done,
+            updates_done=learner.optimizer.updates,
+            steps_saved=steps_done,
+            pending=pending,
+        )
+
+
+def _find_checkpoint(config: Config, run_dir: Path, identity: dict[str, Any]):
+    if config.resume is None:
+        return None
+    found = checkpoint.resume(
+        config.resume, run_dir, on_skip=lambda path, why: print(f"skipped {path}: {why}")
+    )
+    if found is None:
+        return None
+    found.require_model(identity)
+    if found.step >= config.max_steps:
+        raise UserError(
+            f"--max-steps {config.max_steps}: the checkpoint {found.path} has done {found.step} "
+            f"steps already; --max-steps {found.step + 10} goes on"
+        )
+    return found
+
+
+def _set_threads(config: Config) -> None:
+    import torch
+
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))

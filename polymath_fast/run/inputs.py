@@ -1,0 +1,161 @@
+"""What a run is made from, checked before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polymath_fast import environment, models, precision, rewards, rollout, samples
+from polymath_fast.config import Config
+from polymath_fast.errors import UserError
+from polymath_fast.rewards import RewardSet
+from polymath_fast.samples import Sample, sources
+
+
+@dataclass
+class Inputs:
+    """What can be checked before any weight is loaded."""
+
+    model_dir: Path
+    tokenizer: Any
+    samples: list[Sample]
+    held_out: dict[str, list[Sample]]
+    rewards: RewardSet
+    engine_name: str
+    engine_reason: str
+    sync_name: str
+    sync_reason: str
+    device: str
+    dtype: str
+    dtype_reason: str
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, of training or evaluation."""
+        asked = [*self.samples, *(s for group in self.held_out.values() for s in group)]
+        return max(len(sample.prompt_ids) for sample in asked)
+
+    @property
+    def judges_answers(self) -> bool:
+        """Whether a reward compares answers with the right one (the built-in `math` does)."""
+        return any(reward.name == "math" for reward in self.rewards.rewards)
+
+
+def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs:
+    """Model folder, tokenizer, samples, rewards and engine choice; raises UserError."""
+    environment.prepare()
+    device = _device(config.device)
+    dtype, dtype_reason = precision.choose_dtype(config.dtype, device)
+    if config.master_weights == "remainder" and dtype != "bfloat16":
+        raise UserError(
+            f"--master-weights remainder completes bfloat16 weights, but here they are {dtype} "
+            f"({dtype_reason}), which need no master: leave it out, or pass --dtype bfloat16"
+        )
+    if config.offload_optimizer:
+        from polymath_fast.learner.offload import require_gpu
+
+        require_gpu(device)
+    engine_name, engine_reason = rollout.choose_engine(config.engine, config.kv_cache_gib)
+    if engine_name == "vllm":
+        from polymath_fast.rollout.vllm_process import check_version, require_dtype
+
+        check_version()
+        require_dtype(dtype, device)
+    model_dir = models.resolve_model(config.model, config.revision, notify)
+    if config.release_kv_cache:
+        _check_release(engine_name, device)
+    sync_name, sync_reason = rollout.choose_weight_sync(
+        config.weight_sync,
+        engine_name,
+        quantization=_quantization(models.read_config(model_dir)),
+        verify=config.verify_sync,
+    )
+    if config.speculate:
+        rollout.require_speculation(engine_name, sync_name)
+    if config.reuse_kv_cache:
+        rollout.require_kv_reuse(engine_name, sync_name)
+    tokenizer = samples.load_tokenizer(model_dir)
+    context = models.context_length(model_dir)
+    trained = samples.from_config(config, tokenizer, context_length=context, notify=notify)
+    held_out = {
+        name: samples.from_config(
+            config, tokenizer, context_length=context, dataset=dataset, notify=notify
+        )
+        for name, dataset in _evaluation_datasets(config).items()
+    }
+    _check_microbatch(config, trained)
+    return Inputs(
+        model_dir=model_dir,
+        tokenizer=tokenizer,
+        samples=trained,
+        held_out=held_out,
+        rewards=rewards.build(
+            config.reward,
+            config.reward_weights,
+            config.reward_timeout,
+            max_completion_length=config.max_completion_length,
+        ),
+        engine_name=engine_name,
+        engine_reason=engine_reason,
+        sync_name=sync_name,
+        sync_reason=sync_reason,
+        device=device,
+        dtype=dtype,
+        dtype_reason=dtype_reason,
+    )
+
+
+def _check_release(engine: str, device: str) -> None:
+    if engine != "vllm":
+        raise UserError(
+            "--release-kv-cache is for vLLM; the embedded sampler keeps nothing between rollouts: "
+            "leave it out"
+        )
+    from polymath_fast.rollout.vllm_process import require_release
+
+    require_release(device)
+
+
+def _quantization(shape: dict[str, Any]) -> str | None:
+    quantised = shape.get("quantization_config")
+    return quantised and str(quantised.get("quant_method", "unknown method"))
+
+
+def _evaluation_datasets(config: Config) -> dict[str, str]:
+    """Name -> data set of everything that is scored before, during and after training."""
+    if config.eval_dataset is None:
+        dataset = sources.held_out(config.dataset)
+        return {config.dataset.removeprefix("shipped:"): dataset} if dataset else {}
+    named = {}
+    for entry in config.eval_dataset:
+        dataset, _, name = entry.partition("=")
+        name = name or Path(dataset.removeprefix("shipped:")).stem
+        if name in named:
+            raise UserError(
+                f"--eval-dataset: two sets are called {name!r}; name one of them, "
+                f"e.g. {dataset}={name}_2"
+            )
+        named[name] = dataset
+    return named
+
+
+def _check_microbatch(config: Config, trained: list[Sample]) -> None:
+    longest = max(len(sample.prompt_ids) for sample in trained)
+    needed = longest + config.max_completion_length
+    tokens = config.tokens_per_microbatch
+    if tokens is not None and tokens < needed:
+        raise UserError(
+            f"--tokens-per-microbatch {tokens} cannot hold one prompt and "
+            f"one completion ({longest} + {config.max_completion_length} tokens); {needed} works"
+        )
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
+    return "cuda" if available and asked != "cpu" else "cpu"
