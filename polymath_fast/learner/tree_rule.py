@@ -3,10 +3,13 @@
 In units of one row of one layer. With hidden size H a layer has about 11 H^2 weights, so a row
 costs 65 H^2 operations, forward and backward. To see one more segment costs a row
 
-* in pieces merged by log-sum-exp (CPU) about ten passes over H float32 numbers: query, piece,
-  output before and after forward; gradient, output, query, piece and its sum backward. At 16 to 100
-  operations a byte that the machine moves, 640 H to 4000 H operations: with H = 576 to 1536 a
-  hundredth to a tenth of a row, 1/16 is taken;
+* in the CPU's compiled tiles, which lay the keys of a row's whole path side by side, next to
+  nothing: the same keys would be its own without the tree. What the rows of a segment add to the
+  gradient of a key above them goes to memory once more;
+* in pieces merged by log-sum-exp (other CPUs) about ten passes over H float32 numbers: query,
+  piece, output before and after forward; gradient, output, query, piece and its sum backward. At
+  16 to 100 operations a byte that the machine moves, 640 H to 4000 H operations: with H = 576 to
+  1536 a hundredth to a tenth of a row, 1/16 is taken;
 * in the Triton kernels, which merge nothing, one tile of up to 128 keys more, mostly masked: up to
   4 * 128 H operations forward and 6 * 64 H backward, and tiles run at half the speed of the large
   products: at H >= 1024 less than 1/64.
@@ -26,7 +29,7 @@ from polymath_fast.learner.prefix_tree import Rule
 
 SHORTEST = 8
 """tokens of a shared segment"""
-PRICE = {"triton": 1 / 64, "cpu": 1 / 16, "reference": 1 / 16}
+PRICE = {"triton": 1 / 64, "tiles": 1 / 256, "cpu": 1 / 16, "reference": 1 / 16}
 """implementation of attention -> rows that it costs a row to see one more segment"""
 LEAST = 1 / 64
 """share of the rows that must be saved"""
@@ -47,10 +50,11 @@ def rule_for(mode: str, device: torch.device, dtype: torch.dtype, head_dim: int)
         if refusal is not None:
             raise UserError(f"--prefix-tree is on, but {refusal}; auto works")
         return Rule(shortest=SHORTEST)
-    if refusal is not None or (name == "cpu" and _in_tiles(dtype, head_dim)):
+    if refusal is not None:
         return None
     least = LEAST if plain == name else LEAST_ELSEWHERE
-    return Rule(shortest=SHORTEST, price=PRICE[name], least=least)
+    price = PRICE["tiles" if name == "cpu" and _in_tiles(dtype, head_dim) else name]
+    return Rule(shortest=SHORTEST, price=price, least=least)
 
 
 def _implementations(device: torch.device, dtype: torch.dtype) -> tuple[str, str, str | None]:
@@ -66,8 +70,7 @@ def _implementations(device: torch.device, dtype: torch.dtype) -> tuple[str, str
 
 
 def _in_tiles(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the CPU's attention runs in compiled tiles, which take no tree and are several times
-    faster than the pieces that do: no saving of rows makes up for that."""
+    """Whether the CPU's attention runs in compiled tiles."""
     from polymath_fast.kernels.prefix_attention import tiles
 
     return tiles.fits(torch.empty(1, 1, head_dim, dtype=dtype), 1.0)

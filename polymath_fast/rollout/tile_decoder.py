@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from polymath_fast.kernels.cpu import decode, tiles
-from polymath_fast.kernels.cpu.attention import PANEL
+from polymath_fast.kernels.cpu.attention_parts import PANEL
 from polymath_fast.kernels.cpu.dense import stacked_or_copied
 from polymath_fast.kernels.cpu.head import odd_lines
 from polymath_fast.kernels.cpu.products import TileLogits, bits, pack_layers, padded_rows

@@ -13,6 +13,7 @@ import torch
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import dispatch
+from polymath_fast.kernels.cpu import tiles
 from polymath_fast.learner import tree_rule
 from polymath_fast.learner.packing import TrainingRow, pack, shared_token_ratio, split_rows
 from polymath_fast.learner.policy import Policy
@@ -258,10 +259,11 @@ def test_the_rule_follows_the_implementation(monkeypatch):
     rule = tree_rule.rule_for
     assert rule("off", CPU, torch.float32, 64) is None
     assert rule("on", CPU, torch.float32, 64) == Rule(shortest=8)
-    assert rule("auto", CPU, torch.float32, 64) == Rule(8, price=1 / 16, least=1 / 64)
-    monkeypatch.setattr(tree_rule, "_in_tiles", lambda *_: True)
-    assert rule("auto", CPU, torch.bfloat16, 64) is None
-    assert rule("on", CPU, torch.bfloat16, 64) == Rule(shortest=8)
+    assert rule("auto", CPU, torch.float16, 64) == Rule(8, price=1 / 16, least=1 / 64)
+    monkeypatch.setattr(tiles, "available", lambda dtype: dtype != torch.float16)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert rule("auto", CPU, dtype, 64) == Rule(8, price=1 / 256, least=1 / 64)
+        assert rule("auto", CPU, dtype, 40).price == 1 / 16  # no tiles of that width
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from polymath_fast.kernels.cpu import attention, tiles
-from polymath_fast.kernels.cpu.attention import PANEL, ROWS
+from polymath_fast.kernels.cpu import tiles
+from polymath_fast.kernels.cpu.attention_parts import PANEL, ROWS, products, softmax, store_row
 from polymath_fast.kernels.cpu.layers import rms_norm, rotated_head
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value, words
 from polymath_fast.kernels.cpu.team import barrier, next_task
@@ -217,13 +217,9 @@ def _attend(
     size = queries.shape[1]
     for top in range(0, group, ROWS):
         height = min(ROWS, group - top)
-        attention.products(
-            queries[top : top + ROWS], prompt_keys, base // PANEL, keys, panels, scores
-        )
+        products(queries[top : top + ROWS], prompt_keys, base // PANEL, keys, panels, scores)
         for r in range(height):
-            total, _ = attention.softmax(
-                scores[r, :used], prompt_len, base, own, scale, probs[r, :used]
-            )
+            total, _ = softmax(scores[r, :used], prompt_len, base, own, scale, probs[r, :used])
             scores[r, 0] = np.float32(1) / total
         for panel in range(used // PANEL):
             first_own = base // PANEL
@@ -236,7 +232,7 @@ def _attend(
                 )  # fmt: skip
         for r in range(height):
             row = out[(top + r) * size : (top + r + 1) * size]
-            attention.store_row(row, sums[r], scores[r, 0])
+            store_row(row, sums[r], scores[r, 0])
 
 
 @njit(nogil=True, cache=True)

@@ -1,5 +1,5 @@
-"""CPU: flash-attention pieces of torch, merged by log-sum-exp, with an exact backward; bf16 on
-processors with AVX512-BF16 in compiled tiles, see `tiles`.
+"""CPU: compiled tiles where the processor has fast ones, see `tiles`; elsewhere flash-attention
+pieces of torch, merged by log-sum-exp, with an exact backward.
 
 The prompt's keys and values are read in place by all completions at once; nothing is repeated and
 no (T, T) mask exists. Completions of like length attend to themselves in one call; a segment that
@@ -154,10 +154,10 @@ def prefix_attention(
     """See `polymath_fast.kernels.prefix_attention`."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+        if tiles.fits(q, scale):
+            return tiles.TileAttention.apply(q, k, v, block, scale)
         prompt_len, offsets, parents = block
         bounds = tuple(prompt_len + offset for offset in offsets)
-        if not parents and tiles.fits(q, scale):
-            return tiles.TileAttention.apply(q, k, v, prompt_len, bounds, scale)
         return PrefixAttention.apply(q, k, v, prompt_len, bounds, parents, scale)
 
     return one_by_one(attend, q, k, v, blocks)

@@ -1,74 +1,108 @@
-"""CPU with AVX512-BF16: compiled tiles, one task a completion and key head.
+"""CPU with AVX512-BF16, or float32 with fused multiply-add: compiled tiles, one task a segment and
+key head.
 
 The prompt's keys and values are packed once a head and read by every task. What the tasks add to
-the prompt's gradient is summed per range of tasks and then over ranges, always in the same order.
+the gradient of keys that several see is summed per range of tasks and then over ranges, always in
+the same order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from polymath_fast.kernels.autograd import first_order
-from polymath_fast.kernels.cpu import attention, tiles
+from polymath_fast.kernels.cpu import attention, attention_gradient, tiles
+from polymath_fast.kernels.cpu.attention_parts import PANEL, pack_prompt
 from polymath_fast.kernels.cpu.products import bits
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
+from polymath_fast.kernels.prefix_attention.blocks import Block
+
+_SHARES = 32 * 2**20
+"""bytes for the sums that ranges of tasks keep apart; fewer ranges take less"""
 
 
 def fits(q: Tensor, scale: float) -> bool:
     """Whether these kernels compute this attention on this processor."""
-    return (
-        q.dtype == torch.bfloat16 and q.shape[-1] % tiles.LANES == 0 and scale > 0
-    ) and tiles.available(q.dtype)
+    return q.shape[-1] % tiles.LANES == 0 and scale > 0 and tiles.available(q.dtype)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """The tasks of one call: every segment under every key head."""
+    """The tasks of one call, every segment under every key head; see `attention.forward`."""
 
-    table: np.ndarray  # (segments, 4): first query row, rows, first key row, sees the prompt
+    table: np.ndarray  # (segments, 7)
+    runs: np.ndarray  # (runs, 3)
     ranges: list[tuple[int, int]]
     slots: np.ndarray  # range number by its first task
+    shared: Tensor  # (shared rows,) their key rows: the prompt's, then of segments with children
     most: int
-    """rows of the longest segment"""
+    """keys of the longest path behind the prompt, or of the prompt"""
 
 
-def _work(prompt_len: int, bounds: tuple[int, ...], key_heads: int, query_rows: int) -> _Work:
-    """bounds (B + 1,): key rows at which completions begin; the prompt is a segment of its own,
-    unless there are queries of the completions alone."""
-    edges = np.array([0, *bounds], dtype=np.int64)
-    lengths = np.diff(edges)
-    queries = edges[:-1] + query_rows - bounds[-1]
-    table = np.stack([queries, lengths, edges[:-1], np.arange(len(lengths)) > 0], axis=1)
-    table = np.ascontiguousarray(table[(lengths > 0) & (queries >= 0)])
-    ranges = split(len(table) * key_heads)
-    slots = np.zeros(len(table) * key_heads + 1, np.int64)
+@lru_cache(maxsize=16)
+def _work(block: Block, key_heads: int, row_bytes: int, alone: bool, threads: int) -> _Work:
+    """alone: there are queries of the completions alone; row_bytes: of a shared row's sums."""
+    prompt, offsets = block.prompt_len, block.offsets
+    above = block.ancestors() or [()] * (len(offsets) - 1)
+    places = np.full(offsets[-1], -1)
+    for run in {run for runs in above for run in runs}:
+        places[slice(*run)] = 0
+    inner = np.flatnonzero(places == 0)
+    places[inner] = prompt + np.arange(len(inner))
+    lines = [] if alone else [(0, prompt, 0, 0, 0, 0, 0)]
+    runs: list[tuple[int, int, int]] = []
+    most = 0 if alone else prompt
+    for start, end, path in zip(offsets, offsets[1:], above, strict=False):
+        if end == start:
+            continue
+        query = start if alone else prompt + start
+        line = (query, end - start, prompt + start, 1, len(runs), len(runs) + len(path))
+        lines.append((*line, places[start]))
+        runs += [(prompt + low, high - low, places[low]) for low, high in path]
+        most = max(most, end - start + sum(high - low for low, high in path))
+    shared = prompt + len(inner)
+    tasks = len(lines) * key_heads
+    per_thread = max(1, min(8, _SHARES // (shared * row_bytes * threads)))
+    ranges = split(tasks, per_thread=per_thread)
+    slots = np.zeros(tasks + 1, np.int64)
     for number, (start, _) in enumerate(ranges):
         slots[start] = number
-    return _Work(table, ranges, slots, int(table[:, 1].max(initial=0)))
+    return _Work(
+        np.array(lines, np.int64).reshape(-1, 7),
+        np.array(runs, np.int64).reshape(-1, 3),
+        ranges,
+        slots,
+        torch.cat([torch.arange(prompt), torch.from_numpy(prompt + inner)]),
+        most,
+    )
 
 
 class TileAttention(torch.autograd.Function):
-    """q (T or T - P, Hq, D), k and v (T, Hkv, D), all bf16 -> out like q."""
+    """q (T or T - P, Hq, D), k and v (T, Hkv, D), all bf16 or all fp32 -> out like q."""
 
     @staticmethod
-    def forward(ctx, q, k, v, prompt_len: int, bounds: tuple[int, ...], scale: float):
+    def forward(ctx, q, k, v, block: Block, scale: float):
         q, k, v = (_rows_in_place(x) for x in (q, k, v))
-        work = _work(prompt_len, bounds, k.shape[1], len(q))
-        keys, _ = _packed("keys", k, prompt_len)
-        _, values = _packed("values", v, prompt_len)
+        _, key_heads, size = k.shape
+        row_bytes = key_heads * 2 * size * 4
+        alone = len(q) < len(k)
+        work = _work(block, key_heads, row_bytes, alone, torch.get_num_threads())
+        keys, _ = _packed("keys", k, block.prompt_len)
+        _, values = _packed("values", v, block.prompt_len)
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:2])
         parallel(
-            attention.forward, work.ranges, bits(q), bits(k), bits(v), work.table, prompt_len,
-            keys, values, np.float32(scale), work.most, bits(out), lse.numpy(),
+            attention.forward, work.ranges, bits(q), bits(k), bits(v), work.table, work.runs,
+            block.prompt_len, keys, values, np.float32(scale), work.most, bits(out), lse.numpy(),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.work, ctx.prompt_len, ctx.scale = work, prompt_len, scale
+        ctx.work, ctx.prompt_len, ctx.scale = work, block.prompt_len, scale
         return out
 
     @staticmethod
@@ -76,36 +110,38 @@ class TileAttention(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, out, lse = ctx.saved_tensors
         work, prompt_len = ctx.work, ctx.prompt_len
-        keys, key_pairs = _packed("keys", k, prompt_len)
+        keys, key_rows = _packed("keys", k, prompt_len)
         values, _ = _packed("values", v, prompt_len)
         d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        shares = (len(work.ranges) + 1, k.shape[1], 2, prompt_len, k.shape[2])
-        d_prompt = buffer("prompt_gradient", shares, torch.float32).zero_()
+        shares = (len(work.ranges) + 1, k.shape[1], 2, len(work.shared), k.shape[2])
+        d_shared = buffer("shared_gradient", shares, torch.float32).zero_()
         parallel(
-            attention.backward, work.ranges, bits(q), bits(k), bits(v), work.table, prompt_len,
-            keys, values, key_pairs, np.float32(ctx.scale), work.most, bits(out), lse.numpy(),
-            bits(d_out.contiguous()), work.slots, bits(d_q), bits(d_k), bits(d_v), d_prompt.numpy(),
+            attention_gradient.backward, work.ranges, bits(q), bits(k), bits(v), work.table,
+            work.runs, prompt_len, keys, values, key_rows, np.float32(ctx.scale), work.most,
+            bits(out), lse.numpy(), bits(d_out.contiguous()), work.slots, bits(d_q), bits(d_k),
+            bits(d_v), d_shared.numpy(),
         )  # fmt: skip
-        total = d_prompt.sum(0)  # (Hkv, 2, P, D)
-        d_k[:prompt_len] = total[:, 0].transpose(0, 1)
-        d_v[:prompt_len] = total[:, 1].transpose(0, 1)
-        return d_q, d_k, d_v, None, None, None
+        total = d_shared.sum(0)  # (Hkv, 2, shared rows, D)
+        d_k[work.shared] = total[:, 0].transpose(0, 1).to(d_k.dtype)
+        d_v[work.shared] = total[:, 1].transpose(0, 1).to(d_v.dtype)
+        return d_q, d_k, d_v, None, None
 
 
 def _packed(name: str, rows: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` of `rows` (T, H, D), once as columns and once as pairs of rows."""
+    """The first `count` of `rows` (T, H, D), once as columns and once as rows of words."""
     heads, size = rows.shape[1:]
-    panels, parts = -(-count // attention.PANEL), -(-size // attention.PANEL)
-    columns = buffer(f"prompt {name}", (heads, panels, size // 2, attention.PANEL), torch.int32)
-    shape = (heads, parts, panels * attention.PANEL // 2, attention.PANEL)
-    pairs = buffer(f"prompt {name} pairs", shape, torch.int32).zero_()
-    found = columns.numpy().view(np.uint32), pairs.numpy().view(np.uint32)
-    parallel(attention.pack_prompt, split(heads), bits(rows), count, *found)
+    panels, parts, per_word = -(-count // PANEL), -(-size // PANEL), 4 // rows.element_size()
+    columns = buffer(f"prompt {name}", (heads, panels, size // per_word, PANEL), torch.int32)
+    shape = (heads, parts, panels * PANEL // per_word, PANEL)
+    packed = buffer(f"prompt {name} rows", shape, torch.int32).zero_()
+    kind = np.float32 if per_word == 1 else np.uint32
+    found = columns.numpy().view(kind), packed.numpy().view(kind)
+    parallel(pack_prompt, split(heads), bits(rows), count, *found)
     return found
 
 
 def _rows_in_place(x: Tensor) -> Tensor:
-    """Strided rows and heads are fine; a head's numbers must lie side by side, as even words."""
-    if x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and x.stride(0) % 2 == 0:
+    """Strided rows and heads are fine; a head's numbers must lie side by side, as whole words."""
+    if x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and bits(x).itemsize * x.stride(0) % 4 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

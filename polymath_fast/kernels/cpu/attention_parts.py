@@ -1,0 +1,164 @@
+"""What attention in tiles is made of: rows packed for products, their scores, their softmax.
+
+Keys are counted in panels of 64: those of the prompt first, where a segment sees them, then its
+own. Arrays are fp32, or bf16 that arrives as uint16; a word is what a product counts in, one fp32
+or two bf16. What enters a product is rounded to the arrays' dtype, sums are fp32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from polymath_fast.kernels.cpu.layers import copy_row
+from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, put, words
+from polymath_fast.kernels.cpu.tiles import LANES, square_tile, zip_words
+
+ROWS = 6
+PANEL = 64
+_FAST = {"reassoc", "nsz", "contract", "arcp"}
+
+
+@njit(nogil=True, cache=True)
+def copy_rows(source, first, count, head, out, at):
+    """out[at : at + count] (., D) = rows [first, first + count) of `source` (T, H, D)."""
+    for r in range(count):
+        copy_row(source[first + r, head], out[at + r])
+
+
+@njit(nogil=True, cache=True)
+def pack_columns(rows, count, out):
+    """out (panels, D words, 64): the first `count` of `rows` (., D) as columns, then zeros."""
+    for panel in range(-(-count // PANEL)):
+        block = out[panel]
+        for column in range(PANEL):
+            row = panel * PANEL + column
+            if row < count:
+                packed = words(rows[row])
+                for word in range(packed.size):
+                    block[word, column] = packed[word]
+            else:
+                for word in range(block.shape[0]):
+                    block[word, column] = 0
+
+
+def pack_rows(rows, count, out):
+    """out (D panels, whole panels of words of rows, 64): the first `count` of `rows` (., D), then
+    zeros; in bf16 neighbours are interleaved."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(pack_rows, jit_options={"nogil": True, "cache": True})
+def _compiled_pack_rows(rows, count, out):
+    if rows.dtype == types.uint16:
+
+        def pack(rows, count, out):
+            zeros = np.zeros(rows.shape[1], np.uint16)
+            for pair in range(-(-count // PANEL) * PANEL // 2):
+                low, high = zeros.ctypes.data, zeros.ctypes.data
+                if 2 * pair < count:
+                    low = rows[2 * pair].ctypes.data
+                if 2 * pair + 1 < count:
+                    high = rows[2 * pair + 1].ctypes.data
+                for column in range(0, rows.shape[1], LANES):
+                    place = out[column // PANEL, pair].ctypes.data + 4 * (column % PANEL)
+                    zip_words(low + 2 * column, high + 2 * column, place)
+    else:
+
+        def pack(rows, count, out):
+            for row in range(-(-count // PANEL) * PANEL):
+                for part in range(out.shape[0]):
+                    left = part * PANEL
+                    width = min(PANEL, rows.shape[1] - left)
+                    if row < count:
+                        copy_row(rows[row, left : left + width], out[part, row, :width])
+                    else:
+                        zero(out[part, row])
+
+    return pack
+
+
+@njit(nogil=True, cache=True)
+def pack_prompt(start, stop, rows, count, columns, packed_rows):
+    """Both packings of the prompt, an entry of `columns` and `packed_rows` a head; a range of
+    heads."""
+    own = np.empty((count, rows.shape[2]), rows.dtype)
+    for head in range(start, stop):
+        copy_rows(rows, 0, count, head, own, 0)
+        pack_columns(own, count, columns[head])
+        pack_rows(own, count, packed_rows[head])
+
+
+@njit(nogil=True, cache=True)
+def products(rows, prompt, prompt_panels, own, own_panels, out):
+    """out (6, keys) fp32 = rows (6, D) times the columns of the prompt's panels and of its own."""
+    left, step, depth = rows.ctypes.data, rows.strides[0], own.shape[1]
+    place, out_step = out.ctypes.data, out.strides[0]
+    for panel in range(prompt_panels):
+        square_tile(left, step, 4, prompt[panel], depth, place, out_step, False)
+        place += 4 * PANEL
+    for panel in range(own_panels):
+        square_tile(left, step, 4, own[panel], depth, place, out_step, False)
+        place += 4 * PANEL
+
+
+@njit(nogil=True, cache=True)
+def weighted_sums(weights, base, prompt, own, own_panels, out):
+    """out (6, D) fp32 = weights (6, keys) times packed rows: `base` keys of the prompt, then the
+    panels of its own."""
+    per_word = 4 // weights.itemsize
+    step, out_step = weights.strides[0], out.strides[0]
+    for part in range(own.shape[0]):
+        left, place = weights.ctypes.data, out.ctypes.data + 4 * part * PANEL
+        if base:
+            square_tile(left, step, 4, prompt[part], base // per_word, place, out_step, False)
+            left += base * weights.itemsize
+        depth = own_panels * PANEL // per_word
+        square_tile(left, step, 4, own[part], depth, place, out_step, base > 0)
+
+
+@njit(nogil=True, cache=True)
+def zero(row):
+    """row[:] = 0."""
+    for j in range(row.size):
+        row[j] = 0
+
+
+@njit(nogil=True, cache=True)
+def softmax(row, seen, base, own, scale, out):
+    """Sum of the exponentials of a row and its log-sum-exp; they themselves go to `out`, 0 where
+    there is no key: keys [0, seen) and [base, base + own) exist."""
+    top = max(_largest(row[:seen]), _largest(row[base : base + own])) * scale
+    total = _exponentials(row[:seen], scale, top, out[:seen])
+    zero(out[seen:base])
+    total += _exponentials(row[base : base + own], scale, top, out[base : base + own])
+    zero(out[base + own :])
+    return total, top + np.float32(math.log(total))
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _largest(row):
+    top = np.float32(-np.inf)
+    for i in range(row.size):
+        top = maximum(top, row[i])
+    return top
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _exponentials(row, scale, top, out):
+    total = np.float32(0)
+    for i in range(row.size):
+        e = exp(fma(row[i], scale, -top))
+        total += e
+        put(out, i, e)
+    return total
+
+
+@njit(nogil=True, cache=True)
+def store_row(out, values, factor):
+    """out = values * factor, as long as `out`."""
+    for d in range(out.size):
+        put(out, d, values[d] * factor)
