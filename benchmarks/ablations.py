@@ -79,6 +79,13 @@ def _duplicates(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(step, "merge_duplicates", list))
 
 
+def _no_tree(stack: ExitStack) -> None:
+    """Completions that begin alike compute their beginnings each for itself."""
+    from polymath_fast.learner import step
+
+    stack.enter_context(mock.patch.object(step, "plan", lambda *_: None))
+
+
 ABLATIONS: dict[str, Callable[[ExitStack], None]] = {
     "prompt once": _prompt_repeated,
     "attention in tiles": _torch_attention,
@@ -87,6 +94,7 @@ ABLATIONS: dict[str, Callable[[ExitStack], None]] = {
     "logits never stored": _whole_logits,
     "no old-log-prob pass": _old_logprobs,
     "duplicates once": _duplicates,
+    "common beginnings once": _no_tree,
 }
 
 

@@ -105,7 +105,8 @@ def measure(name: str, job: Job) -> dict[str, Any]:
     counted = [step for step in steps[1:] if not step.get("skipped")] or steps[-1:]
     row = {
         key: statistics.median(step[key] for step in counted)
-        for key in ("step", "generate", "learn", "mean_length")
+        for key in ("step", "generate", "learn", "sync", "mean_length")
+        if key in counted[-1]
     }
     tokens = job.generations * row["mean_length"]
     return row | {
@@ -167,6 +168,11 @@ def _contenders(result: dict[str, Any]) -> list[str]:
                     f"{row['learn'] / base['learn']:.1f} times in the learner, and "
                     f"{row['peak_rss_gib'] / base['peak_rss_gib']:.1f} times the memory."
                 )
+        lines += [
+            f"* The weight sync of {name} takes {1e3 * row['sync']:.2f} ms of that."
+            for name, row in rows.items()
+            if "sync" in row
+        ]
     return [*lines, ""]
 
 

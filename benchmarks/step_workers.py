@@ -66,6 +66,7 @@ def ours(job: Job, engine: str) -> list[dict[str, float]]:
                     {
                         "generate": metrics["time/generate"],
                         "learn": metrics["time/learn"] + metrics["time/sync"],
+                        "sync": metrics["time/sync"],
                         "step": metrics["time/step"],
                         "mean_length": metrics["completion/mean_length"],
                         "prompt": len(parts.inputs.samples[0].prompt_ids),

@@ -13,6 +13,7 @@ from benchmarks.case import Case
 from benchmarks.timing import Variants
 from polymath_fast.kernels import SegmentTable, weight_sync
 from polymath_fast.models.random_models import FAMILIES
+from polymath_fast.precision import choose_dtype, torch_dtype
 
 Pairs = list[tuple[Tensor, Tensor]]
 _STACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}
@@ -20,17 +21,20 @@ _STACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up"
 
 
 def weight_sync_case(device: str) -> Case:
-    """bf16 to bf16: what an update of a learner with bf16 weights needs."""
-    return _case(device, torch.bfloat16)
+    """From the learner's dtype to the same: what an update of its live weights needs."""
+    dtype = torch_dtype(choose_dtype("auto", device)[0])
+    return _case(device, dtype, dtype)
 
 
 def weight_sync_fp32_case(device: str) -> Case:
     """fp32 to bf16: straight from the optimizer's master weights."""
-    return _case(device, torch.float32)
+    return _case(device, torch.float32, torch.bfloat16)
 
 
-def tensors(family: str, dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], Pairs]:
-    """Random weights by Hugging Face name, and each with the bf16 view it is copied to."""
+def tensors(
+    family: str, dtype: torch.dtype, device: str, into: torch.dtype = torch.bfloat16
+) -> tuple[dict[str, Tensor], Pairs]:
+    """Random weights by Hugging Face name, and each with the view of `into` it is copied to."""
     shapes = _shapes(FAMILIES[family])
     flat = torch.randn(sum(s.numel() for s in shapes.values()), device=device, dtype=dtype)
     sources, groups, offset = {}, {}, 0
@@ -43,7 +47,7 @@ def tensors(family: str, dtype: torch.dtype, device: str) -> tuple[dict[str, Ten
     pairs = []
     for members in groups.values():
         rows = [len(m) for m in members]
-        target = torch.zeros(sum(rows), *members[0].shape[1:], dtype=torch.bfloat16, device=device)
+        target = torch.zeros(sum(rows), *members[0].shape[1:], dtype=into, device=device)
         pairs += zip(members, target.split(rows), strict=True)
     return sources, pairs
 
@@ -67,21 +71,21 @@ def contiguous(table: SegmentTable) -> Callable[[], None]:
 
 
 def wrong_tensors(pairs: Pairs) -> float:
-    """How many targets are not their source rounded to bf16, bit for bit."""
+    """How many targets are not their source in the target's dtype, bit for bit."""
     return float(sum(not torch.equal(t, s.to(t.dtype)) for s, t in pairs))
 
 
-def _case(device: str, dtype: torch.dtype) -> Case:
+def _case(device: str, dtype: torch.dtype, into: torch.dtype) -> Case:
     torch.manual_seed(0)
     family = "qwen2.5-1.5b" if device == "cuda" else "smollm2-135m"
-    sources, pairs = tensors(family, dtype, device)
+    sources, pairs = tensors(family, dtype, device, into)
     table = SegmentTable(*(list(side) for side in zip(*pairs, strict=True)))
     variants: Variants = {
         "ours": lambda: weight_sync(table),
         "loop of copy_": loop(pairs),
         "one copy of as many bytes": contiguous(table),
     }
-    if device == "cpu" and find_spec("vllm"):
+    if device == "cpu" and dtype == into and find_spec("vllm"):
         variants["vLLM's reload_weights"] = _Reload(family, sources)
 
     def check() -> dict[str, float]:
