@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_learner, gpu_operators, gpu_sizes, gpu_suite, run
+from benchmarks import ablations, gpu_learner, gpu_operators, gpu_sizes, gpu_suite, run
 from polymath_fast import memory
+from polymath_fast.kernels.prefix_attention import tiles
 from polymath_fast.kernels.triton.budget import Gpu
-from polymath_fast.learner import step
+from polymath_fast.learner import packing, step
 from polymath_fast.models.random_models import FAMILIES
+from polymath_fast.rollout import tile_decoder
 
 FLAGS = {
     "fpu sse2 avx avx2": "AVX2",
@@ -116,3 +118,16 @@ def test_the_learner_is_timed_where_it_fits() -> None:
     )
     assert "KV cache" not in parts  # of a sampler, which needs less
     assert 40 < sum(parts.values()) < 0.9 * 78
+
+
+@pytest.mark.parametrize("idea", ablations.ABLATIONS)
+def test_an_idea_is_off_inside_and_on_again_behind(idea: str) -> None:
+    def everything() -> dict[str, object]:
+        owners = (packing, step, step.Learner, tiles, tile_decoder, torch.nn.Module)
+        return {f"{o.__name__}.{name}": value for o in owners for name, value in vars(o).items()}
+
+    before = everything()
+    with ablations.switched_off(idea):
+        inside = everything()
+    changed = {name for name in before if inside[name] is not before[name]}
+    assert changed and everything() == before
