@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest import mock
 
 from torch import nn
 
 
+class _Alone(tuple):
+    """The tokens of a prompt that is the same as no other one."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+
 def _prompt_repeated(stack: ExitStack) -> None:
-    """Every completion brings its own copy of the prompt."""
-    from polymath_fast.learner import packing
+    """Every completion brings its own copy of the prompt, and so shares nothing in the learner."""
+    from polymath_fast.learner import step
 
-    def alone(rows):
-        for row in rows:
-            yield row.prompt_ids, [row]
+    training_rows = step.training_rows
 
-    stack.enter_context(mock.patch.object(packing, "_runs", alone))
+    def apart(*args, **kwargs):
+        rows = training_rows(*args, **kwargs)
+        return [replace(row, prompt_ids=_Alone(row.prompt_ids)) for row in rows]
+
+    stack.enter_context(mock.patch.object(step, "training_rows", apart))
 
 
 def _torch_attention(stack: ExitStack) -> None:
