@@ -14,7 +14,7 @@ from numba import njit
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.kernels.cpu.products import words
 
-dot_tile, square_tile = tiles.dot_tile, tiles.square_tile
+dot_tile, square_tile, narrow_tile = tiles.dot_tile, tiles.square_tile, tiles.narrow_tile
 
 
 @njit
@@ -26,6 +26,13 @@ def _wide(a, b, out, add):
 def _square(a, b, out, add):
     place, out_step = out.ctypes.data, out.strides[0]
     square_tile(a.ctypes.data, a.strides[0], 4, b, b.shape[0], place, out_step, add)
+
+
+@njit
+def _narrow(a, b, out, add):
+    """Columns 16 to 32 of each panel."""
+    place, out_step = out.ctypes.data, out.strides[0]
+    narrow_tile(a.ctypes.data, a.strides[0], 4, b[:, 16:], b.shape[0], place, out_step, add)
 
 
 SHAPES = {(tiles.ROWS, tiles.COLUMNS): _wide, (6, 64): _square}
@@ -50,6 +57,19 @@ def test_sums_are_those_of_the_factors(shape, dtype, depth):
     assert (out[:, columns:] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_some_columns_of_a_panel(dtype):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*s, generator=generator).to(dtype) for s in ((6, 40), (40, 64)))
+    per_word = 4 // left.element_size()
+    packed = right.view(-1, per_word, 64).transpose(1, 2).reshape(-1, 64 * per_word).contiguous()
+    out = np.full((6, 20), 7, np.float32)
+    _narrow(words(left), words(packed), out, False)
+    truth = left.double() @ right[:, 16:32].double()
+    np.testing.assert_allclose(out[:, :16], truth, rtol=0, atol=2e-5)
+    assert (out[:, 16:] == 7).all()
+
+
 CPUS = {
     ("cooperlake", tiles._Pairs): "vdpbf16ps",
     ("skylake-avx512", tiles._Singles): "vfmadd231ps.*zmm",
@@ -57,7 +77,7 @@ CPUS = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (6, 16)])
 @pytest.mark.parametrize(("cpu", "kind"), CPUS)
 def test_inner_loops_multiply_and_keep_their_sums_in_registers(monkeypatch, cpu, kind, shape):
     wide = cpu != "haswell"

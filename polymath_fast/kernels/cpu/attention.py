@@ -61,16 +61,16 @@ def forward(
             for top in range(0, count, ROWS):
                 height = min(ROWS, count - top)
                 copy_rows(q, first + top, height, query_head, rows, 0)
-                panels = -(-(above + top + height) // PANEL)
-                products(rows, prompt_keys[head], base // PANEL, keys, panels, scores)
-                used = base + panels * PANEL
+                last = above + top + height
+                products(rows, seen, prompt_keys[head], last, keys, scores)
+                used = base + -(-last // PANEL) * PANEL
                 for r in range(height):
                     total, log_sum = softmax(
                         scores[r, :used], seen, base, above + top + r + 1, scale, probs[r, :used]
                     )
                     lse[first + top + r, query_head] = log_sum
                     scores[r, 0] = np.float32(1) / total
-                weighted_sums(probs, base, prompt_values[head], values, panels, sums)
+                weighted_sums(probs, seen, prompt_values[head], last, values, sums)
                 for r in range(height):
                     store_row(out[first + top + r, query_head], sums[r], scores[r, 0])
 

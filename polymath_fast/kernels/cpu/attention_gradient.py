@@ -86,10 +86,10 @@ def backward(
                     height = min(ROWS, end - top)
                     copy_rows(q, first + top, height, query_head, rows, 0)
                     copy_rows(d_out, first + top, height, query_head, upstream, 0)
-                    panels = -(-(above + top + height) // PANEL)
-                    products(rows, prompt_keys[head], base // PANEL, keys, panels, scores)
-                    products(upstream, prompt_values[head], base // PANEL, values, panels, slopes)
-                    used = base + panels * PANEL
+                    last = above + top + height
+                    products(rows, seen, prompt_keys[head], last, keys, scores)
+                    products(upstream, seen, prompt_values[head], last, values, slopes)
+                    used = base + -(-last // PANEL) * PANEL
                     for r in range(height):
                         i, at = first + top + r, top - begin + r
                         delta = _dot(d_out[i, query_head], out[i, query_head])
@@ -99,16 +99,20 @@ def backward(
                             d_scores[at, : chunk_width + LANES],
                         )  # fmt: skip
                     some = d_scores[top - begin :]
-                    weighted_sums(some, base, prompt_key_rows[head], key_rows, panels, sums)
+                    weighted_sums(some, seen, prompt_key_rows[head], last, key_rows, sums)
                     for r in range(height):
                         store_row(d_q[first + top + r, query_head], sums[r], np.float32(1))
                 high = end - begin
                 copy_rows(q, first + begin, high, query_head, chunk, 0)
                 pack_rows(chunk, high, packed)
-                _add_transposed(d_scores, chunk_width, high, packed, turned, d_keys[0])
+                _add_transposed(
+                    d_scores, high, seen, chunk_width, above + begin, packed, turned, d_keys[0]
+                )
                 copy_rows(d_out, first + begin, high, query_head, chunk, 0)
                 pack_rows(chunk, high, packed)
-                _add_transposed(probs, chunk_width, high, packed, turned, d_keys[1])
+                _add_transposed(
+                    probs, high, seen, chunk_width, above + begin, packed, turned, d_keys[1]
+                )
         for which in range(2):
             shared = d_shared[slots[start], head, which]
             _add_rows(d_keys[which], seen, shared)
@@ -174,19 +178,20 @@ def _compiled_room_to_turn(matrix):
     return lambda matrix: np.zeros((1, 1), np.uint32)
 
 
-def _add_transposed(matrix, width, count, packed, turned, out):
+def _add_transposed(matrix, count, seen, width, own, packed, turned, out):
     """out (width, D) fp32 += matrix (count, width).T @ `count` packed rows.
 
-    The columns behind `width` are zero. `turned` is scratch from `_room_to_turn`.
+    Row i is 0 but for `seen` columns and, from the next whole panel on, own + i + 1. `turned` is
+    scratch from `_room_to_turn`.
     """
     raise NotImplementedError("compiled code only")
 
 
 @overload(_add_transposed, jit_options={"nogil": True, "cache": True})
-def _compiled_add_transposed(matrix, width, count, packed, turned, out):
+def _compiled_add_transposed(matrix, count, seen, width, own, packed, turned, out):
     if matrix.dtype == types.uint16:
 
-        def add(matrix, width, count, packed, turned, out):
+        def add(matrix, count, seen, width, own, packed, turned, out):
             if count % 2:
                 zero(matrix[count, : width + LANES])
             pairs = -(-count // 2)
@@ -195,20 +200,29 @@ def _compiled_add_transposed(matrix, width, count, packed, turned, out):
                 for column in range(0, width + LANES, LANES):
                     place = turned[pair].ctypes.data + 4 * column
                     zip_words(low + 2 * column, high + 2 * column, place)
-            _add_products(turned, width, pairs, packed, out)
+            _add_products(turned, pairs, 2, count, seen, own, packed, out)
     else:
 
-        def add(matrix, width, count, packed, turned, out):
-            _add_products(matrix, width, count, packed, out)
+        def add(matrix, count, seen, width, own, packed, turned, out):
+            _add_products(matrix, count, 1, count, seen, own, packed, out)
 
     return add
 
 
 @njit(nogil=True, cache=True)
-def _add_products(words, width, depth, packed, out):
-    """out (width, D) fp32 += words (depth, width).T @ packed rows."""
+def _add_products(words, depth, per_word, count, seen, own, packed, out):
+    """The products of `_add_transposed`; words (depth, .) hold `per_word` of its rows each."""
+    base = -(-seen // PANEL) * PANEL
     for part in range(packed.shape[0]):
-        for top in range(0, width, ROWS):
-            left = words.ctypes.data + 4 * top
+        top = 0
+        while top < base + own + count:
+            if seen <= top < base:
+                top = base
+            first = max(0, top - base - own) // per_word  # the first row that sees these keys
+            left = words.ctypes.data + 4 * top + first * words.strides[0]
             place = out[top].ctypes.data + 4 * part * PANEL
-            square_tile(left, 4, words.strides[0], packed[part], depth, place, out.strides[0], True)
+            right = packed[part, first:]
+            square_tile(
+                left, 4, words.strides[0], right, depth - first, place, out.strides[0], True
+            )
+            top += ROWS

@@ -15,7 +15,7 @@ from numba.extending import overload
 
 from polymath_fast.kernels.cpu.layers import copy_row
 from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, put, words
-from polymath_fast.kernels.cpu.tiles import LANES, square_tile, zip_words
+from polymath_fast.kernels.cpu.tiles import LANES, narrow_tile, square_tile, zip_words
 
 ROWS = 6
 PANEL = 64
@@ -93,31 +93,42 @@ def pack_prompt(start, stop, rows, count, columns, packed_rows):
 
 
 @njit(nogil=True, cache=True)
-def products(rows, prompt, prompt_panels, own, own_panels, out):
-    """out (6, keys) fp32 = rows (6, D) times the columns of the prompt's panels and of its own."""
-    left, step, depth = rows.ctypes.data, rows.strides[0], own.shape[1]
+def products(rows, seen, prompt, count, own, out):
+    """out (6, keys) fp32 = rows (6, D) times the first `seen` columns of the prompt and, from the
+    next whole panel on, the first `count` of its own; and some more up to a multiple of 16."""
+    _products(rows, seen, prompt, out)
+    _products(rows, count, own, out[:, -(-seen // PANEL) * PANEL :])
+
+
+@njit(nogil=True, cache=True)
+def _products(rows, count, panels, out):
+    left, step, depth = rows.ctypes.data, rows.strides[0], panels.shape[1]
     place, out_step = out.ctypes.data, out.strides[0]
-    for panel in range(prompt_panels):
-        square_tile(left, step, 4, prompt[panel], depth, place, out_step, False)
-        place += 4 * PANEL
-    for panel in range(own_panels):
-        square_tile(left, step, 4, own[panel], depth, place, out_step, False)
+    for panel in range(-(-count // PANEL)):
+        rest = count - panel * PANEL
+        if rest > PANEL - LANES:
+            square_tile(left, step, 4, panels[panel], depth, place, out_step, False)
+        else:
+            for column in range(0, rest, LANES):
+                some = panels[panel, :, column:]
+                narrow_tile(left, step, 4, some, depth, place + 4 * column, out_step, False)
         place += 4 * PANEL
 
 
 @njit(nogil=True, cache=True)
-def weighted_sums(weights, base, prompt, own, own_panels, out):
-    """out (6, D) fp32 = weights (6, keys) times packed rows: `base` keys of the prompt, then the
-    panels of its own."""
+def weighted_sums(weights, seen, prompt, count, own, out):
+    """out (6, D) fp32 = weights (6, keys) times packed rows: `seen` of the prompt and, from the
+    next whole panel on, `count` of its own. A weight that fills a word up is 0."""
     per_word = 4 // weights.itemsize
     step, out_step = weights.strides[0], out.strides[0]
     for part in range(own.shape[0]):
         left, place = weights.ctypes.data, out.ctypes.data + 4 * part * PANEL
-        if base:
-            square_tile(left, step, 4, prompt[part], base // per_word, place, out_step, False)
-            left += base * weights.itemsize
-        depth = own_panels * PANEL // per_word
-        square_tile(left, step, 4, own[part], depth, place, out_step, base > 0)
+        if seen:
+            depth = -(-seen // per_word)
+            square_tile(left, step, 4, prompt[part], depth, place, out_step, False)
+            left += -(-seen // PANEL) * PANEL * weights.itemsize
+        depth = -(-count // per_word)
+        square_tile(left, step, 4, own[part], depth, place, out_step, seen > 0)
 
 
 @njit(nogil=True, cache=True)

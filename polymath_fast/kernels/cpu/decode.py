@@ -212,22 +212,23 @@ def _attend(
 ):  # fmt: skip
     """out (group D): attention of one key head's queries over prompt and `own` keys of its own."""
     base = -(-prompt_len // PANEL) * PANEL
-    panels = -(-own // PANEL)
-    used = base + panels * PANEL
-    size = queries.shape[1]
+    used = base + -(-own // PANEL) * PANEL
+    size, per_word = queries.shape[1], 4 // queries.itemsize
     for top in range(0, group, ROWS):
         height = min(ROWS, group - top)
-        products(queries[top : top + ROWS], prompt_keys, base // PANEL, keys, panels, scores)
+        products(queries[top : top + ROWS], prompt_len, prompt_keys, own, keys, scores)
         for r in range(height):
             total, _ = softmax(scores[r, :used], prompt_len, base, own, scale, probs[r, :used])
             scores[r, 0] = np.float32(1) / total
         for panel in range(used // PANEL):
             first_own = base // PANEL
             block = prompt_values[panel] if panel < first_own else values[panel - first_own]
+            end = prompt_len if panel < first_own else base + own
+            depth = -(-min(PANEL, end - panel * PANEL) // per_word)
             left = probs.ctypes.data + probs.itemsize * PANEL * panel
             for part in range(block.shape[0]):
                 square_tile(
-                    left, probs.strides[0], 4, block[part], block.shape[1],
+                    left, probs.strides[0], 4, block[part], depth,
                     sums.ctypes.data + 4 * part * PANEL, sums.strides[0], panel > 0,
                 )  # fmt: skip
         for r in range(height):

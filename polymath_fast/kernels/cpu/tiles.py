@@ -65,16 +65,18 @@ def _has(feature: str) -> bool:
     return bool(llvmlite.binding.get_host_cpu_features().get(feature))
 
 
-def _make_dot_tile(rows: int, vectors: int) -> Callable[..., None]:
-    """The intrinsic for tiles of `rows` x 16 `vectors`."""
+def _make_dot_tile(rows: int, vectors: int, of: int | None = None) -> Callable[..., None]:
+    """The intrinsic for tiles of `rows` x 16 `vectors`, in panels `of` as many or more."""
+    line = 4 * LANES * (of or vectors)
 
     @intrinsic
     def dot_tile(typing_context, a, row_step, word_step, b, words, out, out_step, add):
         """out (rows, columns) fp32 = or += sum over words of a's rows times b's columns.
 
-        `b` is an array packed as (words, columns): uint32 pairs of bf16, or float32; `a` and `out`
-        are addresses, steps are in bytes. The word w of row m of `a` lies at
-        a + m * row_step + w * word_step; row m of `out` starts at out + m * out_step.
+        `b` is an array packed as (words, columns): uint32 pairs of bf16, or float32, the first
+        columns of a panel; `a` and `out` are addresses, steps are in bytes. The word w of row m of
+        `a` lies at a + m * row_step + w * word_step; row m of `out` starts at out + m * out_step.
+        At least one word is read.
         """
         signature = types.void(
             types.uintp,
@@ -93,7 +95,7 @@ def _make_dot_tile(rows: int, vectors: int) -> Callable[..., None]:
             args = [*args[:3], builder.ptrtoint(data, _i64), *args[4:]]
             kind = _Pairs() if array.dtype == types.uint32 else _Singles()
             for part in kind.parts(rows, vectors * LANES):
-                _emit_dot_tile(builder, args, kind, 4 * LANES * vectors, *part)
+                _emit_dot_tile(builder, args, kind, line, *part)
             return context.get_dummy_value()
 
         return signature, emit
@@ -213,6 +215,8 @@ dot_tile = _make_dot_tile(ROWS, VECTORS)
 """8 x 48: the fewest loads a product, for large matrices"""
 square_tile = _make_dot_tile(6, 4)
 """6 x 64: no waste on heads of 64 or 128"""
+narrow_tile = _make_dot_tile(6, 1, of=4)
+"""6 x 16, of panels of 64"""
 
 
 @intrinsic
