@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 FULL_LENGTH_SEQUENCES = 256  # completions that the sampler's memory holds at their full length
+GRADIENT = "gradient (fp32)"
 _KV_BLOCK = 16  # tokens that vLLM allocates at a time on a GPU
 _MICROBATCH = (16384, 1024)  # tokens, on a GPU and on a CPU
 _LIBRARIES = {"vllm": 1.6 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU
@@ -81,7 +82,7 @@ def optimizer_bytes(config: Config, dtype: str = "bfloat16") -> dict[str, int]:
         state["remainder of master weights (int16)"] = 2
     elif dtype != "float32":
         state["master weights (fp32)"] = 4
-    return {"gradient (fp32)": 4} | ({} if config.offload_optimizer else state)
+    return {GRADIENT: 4} | ({} if config.offload_optimizer else state)
 
 
 def vllm_kv_cache_gib(
@@ -122,7 +123,8 @@ def estimate(
     """GiB for each part of a run at its largest moment.
 
     With vLLM it is that of learning, beside an engine that keeps what it has. The embedded sampler
-    keeps nothing, so its parts are there instead of the learner's where they are larger.
+    keeps nothing, so its parts are there instead of the learner's where they are larger; a CPU has
+    no gradient meanwhile.
 
     `shape` holds the keys of the model's config.json, `engine` is "vllm" or "transformers",
     `prompt_tokens` is the length of the longest prompt, `kv_storages` the number of allocations
@@ -153,6 +155,9 @@ def estimate(
     head = _head_bytes(shape, config, tokens, device, dtype, gpu, room)
     sampling = {"KV cache": cached}
     learning = {f"activations of {tokens} tokens": kept * tokens, "LM head": head}
+    held = {name: each * weights for name, each in optimizer_bytes(config, dtype).items()}
+    if device == "cpu":
+        learning[GRADIENT] = held.pop(GRADIENT)
     if engine == "vllm":
         largest = sampling | learning
     else:
@@ -161,7 +166,7 @@ def estimate(
         largest = max(sampling, learning, key=lambda parts: sum(parts.values()))
     parts = {
         f"weights ({kind})": size * weights,
-        **{name: bytes * weights for name, bytes in optimizer_bytes(config, dtype).items()},
+        **held,
         f"reference model ({kind})": size * weights if config.beta else 0,
         f"sampler's weights ({kind})": 0 if shared else size * weights,
         **largest,

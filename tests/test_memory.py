@@ -136,6 +136,14 @@ def test_parts_follow_the_settings() -> None:
     )
 
 
+def test_a_cpu_has_no_gradient_while_it_samples() -> None:
+    learning = estimate("transformers", "cpu", num_generations=8)
+    sampling = estimate("transformers", "cpu", num_generations=256, max_completion_length=8000)
+    assert "gradient (fp32)" in learning and "KV cache" not in learning
+    assert "gradient (fp32)" not in sampling and "KV cache" in sampling
+    assert "gradient (fp32)" in estimate("vllm", "cpu")
+
+
 def test_scratch_memory_in_the_cache_is_not_counted_twice() -> None:
     gib = 2**30
     vocabulary, hidden = 151936, 1536

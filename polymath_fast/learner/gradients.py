@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from polymath_fast.kernels.cpu import workspace
+
 
 class FlatGradient:
     """Adds up what backward passes leave on the parameters, and takes it off them.
@@ -45,6 +47,12 @@ class FlatGradient:
     def zero(self) -> None:
         """Forget everything."""
         self._stale.update(range(len(self._parts)))
+
+    def release(self) -> None:
+        """`zero`, and a CPU lets the system have the memory until the next backward pass."""
+        self.zero()
+        if self._flat.device.type == "cpu":
+            workspace.give_back(self._flat)
 
     def _hook(self, index: int):
         def take(parameter: nn.Parameter) -> None:

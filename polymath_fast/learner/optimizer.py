@@ -71,6 +71,10 @@ class FlatAdamW:
         """Forget the gradients gathered so far."""
         self._gradient.zero()
 
+    def release(self) -> None:
+        """Forget the gradients; on a CPU their memory is the system's until there are new ones."""
+        self._gradient.release()
+
     @torch.no_grad()
     def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
         """Clip, update, round into the live weights, forget the gradient, without waiting.

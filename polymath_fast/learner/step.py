@@ -108,7 +108,9 @@ class Learner:
         return metrics.result()
 
     def _trim(self) -> None:
-        """A CPU's heap keeps what the loader, or the layers of an update, had for a while."""
+        """Between updates nobody needs the gradient's memory, nor what a CPU's heap keeps of the
+        loader's or of an update's."""
+        self.optimizer.release()
         if self.policy.device.type == "cpu":
             workspace.trim()
 

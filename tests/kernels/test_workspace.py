@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
+import pytest
 import torch
 
-from polymath_fast.kernels.cpu.workspace import buffer, clear, passing
+from polymath_fast.kernels.cpu.workspace import buffer, clear, give_back, passing
 
 
 def test_a_buffer_first_used_by_the_sampler_may_be_written_by_the_learner():
@@ -38,3 +42,23 @@ def test_what_comes_into_being_for_a_while_goes_again():
     assert buffer("y", (4,), torch.float32).data_ptr() != lent.data_ptr()
     assert torch.equal(lent, torch.ones(4))  # whoever holds it may go on
     clear()
+
+
+def test_pages_that_are_given_back_are_the_systems_and_their_neighbours_are_not():
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        pytest.skip("resident memory is read from /proc")
+
+    def resident() -> int:
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+    whole = torch.ones(16 * 2**20)  # 64 MiB
+    inner = whole[100_001:-100_001]
+    before = resident()
+    give_back(inner)
+    assert before - resident() > 0.9 * inner.nbytes
+    assert (whole[:100_001] == 1).all() and (whole[-100_001:] == 1).all()
+    inner.fill_(2.0)
+    assert (inner == 2).all() and (whole[:100_001] == 1).all() and (whole[-100_001:] == 1).all()
+    give_back(whole[5:9])  # less than a page
+    assert (whole[5:9] == 1).all()

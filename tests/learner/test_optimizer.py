@@ -49,6 +49,22 @@ def test_equals_the_formula():
         torch.testing.assert_close(param.double(), expected[name].detach(), rtol=2e-5, atol=2e-6)
 
 
+def test_releasing_the_gradient_between_updates_changes_no_bit():
+    results = []
+    for release in (False, True):
+        model = Model(torch.float32)
+        optimizer = FlatAdamW(model, Config(**SETTINGS))
+        for x in batches(4):
+            model(x).backward()
+            optimizer.step(1e-3)
+            if release:
+                optimizer.release()
+        if release:
+            assert not optimizer.grad.any()
+        results.append(optimizer.live.clone())
+    assert torch.equal(*results)
+
+
 def test_tiny_updates_add_up_behind_bfloat16_weights():
     """At lr 1e-6 a bfloat16 weight alone would never move."""
     model = Model(torch.bfloat16)

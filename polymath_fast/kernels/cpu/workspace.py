@@ -7,6 +7,7 @@ While an arena is lent to this thread, what fits lies there instead.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -53,6 +54,21 @@ def trim() -> None:
     """Give memory that was freed, but that the C library keeps, back to the system."""
     with suppress(OSError, AttributeError, TypeError):  # only glibc can be asked
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back(tensor: torch.Tensor) -> None:
+    """Let the system have the pages of a CPU tensor that nobody reads before it is written again.
+
+    What it holds then is undefined. Does nothing where the system cannot be asked.
+    """
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    length = tensor.data_ptr() + tensor.nbytes - start
+    if length < page or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    with suppress(OSError, AttributeError):
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length // page * page), mmap.MADV_DONTNEED)
 
 
 def clear() -> None:
