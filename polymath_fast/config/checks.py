@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from polymath_fast.config.ranges import check_values, flag
 from polymath_fast.errors import UserError
-from polymath_fast.samples.sources import on_hub
+from polymath_fast.samples.sources import on_hub, split_name
 
 if TYPE_CHECKING:
     from polymath_fast.config import Config
@@ -63,7 +63,7 @@ def _check_sample(config: Config) -> None:
 
 
 def _check_split(config: Config) -> None:
-    asked = [config.dataset, *(entry.partition("=")[0] for entry in config.eval_dataset or ())]
+    asked = [config.dataset, *(split_name(entry)[0] for entry in config.eval_dataset or ())]
     if config.dataset_split != "train" and not any(map(on_hub, filter(None, asked))):
         raise UserError(
             f"--dataset-split {config.dataset_split} is for data sets of the hub, and "
