@@ -30,6 +30,7 @@ def check(config: Config) -> None:
     check_values(config)
     _check_sample(config)
     _check_split(config)
+    _check_resume(config)
     _check_rewards(config)
     _check_loss(config)
     _check_rollouts(config)
@@ -60,6 +61,14 @@ def _check_sample(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and (not value.strip() or "\0" in value):
             raise UserError(f"{flag(name)} is {value!r}; it must name something: leave it out")
+
+
+def _check_resume(config: Config) -> None:
+    if config.resume == "auto" and config.output_dir is None:
+        raise UserError(
+            "--resume auto goes on with the run of --output-dir, and there is none; add that: "
+            "--output-dir runs/first"
+        )
 
 
 def _check_split(config: Config) -> None:

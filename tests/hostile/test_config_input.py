@@ -127,6 +127,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
+        ("--resume auto", ["--resume auto", "--output-dir runs/first"]),
         ("--num-generations 0", ["--num-generations is 0", "at least 2", "8 works"]),
         ("--num-generations 1", ["--num-generations is 1", "at least 2"]),
         ("--num-generations 1 --scale-rewards batch", ["at least 2"]),
