@@ -13,6 +13,7 @@ from pathlib import Path
 from polymath_fast.config import Config
 from polymath_fast.config.command_line import parse
 from polymath_fast.errors import EngineError, UserError
+from polymath_fast.folders import run_folder
 from polymath_fast.monitor import peak_memory_gib
 from polymath_fast.monitor.clock import Clock
 from polymath_fast.monitor.console import print_error, say
@@ -166,14 +167,26 @@ def evaluate(settings: Config, parts: Parts, step: int) -> None:
 
 def finish(settings: Config, parts: Parts, saved: Path | None, interrupt: Interrupt) -> int:
     """Last evaluation, report, last screen."""
-    from polymath_fast.report import write_report
-
     if not interrupt.requested:
         evaluate(settings, parts, parts.steps_done)
-    parts.monitor.phase("write the report")
-    report = write_report(parts.run_dir)
+    report = _report(parts)
     parts.monitor.summary(checkpoint=saved, report=report, interrupted=interrupt.requested)
     return interrupt.exit_code
+
+
+def _report(parts: Parts) -> Path | None:
+    """Write the report; a run that is done and saved does not fail for want of it."""
+    from polymath_fast.report import write_report
+
+    parts.monitor.phase("write the report")
+    try:
+        return write_report(parts.run_dir)
+    except Exception as error:
+        parts.monitor.note(
+            f"the report was not written ({str(error) or type(error).__name__}); the run is saved, "
+            f"and this writes it:  {run_folder.report_command(parts.run_dir)}"
+        )
+        return None
 
 
 def _due(step: int, every: int) -> bool:

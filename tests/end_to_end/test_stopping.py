@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polymath_fast import checkpoint, train
+from polymath_fast import checkpoint, report, train
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.kernels import linear_grpo_loss
 from polymath_fast.learner import step as learner_step
@@ -188,6 +188,24 @@ def test_half_of_a_step_is_not_saved_under_the_name_of_another(
     assert newest(tmp_path / "broken").step == 2
     assert run([*flags, "--resume", "auto"], tmp_path / "broken") == 0
     assert_same_end(tmp_path / "straight", tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), UserError("no room"), KeyError("reward")]
+)
+def test_a_report_that_fails_does_not_fail_a_run_that_is_saved(
+    flags, tmp_path, monkeypatch, capsys, error
+):
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(report, "write_report", fails)
+    folder = tmp_path / "my run"
+    assert run([*flags, "--max-steps", "1"], folder) == 0
+    said = capsys.readouterr().out
+    assert "the report was not written" in said and str(error) in said
+    assert f"python -m polymath_fast.report '{folder}'" in said
+    assert newest(folder).step == 1
 
 
 def children_of(pid: int) -> list[int]:
