@@ -5,6 +5,11 @@ Nothing here may fail because something is missing: that is what it reports.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, where Ctrl-C would be a traceback
+    from polymath_fast import start
+
+    start.run("polymath_fast.doctor")
+
 import argparse
 import importlib.metadata
 import importlib.util
@@ -219,7 +224,3 @@ def _field(text: str, name: str) -> str:
         if colon and key.strip() == name:
             return value.strip()
     return ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,11 @@ with its group, take one gradient step, hand the weights to the sampler. `--help
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":  # before the imports, where Ctrl-C would be a traceback
+    from polymath_fast import start
+
+    start.run("polymath_fast.train")
+
 import time
 from pathlib import Path
 
@@ -203,7 +207,3 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped before the run began")
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
