@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from polymath_fast.errors import UserError
 from polymath_fast.folders import manifest, step_folders
+from polymath_fast.folders.permissions import share_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,9 +223,7 @@ def _write(
     save_file(dict(tensors), trainer / "state.safetensors")
     text = json.dumps(state, indent=1, allow_nan=False)
     (trainer / "state.json").write_text(text + "\n", encoding="utf-8")
-    readers = (folder / "config.json").stat().st_mode  # safetensors lets nobody but the owner read
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(readers)
+    share_weights(folder)
     manifest.write(folder, step=step)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from polymath_fast.environment import no_progress_bars
 from polymath_fast.errors import UserError
 from polymath_fast.folders import cache
+from polymath_fast.folders.permissions import share_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -109,8 +110,7 @@ def build(shape: dict[str, Any], target: Path, dtype: str) -> None:
     model = _model(config, dtype, "cpu")
     with no_progress_bars():
         model.save_pretrained(target, max_shard_size="4GB")
-    for path in target.glob("*.safetensors"):
-        path.chmod(0o644)
+    share_weights(target)
 
 
 def in_memory(family: str, dtype: str, device: str = "cpu") -> PreTrainedModel:
