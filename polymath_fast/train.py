@@ -114,7 +114,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         learned = parts.learner.update(rows, step - 1)
     failure = _sync(settings, parts, clock, bool(learned["update/skipped"]))
     metrics = collect.rollout_metrics(batch, settings) | scores.metrics | learned | clock.metrics()
-    metrics |= parts.speculation.end_step(batch) | loan.metrics(arena)
+    metrics |= parts.speculation.metrics(batch) | loan.metrics(arena)
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
     metrics["memory/peak_gib"] = peak_memory_gib()
     metrics["rollout/resampled"] = attempts - 1
@@ -124,6 +124,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         parts.monitor.note_once(f"step {step}", note)
     parts.monitor.log_step(step, metrics)
     parts.monitor.log_completions(step, collect.completion_rows(batch, scores))
+    parts.speculation.end_step(batch)
     parts.pending, parts.steps_done = pending, step
     parts.updates_done = parts.learner.optimizer.updates
     if failure is not None:
