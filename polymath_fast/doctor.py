@@ -128,14 +128,18 @@ def model_and_memory(model: str) -> Iterator[Fact]:
 
     yield "cache", str(cache_dir())
     settings = parse(["--model", model])
+    local = Path(model).expanduser()
     if model == EMBEDDED_MODEL:
         shape = random_models.FAMILIES["smollm2-135m"]
         there = "installed" if embedded_model.is_installed() else "not installed: "
         yield model, there if there == "installed" else there + embedded_model.INSTALL
-    elif model.removeprefix("random:") in random_models.FAMILIES:
-        shape = random_models.FAMILIES[model.removeprefix("random:")]
-    elif Path(model).is_dir():
-        shape = models.read_config(models.check_folder(Path(model)))
+    elif model.startswith("random:"):
+        shape = random_models.shape_of(model.removeprefix("random:"))
+    elif local.is_dir():
+        shape = models.read_config(models.check_folder(local))
+    elif ":" in model or model.startswith((".", "/", "~")) or local.exists():
+        models.resolve_model(model)  # says what is wrong with it
+        return
     else:
         yield model, "not on this machine; a run would download it"
         return

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from polymath_fast.config.ranges import check_values, flag
 from polymath_fast.errors import UserError
+from polymath_fast.folders import lookup
 from polymath_fast.samples.sources import on_hub, split_name
 
 if TYPE_CHECKING:
     from polymath_fast.config import Config
 
+_LOOKED_FOR = ("model", "dataset", "output_dir", "resume")
 _CLIPPED = ("dapo", "grpo", "gspo", "bnpo", "dr_grpo", "luspo")
 _TRUST_REGION = (*_CLIPPED, "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl")
 _LOSS_OPTIONS = {
@@ -29,6 +31,7 @@ def check(config: Config) -> None:
     """Raise UserError for the first setting that cannot work."""
     check_values(config)
     _check_sample(config)
+    _check_names(config)
     _check_split(config)
     _check_resume(config)
     _check_rewards(config)
@@ -61,6 +64,15 @@ def _check_sample(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and (not value.strip() or "\0" in value):
             raise UserError(f"{flag(name)} is {value!r}; it must name something: leave it out")
+
+
+def _check_names(config: Config) -> None:
+    asked = [(flag(name), getattr(config, name)) for name in _LOOKED_FOR]
+    asked += [("--eval-dataset", entry) for entry in config.eval_dataset or ()]
+    asked += [("--reward", name) for name in config.reward]
+    for name, value in asked:
+        if value is not None:
+            lookup.require(name, value.removeprefix("random:"))
 
 
 def _check_resume(config: Config) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from polymath_fast.config.settings import EMBEDDED_MODEL
 from polymath_fast.errors import UserError
+from polymath_fast.folders import lookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,10 @@ class EvalSettings:
     def check(self) -> None:
         """Raises UserError for values that cannot work. Not done on construction: the parser would
         turn the message into a box of its own."""
+        lookup.require("--model", self.model.removeprefix("random:"))
+        lookup.require("--result-path", self.result_path or ".")
+        for entry in self.dataset:
+            lookup.require("--dataset", entry)
         _require(self.k >= 1, "--k", self.k, "at least 1", "8")
         _require(
             self.temperature == 0 or 0.01 <= self.temperature <= 10,

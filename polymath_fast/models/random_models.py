@@ -90,7 +90,7 @@ def folder(what: str, notify: Callable[[str], None] = print) -> Path:
     biases and norm weights moved off their usual 0 and 1 so that a path that forgets one shows.
     tiny families are stored in float32, others in bfloat16. Raises UserError.
     """
-    shape = _read_shape(what)
+    shape = shape_of(what)
     key = hashlib.sha256(json.dumps([_BUILD, _SEED, shape], sort_keys=True).encode()).hexdigest()
     name = what if what in FAMILIES else shape["model_type"]
     return cache.build_once(
@@ -139,7 +139,8 @@ def _model(config: PretrainedConfig, dtype: str, device: str) -> PreTrainedModel
     return model
 
 
-def _read_shape(what: str) -> dict[str, Any]:
+def shape_of(what: str) -> dict[str, Any]:
+    """The settings of a family of FAMILIES, or of the config.json at a path. Raises UserError."""
     if what in FAMILIES:
         return FAMILIES[what]
     path = Path(what).expanduser()
