@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_sizes, rivals
-from benchmarks.gpu_sections import GRADIENT_ERROR, random_head, timed_table
+from benchmarks.gpu_head import random_head
+from benchmarks.gpu_sections import GRADIENT_ERROR, timed_table
 from benchmarks.gpu_timing import interleave
 from benchmarks.optimizer_pass import check_updates, flat_adamw_case
 from benchmarks.timing import Variants

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_sizes
-from benchmarks.gpu_sections import random_head, timed_table
+from benchmarks.gpu_head import random_head
+from benchmarks.gpu_sections import timed_table
 from benchmarks.timing import Variants
 from polymath_fast.kernels.triton import head
 from polymath_fast.kernels.triton.products import hidden_product, product, weight_product

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from polymath_fast.errors import UserError
 from polymath_fast.folders import manifest, step_folders
+from polymath_fast.folders.permissions import share_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,11 +138,22 @@ def resume(
         return find(run_dir, on_skip=on_skip)
     found = find(option, on_skip=on_skip)
     if found is None:
-        raise UserError(
-            f"--resume {option}: no checkpoint there; pass a run folder, one of its "
-            f"{FOLDER}/step_N folders, or auto"
-        )
+        raise _nothing_to_resume(option)
     return found
+
+
+def require_something(option: str | None) -> None:
+    """Raise UserError if --resume names no place of a checkpoint, before anything is written."""
+    if option not in (None, "auto") and not _candidates(Path(option)):
+        raise _nothing_to_resume(option)
+
+
+def _nothing_to_resume(option: str) -> UserError:
+    return UserError(
+        f"--resume {option} is neither auto, nor a run folder with a checkpoint, nor a checkpoint; "
+        "auto works for the run of --output-dir, and for any a path such as runs/first or "
+        f"runs/first/{FOLDER}/step_000050"
+    )
 
 
 def go_back(option: str, run_dir: Path, found: Checkpoint) -> None:
@@ -159,13 +171,7 @@ def find(path: Path | str, *, on_skip: Callable[[Path, str], None]) -> Checkpoin
     `path` may also be one checkpoint; the ones before it stand in when it is torn. `on_skip(path,
     reason)` is called for every torn one. Raises UserError when all of them are torn.
     """
-    path = Path(path)
-    named = step_folders.STEP.fullmatch(path.name)
-    if named and path.is_dir():
-        root, last = path.parent, int(named[1])
-    else:
-        root, last = (path / FOLDER, None)
-    candidates = [item for item in step_folders.steps(root) if last is None or item[0] <= last]
+    candidates = _candidates(Path(path))
     for step, folder in reversed(candidates):
         try:
             return _load(folder, step)
@@ -177,6 +183,14 @@ def find(path: Path | str, *, on_skip: Callable[[Path, str], None]) -> Checkpoin
             "in a new --output-dir"
         )
     return None
+
+
+def _candidates(path: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of a run's checkpoints, oldest first; up to `path` where it is one of them."""
+    named = step_folders.STEP.fullmatch(path.name)
+    if not (named and path.is_dir()):
+        return step_folders.steps(path / FOLDER)
+    return [item for item in step_folders.steps(path.parent) if item[0] <= int(named[1])]
 
 
 def _load(folder: Path, step: int) -> Checkpoint:
@@ -209,9 +223,7 @@ def _write(
     save_file(dict(tensors), trainer / "state.safetensors")
     text = json.dumps(state, indent=1, allow_nan=False)
     (trainer / "state.json").write_text(text + "\n", encoding="utf-8")
-    readers = (folder / "config.json").stat().st_mode  # safetensors lets nobody but the owner read
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(readers)
+    share_weights(folder)
     manifest.write(folder, step=step)
 
 

@@ -5,6 +5,11 @@ Nothing here may fail because something is missing: that is what it reports.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, where Ctrl-C would be a traceback
+    from polymath_fast import start
+
+    start.run("polymath_fast.doctor")
+
 import argparse
 import importlib.metadata
 import importlib.util
@@ -123,14 +128,18 @@ def model_and_memory(model: str) -> Iterator[Fact]:
 
     yield "cache", str(cache_dir())
     settings = parse(["--model", model])
+    local = Path(model).expanduser()
     if model == EMBEDDED_MODEL:
         shape = random_models.FAMILIES["smollm2-135m"]
         there = "installed" if embedded_model.is_installed() else "not installed: "
         yield model, there if there == "installed" else there + embedded_model.INSTALL
-    elif model.removeprefix("random:") in random_models.FAMILIES:
-        shape = random_models.FAMILIES[model.removeprefix("random:")]
-    elif Path(model).is_dir():
-        shape = models.read_config(models.check_folder(Path(model)))
+    elif model.startswith("random:"):
+        shape = random_models.shape_of(model.removeprefix("random:"))
+    elif local.is_dir():
+        shape = models.read_config(models.check_folder(local))
+    elif ":" in model or model.startswith((".", "/", "~")) or local.exists():
+        models.resolve_model(model)  # says what is wrong with it
+        return
     else:
         yield model, "not on this machine; a run would download it"
         return
@@ -219,7 +228,3 @@ def _field(text: str, name: str) -> str:
         if colon and key.strip() == name:
             return value.strip()
     return ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,11 @@ a model. `--help` lists the flags.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, where Ctrl-C would be a traceback
+    from polymath_fast import start
+
+    start.run("polymath_fast.evaluate")
+
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -87,7 +92,7 @@ def _problems(settings: EvalSettings, grading: Grading) -> list[EvalProblem]:
             name = sorted(shared)[0]
             raise UserError(
                 f"--dataset {entry}: there is a source {name!r} already; name one of them, e.g. "
-                f"{problem_files.split_name(entry)[0]}={name}_2"
+                f"{sources.split_name(entry)[0]}={name}_2"
             )
         problems += new
     grading.require_known({problem.source for problem in problems})
@@ -237,7 +242,3 @@ def main(args: Sequence[str] | None = None) -> int:
         print("stopped; problems counted above are in the output folder", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,13 +6,18 @@ with its group, take one gradient step, hand the weights to the sampler. `--help
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":  # before the imports, where Ctrl-C would be a traceback
+    from polymath_fast import start
+
+    start.run("polymath_fast.train")
+
 import time
 from pathlib import Path
 
 from polymath_fast.config import Config
 from polymath_fast.config.command_line import parse
 from polymath_fast.errors import EngineError, UserError
+from polymath_fast.folders import run_folder
 from polymath_fast.monitor import peak_memory_gib
 from polymath_fast.monitor.clock import Clock
 from polymath_fast.monitor.console import print_error, say
@@ -109,7 +114,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         learned = parts.learner.update(rows, step - 1)
     failure = _sync(settings, parts, clock, bool(learned["update/skipped"]))
     metrics = collect.rollout_metrics(batch, settings) | scores.metrics | learned | clock.metrics()
-    metrics |= parts.speculation.end_step(batch) | loan.metrics(arena)
+    metrics |= parts.speculation.metrics(batch) | loan.metrics(arena)
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
     metrics["memory/peak_gib"] = peak_memory_gib()
     metrics["rollout/resampled"] = attempts - 1
@@ -119,6 +124,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         parts.monitor.note_once(f"step {step}", note)
     parts.monitor.log_step(step, metrics)
     parts.monitor.log_completions(step, collect.completion_rows(batch, scores))
+    parts.speculation.end_step(batch)
     parts.pending, parts.steps_done = pending, step
     parts.updates_done = parts.learner.optimizer.updates
     if failure is not None:
@@ -166,14 +172,26 @@ def evaluate(settings: Config, parts: Parts, step: int) -> None:
 
 def finish(settings: Config, parts: Parts, saved: Path | None, interrupt: Interrupt) -> int:
     """Last evaluation, report, last screen."""
-    from polymath_fast.report import write_report
-
     if not interrupt.requested:
         evaluate(settings, parts, parts.steps_done)
-    parts.monitor.phase("write the report")
-    report = write_report(parts.run_dir)
+    report = _report(parts)
     parts.monitor.summary(checkpoint=saved, report=report, interrupted=interrupt.requested)
     return interrupt.exit_code
+
+
+def _report(parts: Parts) -> Path | None:
+    """Write the report; a run that is done and saved does not fail for want of it."""
+    from polymath_fast.report import write_report
+
+    parts.monitor.phase("write the report")
+    try:
+        return write_report(parts.run_dir)
+    except Exception as error:
+        parts.monitor.note(
+            f"the report was not written ({str(error) or type(error).__name__}); the run is saved, "
+            f"and this writes it:  {run_folder.report_command(parts.run_dir)}"
+        )
+        return None
 
 
 def _due(step: int, every: int) -> bool:
@@ -190,7 +208,3 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped before the run began")
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

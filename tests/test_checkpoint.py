@@ -151,6 +151,30 @@ def test_torn_checkpoints_do_not_count_as_kept(tmp_path):
     assert step_names(tmp_path) == ["step_000001", "step_000003", "step_000004"]
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("read_text", "manifest.json"), ("stat", "model.safetensors"), ("stat", "step_000003")],
+)
+def test_rotation_neither_counts_nor_deletes_what_it_cannot_read(
+    tmp_path, monkeypatch, code, method, name
+):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    plain = getattr(Path, method)
+
+    def fails(path, *arguments, **options):
+        if path.name == name and "step_000003" in str(path):
+            raise OSError(code, os.strerror(code), str(path))
+        return plain(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, method, fails)
+        save(tmp_path, 4, keep=2)
+    assert step_names(tmp_path) == ["step_000002", "step_000003", "step_000004"]
+    assert find(tmp_path / "checkpoints" / "step_000003").step == 3
+
+
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(UserError, match="use 2"):
         save(tmp_path, 1, keep=0)
@@ -261,9 +285,9 @@ def test_resume_option(tmp_path):
         return checkpoint.resume(option, tmp_path, on_skip=lambda *_: None)
 
     assert resume("auto") is None
-    with pytest.raises(UserError, match="no checkpoint there"):
+    with pytest.raises(UserError, match="--resume .* is neither auto, nor"):
         resume(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="no checkpoint there"):
+    with pytest.raises(UserError, match="--resume .* is neither auto, nor"):
         resume(str(tmp_path))
     path = save(tmp_path, 5)
     assert resume("auto").step == resume(str(path)).step == resume(str(tmp_path)).step == 5

@@ -47,7 +47,10 @@ def test_it_reports_the_implementation_that_was_asked_for(monkeypatch: pytest.Mo
         ("random:tiny", "parameters", "0 million"),
         ("random:qwen2.5-7b", "parameters", "7,616 million"),
         ("owner/name", "owner/name", "not on this machine"),
-        ("random:tny", "random:tny", "not on this machine"),
+        ("random:tny", "FAILED", "perhaps you meant random:tiny"),
+        ("embedded:smolm2", "FAILED", "--model embedded:smolm2 is not there"),
+        ("./nowhere", "FAILED", "--model ./nowhere is not there"),
+        ("x" * 300, "FAILED", "File name too long"),
     ],
 )
 def test_models(model: str, key: str, part: str) -> None:

@@ -62,6 +62,39 @@ def test_other_threads_leave_the_handlers_alone():
     assert seen == [(False, before)]
 
 
+_COMMAND = """
+import runpy, sys
+class Interrupted:
+    def find_spec(name, path, target=None):
+        if name == imported:
+            raise KeyboardInterrupt
+module, imported = sys.argv[1:]
+sys.meta_path.insert(0, Interrupted)
+sys.argv[1:] = ["run"] if "report" in module else []
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "imported"),
+    [
+        ("train", "polymath_fast.rewards"),
+        ("train", "tyro"),
+        ("evaluate", "polymath_fast.samples"),
+        ("doctor", "importlib.metadata"),
+        ("doctor", "torch"),
+        ("report", "polymath_fast.monitor"),
+        ("report", "polymath_fast.report.page"),
+    ],
+)
+def test_an_interrupt_while_modules_are_imported_is_one_line(command, imported):
+    module = f"polymath_fast.{command}" + (".__main__" if command == "report" else "")
+    words = [sys.executable, "-c", _COMMAND, module, imported]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("stopped") and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode in (130, -signal.SIGINT)  # a shell calls both 130
+
+
 _RUN = """
 import sys, time
 from polymath_fast.run.interrupt import Interrupt

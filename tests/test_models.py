@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,19 @@ def test_random_weights_are_the_same_everywhere(
     first, second = (load_file(folder / "model.safetensors") for folder in (tiny_model, again))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_whoever_may_read_a_random_model_s_config_may_read_its_weights(
+    tmp_path: Path, mask: int
+) -> None:
+    before = os.umask(mask)
+    try:
+        random_models.build(random_models.FAMILIES["tiny"], tmp_path, "float32")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] == 0o666 & ~mask
 
 
 def test_random_from_a_config_file(copy: Path, own_cache: Path) -> None:

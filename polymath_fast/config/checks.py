@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from polymath_fast.config.ranges import check_values, flag
 from polymath_fast.errors import UserError
-from polymath_fast.samples.sources import on_hub
+from polymath_fast.folders import lookup
+from polymath_fast.samples.sources import on_hub, split_name
 
 if TYPE_CHECKING:
     from polymath_fast.config import Config
 
+_LOOKED_FOR = ("model", "dataset", "output_dir", "resume")
 _CLIPPED = ("dapo", "grpo", "gspo", "bnpo", "dr_grpo", "luspo")
 _TRUST_REGION = (*_CLIPPED, "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl")
 _LOSS_OPTIONS = {
@@ -29,7 +31,9 @@ def check(config: Config) -> None:
     """Raise UserError for the first setting that cannot work."""
     check_values(config)
     _check_sample(config)
+    _check_names(config)
     _check_split(config)
+    _check_resume(config)
     _check_rewards(config)
     _check_loss(config)
     _check_rollouts(config)
@@ -62,8 +66,25 @@ def _check_sample(config: Config) -> None:
             raise UserError(f"{flag(name)} is {value!r}; it must name something: leave it out")
 
 
+def _check_names(config: Config) -> None:
+    asked = [(flag(name), getattr(config, name)) for name in _LOOKED_FOR]
+    asked += [("--eval-dataset", entry) for entry in config.eval_dataset or ()]
+    asked += [("--reward", name) for name in config.reward]
+    for name, value in asked:
+        if value is not None:
+            lookup.require(name, value.removeprefix("random:"))
+
+
+def _check_resume(config: Config) -> None:
+    if config.resume == "auto" and config.output_dir is None:
+        raise UserError(
+            "--resume auto goes on with the run of --output-dir, and there is none; add that: "
+            "--output-dir runs/first"
+        )
+
+
 def _check_split(config: Config) -> None:
-    asked = [config.dataset, *(entry.partition("=")[0] for entry in config.eval_dataset or ())]
+    asked = [config.dataset, *(split_name(entry)[0] for entry in config.eval_dataset or ())]
     if config.dataset_split != "train" and not any(map(on_hub, filter(None, asked))):
         raise UserError(
             f"--dataset-split {config.dataset_split} is for data sets of the hub, and "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args, get_origin
 
 from polymath_fast.errors import UserError
+from polymath_fast.folders import lookup
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -45,6 +46,7 @@ def refuse_unknown(args: Sequence[str], known: Iterable[str]) -> None:
 
 def find(name: str) -> Path:
     """The file behind a value of --config: a path, or the name of a shipped preset."""
+    lookup.require("--config", name)
     preset = PRESETS / f"{name}.toml"
     if "/" not in name and preset.is_file():
         return preset

@@ -56,14 +56,6 @@ class Grading:
             )
 
 
-def split_name(entry: str) -> tuple[str, str | None]:
-    """("file.jsonl", "name") from file.jsonl=name; None where no name is given."""
-    if Path(entry).expanduser().exists() or "=" not in entry:
-        return entry, None
-    dataset, _, name = entry.rpartition("=")
-    return dataset, name or None
-
-
 def read(entry: str, split: str, grading: Grading) -> list[EvalProblem]:
     """The problems of `entry`, FILE or FILE=NAME; raises UserError naming file and line.
 
@@ -73,7 +65,7 @@ def read(entry: str, split: str, grading: Grading) -> list[EvalProblem]:
     SAT); ground_truth or reward_model.ground_truth (verl). The source is NAME, else the row's
     data_source, else the file's name.
     """
-    dataset, name = split_name(entry)
+    dataset, name = sources.split_name(entry)
     fallback = Path(dataset.removeprefix("shipped:")).stem
     found = []
     for where, row in sources.read_rows(dataset, split):

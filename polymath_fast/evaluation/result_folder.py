@@ -19,6 +19,7 @@ from polymath_fast.errors import UserError
 from polymath_fast.evaluation.estimates import INTERVAL
 from polymath_fast.evaluation.grading import EvalResult, grade
 from polymath_fast.evaluation.problem_files import LETTERS, Grading
+from polymath_fast.folders import lookup
 from polymath_fast.rewards import RewardInput, RewardSet, Scores
 from polymath_fast.rewards.extraction import extract_answer, extract_choice
 from polymath_fast.rewards.math_reward import MathReward
@@ -65,7 +66,9 @@ def grader(timeout: float) -> RewardSet:
 
 def new_folder(wanted: str | None) -> Path:
     """An output folder without results in it. Raises UserError for one that has some."""
-    folder = Path(wanted or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+    wanted = wanted or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}"
+    lookup.require("--output-dir", wanted)
+    folder = Path(wanted).expanduser()
     taken = [name for name in (RESULT, COMPLETIONS) if (folder / name).exists()]
     if taken:
         raise UserError(

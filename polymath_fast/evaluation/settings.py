@@ -9,6 +9,8 @@ from typing import Literal
 
 from polymath_fast.config.settings import EMBEDDED_MODEL
 from polymath_fast.errors import UserError
+from polymath_fast.folders import lookup
+from polymath_fast.samples.sources import on_hub, split_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,10 @@ class EvalSettings:
     def check(self) -> None:
         """Raises UserError for values that cannot work. Not done on construction: the parser would
         turn the message into a box of its own."""
+        lookup.require("--model", self.model.removeprefix("random:"))
+        lookup.require("--result-path", self.result_path or ".")
+        for entry in self.dataset:
+            lookup.require("--dataset", entry)
         _require(self.k >= 1, "--k", self.k, "at least 1", "8")
         _require(
             self.temperature == 0 or 0.01 <= self.temperature <= 10,
@@ -75,11 +81,17 @@ class EvalSettings:
             *("--reward-timeout", self.reward_timeout, "between 0 and 3600 seconds", "5"),
         )
         _require(0 <= self.seed < 2**31, "--seed", self.seed, "between 0 and 2147483647", "0")
-        for name in ("max_problems", "threads", "kv_cache_gib"):
+        for name, most in (("max_problems", math.inf), ("threads", 4096), ("kv_cache_gib", 65536)):
             value = getattr(self, name)
             flag = f"--{name.replace('_', '-')}"
-            good = value is None or (value > 0 and math.isfinite(value))
-            _require(good, flag, value, "above 0", "4")
+            rule = "above 0" + (f" and at most {most}" if most < math.inf else "")
+            _require(value is None or 0 < value <= most, flag, value, rule, "4")
+        entries = [split_name(entry)[0] for entry in self.dataset]
+        if self.dataset_split != type(self).dataset_split and not any(map(on_hub, entries)):
+            raise UserError(
+                f"--dataset-split {self.dataset_split} is for data sets of the hub, and all data "
+                "sets here are files; leave it out"
+            )
         if self.k > 1 and self.temperature == 0:
             raise UserError(
                 f"--k is {self.k} with --temperature 0: greedy completions are all the same; use "

@@ -23,6 +23,10 @@ class TornFolder(ValueError):
     """The folder is not what was saved; the message says in which way."""
 
 
+class UnreadableFolder(TornFolder):
+    """The disk gave an error, perhaps a passing one: what is in the folder is not known."""
+
+
 def write(folder: Path, **fields: object) -> None:
     """Flush every file below `folder` to disk, then write the manifest and flush that too.
 
@@ -47,8 +51,16 @@ def verify(folder: Path, *, hashes: bool = True) -> dict:
     """Check `folder` against its manifest and return the manifest.
 
     `hashes=False` compares names and sizes only: enough to tell a complete folder from a torn one,
-    without reading gigabytes. Raises TornFolder.
+    without reading gigabytes. Raises TornFolder, and UnreadableFolder when the disk fails.
     """
+    try:
+        return _verify(folder, hashes)
+    except OSError as error:
+        name = error.filename or folder
+        raise UnreadableFolder(f"{name} cannot be read ({error.strerror or error})") from error
+
+
+def _verify(folder: Path, hashes: bool) -> dict:
     content = _read(folder)
     for name, entry in content["files"].items():
         _check_file(folder, name, entry, hashes=hashes)
@@ -85,9 +97,9 @@ def _read(folder: Path) -> dict:
     try:
         text = (folder / NAME).read_text(encoding="utf-8")
         content = json.loads(text)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise TornFolder(f"{NAME} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (IsADirectoryError, ValueError, RecursionError) as error:
         raise TornFolder(f"{NAME} cannot be read ({error})") from None
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise TornFolder(f"{NAME} lists no files")
@@ -110,10 +122,7 @@ def _check_file(folder: Path, name: str, entry: object, *, hashes: bool) -> None
         raise TornFolder(f"{name} is a link, not the file that was saved")
     if not path.is_file():
         raise TornFolder(f"{name} is missing")
-    try:
-        size, digest = path.stat().st_size, _sha256(path) if hashes else entry["sha256"]
-    except OSError as error:
-        raise TornFolder(f"{name} cannot be read ({error.strerror})") from error
+    size, digest = path.stat().st_size, _sha256(path) if hashes else entry["sha256"]
     if size != entry["bytes"]:
         raise TornFolder(f"{name} has {size} bytes instead of {entry['bytes']}")
     if digest != entry["sha256"]:
@@ -128,7 +137,7 @@ def _check_shards(folder: Path, files: dict) -> None:
         try:
             index = json.loads((folder / name).read_text(encoding="utf-8"))
             shards = sorted(map(str, set(index["weight_map"].values())))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise TornFolder(f"{name} is not an index of shards ({error!r})") from None
         for shard in shards:
             path = str(PurePosixPath(name).parent / shard)

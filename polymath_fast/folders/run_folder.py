@@ -173,6 +173,11 @@ def resume_command(run_dir: Path) -> str:
     return shlex.join(words)
 
 
+def report_command(run_dir: Path) -> str:
+    """The shell command that writes the report of a run."""
+    return shlex.join(["python", "-m", "polymath_fast.report", _as_argument(run_dir)])
+
+
 def evaluate_command(checkpoint: Path) -> str:
     """The shell command that scores a checkpoint."""
     words = ["python", "-m", "polymath_fast.evaluate", "--model", _as_argument(checkpoint)]

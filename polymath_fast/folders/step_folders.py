@@ -46,12 +46,14 @@ def publish(finished: Path, step: int) -> Path:
 
 
 def rotate(root: Path, step: int, keep: int) -> None:
-    """Keep the newest `keep` complete checkpoints up to `step`; torn ones do not count."""
+    """Keep the newest `keep` complete checkpoints up to `step`; torn ones do not count, and those
+    between them that the disk cannot read now stay without being counted."""
     kept = 0
     for number, folder in reversed(steps(root)):
-        if number <= step and kept < keep and _complete(folder):
+        complete = _complete(folder) if number <= step and kept < keep else False
+        if complete:
             kept += 1
-        else:
+        elif complete is not None:
             _remove(folder)
 
 
@@ -71,9 +73,12 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _complete(folder: Path) -> bool:
+def _complete(folder: Path) -> bool | None:
+    """None when the disk does not tell."""
     try:
         manifest.verify(folder, hashes=False)
+    except manifest.UnreadableFolder:
+        return None
     except manifest.TornFolder:
         return False
     return True
@@ -83,8 +88,15 @@ def steps(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint below `root`, oldest first."""
     if not root.is_dir():
         return []
-    named = ((STEP.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
-    return sorted((int(match[1]), path) for match, path in named if match)
+    named = ((STEP.fullmatch(path.name), path) for path in root.iterdir())
+    return sorted((int(match[1]), path) for match, path in named if match and _is_folder(path))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # it is there, and whoever opens it gets the reason
+        return True
 
 
 def sweep(root: Path) -> list[Path]:

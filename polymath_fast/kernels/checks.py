@@ -6,6 +6,9 @@ import torch
 
 from polymath_fast.kernels import faults
 
+# What to do instead of an ignored id such as -100, which there is in no operator.
+UNMASKED = "give rows that do not count any id in there, such as 0, and leave their results out"
+MASKED = "give tokens that do not count any id in there, such as 0, and leave them out with mask="
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -37,9 +40,15 @@ def under_autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, 
 
 
 def check_head(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    without: str = UNMASKED,
 ) -> None:
     """hidden (N, H), weight (V, H), targets (N,), bias (V,) or None: one float dtype, one device.
+
+    without: how the operator leaves rows out, for the message about targets.
 
     Raises:
         ValueError: naming what differs.
@@ -56,20 +65,22 @@ def check_head(
         if bias.shape != (weight.shape[0],):
             raise ValueError(f"bias is {tuple(bias.shape)}: must be ({weight.shape[0]},)")
         _same_kind("bias", bias, "hidden", hidden)
-    check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device)
+    check_targets(targets, hidden.shape[0], weight.shape[0], hidden.device, without)
 
 
-def check_logits(logits: torch.Tensor, targets: torch.Tensor) -> None:
-    """logits (N, V) float, targets (N,).
+def check_logits(logits: torch.Tensor, targets: torch.Tensor, without: str = UNMASKED) -> None:
+    """logits (N, V) float, targets (N,); `without` as in `check_head`.
 
     Raises:
         ValueError: naming what is wrong.
     """
     _check_matrix("logits", "(N, V)", logits)
-    check_targets(targets, logits.shape[0], logits.shape[1], logits.device)
+    check_targets(targets, logits.shape[0], logits.shape[1], logits.device, without)
 
 
-def check_targets(targets: torch.Tensor, count: int, vocab: int, device: torch.device) -> None:
+def check_targets(
+    targets: torch.Tensor, count: int, vocab: int, device: torch.device, without: str
+) -> None:
     """(count,) int32 or int64 in [0, vocab).
 
     On a GPU the range is looked at by the kernels; what they met is raised by the next call.
@@ -87,7 +98,7 @@ def check_targets(targets: torch.Tensor, count: int, vocab: int, device: torch.d
         if low < 0 or high >= vocab:
             raise ValueError(
                 f"targets lie in [{low}, {high}], outside [0, {vocab}); "
-                "leave tokens out with mask=, there is no ignored id such as -100"
+                f"there is no ignored id such as -100: {without}"
             )
 
 

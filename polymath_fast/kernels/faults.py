@@ -48,8 +48,9 @@ def raise_noted(device: torch.device) -> None:
         row, value = _unpack(target)
         raise ValueError(
             f"targets[{row}] was {value} in an earlier call on {device}, outside [0, {vocab}); "
-            "that row had no log-prob and no gradient. Leave tokens out with mask=, there is no "
-            "ignored id such as -100"
+            "that row had no log-prob and no gradient. There is no ignored id such as -100: give "
+            "rows that do not count any id in there, such as 0, and leave them out of a loss with "
+            "mask="
         )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from polymath_fast.errors import UserError
 from polymath_fast.folders import cache
+from polymath_fast.folders.permissions import share_weights
 
 if TYPE_CHECKING:
     import torch
@@ -159,9 +160,8 @@ def _write_weights(reader: GGUFReader, metadata: dict[str, Any], target: Path) -
             if kind in heads:
                 value = _rotary_halves(value, heads[kind])
         weights[f"{name}.weight"] = value.to(torch.bfloat16).contiguous()
-    path = target / "model.safetensors"
-    save_file(weights, path, metadata={"format": "pt"})
-    path.chmod(0o644)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    share_weights(target)
 
 
 def _rotary_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from polymath_fast.environment import no_progress_bars
 from polymath_fast.errors import UserError
 from polymath_fast.folders import cache
+from polymath_fast.folders.permissions import share_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -89,7 +90,7 @@ def folder(what: str, notify: Callable[[str], None] = print) -> Path:
     biases and norm weights moved off their usual 0 and 1 so that a path that forgets one shows.
     tiny families are stored in float32, others in bfloat16. Raises UserError.
     """
-    shape = _read_shape(what)
+    shape = shape_of(what)
     key = hashlib.sha256(json.dumps([_BUILD, _SEED, shape], sort_keys=True).encode()).hexdigest()
     name = what if what in FAMILIES else shape["model_type"]
     return cache.build_once(
@@ -109,8 +110,7 @@ def build(shape: dict[str, Any], target: Path, dtype: str) -> None:
     model = _model(config, dtype, "cpu")
     with no_progress_bars():
         model.save_pretrained(target, max_shard_size="4GB")
-    for path in target.glob("*.safetensors"):
-        path.chmod(0o644)
+    share_weights(target)
 
 
 def in_memory(family: str, dtype: str, device: str = "cpu") -> PreTrainedModel:
@@ -139,7 +139,8 @@ def _model(config: PretrainedConfig, dtype: str, device: str) -> PreTrainedModel
     return model
 
 
-def _read_shape(what: str) -> dict[str, Any]:
+def shape_of(what: str) -> dict[str, Any]:
+    """The settings of a family of FAMILIES, or of the config.json at a path. Raises UserError."""
     if what in FAMILIES:
         return FAMILIES[what]
     path = Path(what).expanduser()

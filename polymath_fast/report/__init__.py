@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from polymath_fast.errors import UserError
-from polymath_fast.folders import run_data
+from polymath_fast.folders import lookup, run_data
 
 NAME = "report.html"
 
@@ -25,6 +25,7 @@ def write_report(run_dir: Path) -> Path:
     from polymath_fast.report.completions import choose
     from polymath_fast.report.page import render
 
+    lookup.require("run folder", str(run_dir))
     run_dir = Path(run_dir)
     if not (run_dir / run_data.METRICS).is_file():
         raise UserError(

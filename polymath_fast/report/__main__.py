@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, where Ctrl-C would be a traceback
+    from polymath_fast import start
+
+    start.run("polymath_fast.report.__main__")
+
 import argparse
-import sys
 from pathlib import Path
 
 from polymath_fast.errors import UserError
@@ -22,7 +26,3 @@ def main(arguments: list[str] | None = None) -> int:
         print_error(error)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -67,12 +67,10 @@ class Speculation:
         """Count from zero."""
         self._counts.clear()
 
-    def end_step(self, batch: RolloutBatch) -> dict[str, float]:
-        """Remember the completions of a step; its metrics."""
+    def metrics(self, batch: RolloutBatch) -> dict[str, float]:
+        """How well drafts did since `start_step`."""
         if not self.most:
             return {}
-        prompts = [group.sample.prompt_ids for group in batch.groups for _ in group.completions]
-        _remember(self.history, prompts, [c.token_ids for c in batch.completions])
         counts = self._counts
         found: dict[str, float] = {
             "speculation/drafted": counts["drafted"],
@@ -82,6 +80,12 @@ class Speculation:
             found["speculation/acceptance_length"] = counts["drawn"] / counts["verified"]
             found["speculation/accepted_ratio"] = counts["accepted"] / counts["drafted"]
         return found
+
+    def end_step(self, batch: RolloutBatch) -> None:
+        """Remember the completions of a step that is done: one that is not is drawn again."""
+        if self.most:
+            prompts = [group.sample.prompt_ids for group in batch.groups for _ in group.completions]
+            _remember(self.history, prompts, [c.token_ids for c in batch.completions])
 
     def tensors(self) -> dict[str, Tensor]:
         """For the checkpoint: a resumed run drafts the same, so its products round the same."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import environment, models, precision, rewards, rollout, samples
+from polymath_fast import checkpoint, environment, models, precision, rewards, rollout, samples
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.rewards import RewardSet
@@ -45,6 +45,7 @@ class Inputs:
 
 def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs:
     """Model folder, tokenizer, samples, rewards and engine choice; raises UserError."""
+    checkpoint.require_something(config.resume)
     environment.prepare()
     device = _device(config.device)
     dtype, dtype_reason = precision.choose_dtype(config.dtype, device)
@@ -81,9 +82,14 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
     trained = samples.from_config(config, tokenizer, context_length=context, notify=notify)
     held_out = {
         name: samples.from_config(
-            config, tokenizer, context_length=context, dataset=dataset, notify=notify
+            config,
+            tokenizer,
+            context_length=context,
+            dataset=dataset,
+            asked=f"--eval-dataset {entry}",
+            notify=notify,
         )
-        for name, dataset in _evaluation_datasets(config).items()
+        for name, (dataset, entry) in _evaluation_datasets(config).items()
     }
     _check_microbatch(config, trained)
     return Inputs(
@@ -123,21 +129,22 @@ def _quantization(shape: dict[str, Any]) -> str | None:
     return quantised and str(quantised.get("quant_method", "unknown method"))
 
 
-def _evaluation_datasets(config: Config) -> dict[str, str]:
-    """Name -> data set of everything that is scored before, during and after training."""
+def _evaluation_datasets(config: Config) -> dict[str, tuple[str, str]]:
+    """Name -> data set, and the value that asks for it, of everything that is scored before, during
+    and after training."""
     if config.eval_dataset is None:
         dataset = sources.held_out(config.dataset)
-        return {config.dataset.removeprefix("shipped:"): dataset} if dataset else {}
+        return {config.dataset.removeprefix("shipped:"): (dataset, dataset)} if dataset else {}
     named = {}
     for entry in config.eval_dataset:
-        dataset, _, name = entry.partition("=")
+        dataset, name = sources.split_name(entry)
         name = name or Path(dataset.removeprefix("shipped:")).stem
         if name in named:
             raise UserError(
-                f"--eval-dataset: two sets are called {name!r}; name one of them, "
-                f"e.g. {dataset}={name}_2"
+                f"--eval-dataset {entry}: there is a set called {name!r} already; name one of "
+                f"them, e.g. {dataset}={name}_2"
             )
-        named[name] = dataset
+        named[name] = (dataset, entry)
     return named
 
 

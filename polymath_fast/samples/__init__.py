@@ -39,9 +39,11 @@ def from_config(
     *,
     context_length: int | None = None,
     dataset: str | None = None,
+    asked: str | None = None,
     notify: Callable[[str], None] = print,
 ) -> list[Sample]:
-    """The samples a run trains on, or with `dataset` all of another set, asked in the same way."""
+    """The samples a run trains on, or with `dataset` all of another set, asked in the same way;
+    `asked` is the flag with its value that wants that set, for messages."""
     other = dataset is not None
     return load_samples(
         question=None if other else config.question,
@@ -54,6 +56,7 @@ def from_config(
         tokenizer=tokenizer,
         max_completion_length=config.max_completion_length,
         context_length=context_length,
+        asked=asked,
         notify=notify,
     )
 
@@ -70,6 +73,7 @@ def load_samples(
     tokenizer: PreTrainedTokenizerBase,
     max_completion_length: int,
     context_length: int | None = None,
+    asked: str | None = None,
     notify: Callable[[str], None] = print,
 ) -> list[Sample]:
     """Read samples from `question` and `answer`, or from `dataset`; at least one comes back.
@@ -78,18 +82,19 @@ def load_samples(
     that is a conversation goes through the model's chat template as it is. Identical rows are one
     sample, which `notify` is told. `context_length` is the model's number of positions; a prompt
     that leaves no room for `max_completion_length` tokens is refused. Raises UserError naming the
-    file and the row.
+    file and the row, and `asked` (a flag with its value), which is --dataset when left out.
     """
     if question is not None:
         rows = iter([("--question", {"problem": question, "answer": answer})])
     elif dataset is not None:
-        rows = sources.read_rows(dataset, dataset_split)
+        rows = sources.read_rows(dataset, dataset_split, asked)
     else:
         raise UserError("there is no sample; give --question and --answer, or --dataset")
     distinct = _distinct((problems.parse(where, row) for where, row in rows), dataset, notify)
     chosen = list(itertools.islice(distinct, max_samples))
     if not chosen:
-        raise UserError(f"--dataset {dataset} is empty; one problem with its answer is enough")
+        asked = asked or f"--dataset {dataset}"
+        raise UserError(f"{asked} is empty; one problem with its answer is enough")
     if any(problem.messages for problem in chosen) and (template != "chat" or instruction):
         notify(
             f"{dataset}: conversations go through the model's chat template as they are, so "

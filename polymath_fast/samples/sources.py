@@ -16,20 +16,36 @@ Row = tuple[str, dict[str, Any]]
 """where a row stands (for messages), and its columns"""
 
 
-def read_rows(dataset: str, split: str) -> Iterator[Row]:
-    """The rows of shipped:NAME, a .jsonl or .parquet file, or a hub id. Raises UserError."""
+def read_rows(dataset: str, split: str, asked: str | None = None) -> Iterator[Row]:
+    """The rows of shipped:NAME, a .jsonl or .parquet file, or a hub id. Raises UserError.
+
+    `asked` is the flag with its value that wants them, for messages: --dataset when left out.
+    """
+    rows = _open(dataset, split, asked or f"--dataset {dataset}")
+    return rows if asked is None else _asked(asked, rows)
+
+
+def _asked(asked: str, rows: Iterator[Row]) -> Iterator[Row]:
+    try:
+        for where, row in rows:
+            yield f"{asked}: {where}", row
+    except UserError as error:
+        raise UserError(f"{asked}: {error}") from None
+
+
+def _open(dataset: str, split: str, asked: str) -> Iterator[Row]:
     if on_hub(dataset):
-        return _hub(dataset, split)
+        return _hub(dataset, split, asked)
     if dataset.startswith("shipped:"):
-        return _shipped(dataset.removeprefix("shipped:"))
+        return _shipped(dataset.removeprefix("shipped:"), asked)
     path = Path(dataset).expanduser()
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
             what = "a folder" if path.is_dir() else "not there"
-            raise UserError(f"--dataset {dataset} is {what}; give a .jsonl or .parquet file")
+            raise UserError(f"{asked} is {what}; give a .jsonl or .parquet file")
         return _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
     raise UserError(
-        f"--dataset {dataset}: not a .jsonl or .parquet file; save it as jsonl with one "
+        f"{asked}: not a .jsonl or .parquet file; save it as jsonl with one "
         '{"problem": ..., "answer": ...} a line'
     )
 
@@ -39,6 +55,14 @@ def on_hub(dataset: str) -> bool:
     path = Path(dataset).expanduser()
     local = dataset.startswith(("shipped:", ".", "/", "~")) or path.suffix in (".jsonl", ".parquet")
     return not local and not path.exists()
+
+
+def split_name(entry: str) -> tuple[str, str | None]:
+    """("file.jsonl", "name") from file.jsonl=name; None where no name is given."""
+    if "=" not in entry or Path(entry).expanduser().exists():
+        return entry, None
+    dataset, _, name = entry.rpartition("=")
+    return dataset, name or None
 
 
 def held_out(dataset: str | None) -> str | None:
@@ -52,7 +76,7 @@ def held_out(dataset: str | None) -> str | None:
     return f"shipped:{name}_held_out" if exists else None
 
 
-def _shipped(name: str) -> Iterator[Row]:
+def _shipped(name: str, asked: str) -> Iterator[Row]:
     files = {path.stem: path for path in SHIPPED.glob("*.jsonl") if path != _BUILT_IN}
     if name in files:
         return _jsonl(files[name])
@@ -62,7 +86,7 @@ def _shipped(name: str) -> Iterator[Row]:
     known = [*samples, *sorted(files)]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"perhaps you meant shipped:{near[0]}" if near else f"there are {', '.join(known)}"
-    raise UserError(f"--dataset shipped:{name} is not shipped with polymath_fast; {hint}")
+    raise UserError(f"{asked} is not shipped with polymath_fast; {hint}")
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -108,12 +132,12 @@ def _parquet(path: Path) -> Iterator[Row]:
         ) from None
 
 
-def _hub(name: str, split: str) -> Iterator[Row]:
+def _hub(name: str, split: str, asked: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError:
         raise UserError(
-            f"--dataset {name}: no such file, and a hub id needs the package datasets; "
+            f"{asked}: no such file, and a hub id needs the package datasets; "
             "install it with: pip install 'polymath-fast[hub]'"
         ) from None
     try:
@@ -121,7 +145,7 @@ def _hub(name: str, split: str) -> Iterator[Row]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--dataset {name}, split {split}: cannot be loaded ({reason}); give a .jsonl or "
+            f"{asked}, split {split}: cannot be loaded ({reason}); give a .jsonl or "
             ".parquet file, shipped:rectangle, or a hub id that can be reached"
         ) from None
     return ((f"{name}: row {number}", dict(row)) for number, row in enumerate(rows, start=1))

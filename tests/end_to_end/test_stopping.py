@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from polymath_fast import checkpoint, train
+from polymath_fast import checkpoint, report, train
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.kernels import linear_grpo_loss
 from polymath_fast.learner import step as learner_step
+from polymath_fast.monitor import Monitor
 from polymath_fast.rewards import RewardSet
 from polymath_fast.rollout.transformers_engine import TransformersEngine
 from polymath_fast.rollout.weights import IdentitySync
@@ -127,6 +128,22 @@ def test_what_a_step_left_pending_is_saved_with_it(flags, tmp_path, monkeypatch)
     assert_same_end(tmp_path / "straight", tmp_path / "broken")
 
 
+def test_a_step_whose_row_cannot_be_written_leaves_no_drafts(flags, tmp_path, monkeypatch):
+    """All rewards are equal, so no update tells that the step was begun."""
+    reward = tmp_path / "equal.py"
+    reward.write_text("def equal(completions, **_):\n    return [1.0] * len(completions)\n")
+    flags += ["--reward", f"{reward}:equal", "--speculate", "4"]
+    assert run(flags, tmp_path / "straight") == 0
+    for method in ("log_step", "log_completions"):
+        folder = tmp_path / method
+        with monkeypatch.context() as patch:
+            failing(patch, Monitor, method, 4, UserError("no room"))
+            assert run(flags, folder) == 2
+        assert newest(folder).step == 3
+        assert run([*flags, "--resume", "auto"], folder) == 0
+        assert_same_end(tmp_path / "straight", folder)
+
+
 def test_an_engine_that_dies_while_sampling_leaves_the_last_whole_step(
     flags, tmp_path, monkeypatch
 ):
@@ -188,6 +205,24 @@ def test_half_of_a_step_is_not_saved_under_the_name_of_another(
     assert newest(tmp_path / "broken").step == 2
     assert run([*flags, "--resume", "auto"], tmp_path / "broken") == 0
     assert_same_end(tmp_path / "straight", tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), UserError("no room"), KeyError("reward")]
+)
+def test_a_report_that_fails_does_not_fail_a_run_that_is_saved(
+    flags, tmp_path, monkeypatch, capsys, error
+):
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(report, "write_report", fails)
+    folder = tmp_path / "my run"
+    assert run([*flags, "--max-steps", "1"], folder) == 0
+    said = capsys.readouterr().out
+    assert "the report was not written" in said and str(error) in said
+    assert f"python -m polymath_fast.report '{folder}'" in said
+    assert newest(folder).step == 1
 
 
 def children_of(pid: int) -> list[int]:

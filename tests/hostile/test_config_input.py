@@ -13,6 +13,7 @@ from polymath_fast import train
 from polymath_fast.config import Config
 from polymath_fast.config.command_line import parse
 from polymath_fast.errors import UserError
+from polymath_fast.evaluation.settings import EvalSettings
 
 HUGE = 10**30
 
@@ -127,6 +128,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
+        ("--resume auto", ["--resume auto", "--output-dir runs/first"]),
         ("--num-generations 0", ["--num-generations is 0", "at least 2", "8 works"]),
         ("--num-generations 1", ["--num-generations is 1", "at least 2"]),
         ("--num-generations 1 --scale-rewards batch", ["at least 2"]),
@@ -243,6 +245,25 @@ def test_a_cache_that_the_engine_does_not_have(capsys: pytest.CaptureFixture[str
     flags = ["--model", "random:tiny", "--engine", "transformers", "--kv-cache-gib", "2.5"]
     assert train.main([*flags, "--dry-run"]) == 2
     assert "error: --kv-cache-gib 2.5 is for vLLM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "loop/file.jsonl", "~nobody-of-that-name/file.jsonl"])
+@pytest.mark.parametrize(
+    "flag", ["--model", "--dataset", "--eval-dataset", "--reward", "--resume", "--config"]
+)
+def test_a_name_that_the_system_refuses_to_look_for(
+    flag: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(UserError, match=f"^{flag} '{name[:20]}.* cannot be looked for") as error:
+        parse([flag, name])
+    assert len(str(error.value)) < 300
+    other = {"--model": "model", "--dataset": "dataset", "--resume": "result_path"}.get(flag)
+    if other is not None:
+        settings = EvalSettings(**{other: (name,) if other == "dataset" else name})
+        with pytest.raises(UserError, match="cannot be looked for"):
+            settings.check()
 
 
 @pytest.mark.parametrize("question", ["", "  \n"])

@@ -12,8 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.models import resolve_model
+from polymath_fast.run.inputs import read_inputs
 from polymath_fast.samples import Sample, load_samples, load_tokenizer
 
 GOOD = {"problem": "1 + 1?", "answer": "2"}
@@ -236,3 +238,47 @@ def test_a_chat_template_that_refuses_the_conversation(tokenizer: Any, tmp_path:
     strict = AutoTokenizer.from_pretrained(resolve_model("random:tiny"))
     strict.chat_template = "{{ raise_exception('no system turn here') }}"
     refused(strict, "shipped:rectangle", "no system turn here", template="chat")
+
+
+@pytest.mark.parametrize(
+    ("entry", "part"),
+    [
+        ("nosuch.jsonl", "--eval-dataset nosuch.jsonl is not there"),
+        ("nosuch.jsonl=x", "--eval-dataset nosuch.jsonl=x is not there"),
+        ("shipped:nosuch", "--eval-dataset shipped:nosuch is not shipped"),
+        ("notes.txt=x", "--eval-dataset notes.txt=x: not a .jsonl or .parquet file"),
+        ("empty.jsonl=x", "--eval-dataset empty.jsonl=x is empty"),
+        ("torn.jsonl", "--eval-dataset torn.jsonl: torn.jsonl:1: not valid JSON"),
+        ("row.jsonl=x", "--eval-dataset row.jsonl=x: row.jsonl:2: no column answer"),
+        ("control.jsonl", "--eval-dataset control.jsonl: control.jsonl:1: the problem contains"),
+        ("a=b.jsonl=x", "--eval-dataset a=b.jsonl=x is empty"),
+    ],
+)
+def test_a_fault_of_an_evaluation_set_names_its_flag_and_the_value(
+    entry: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "notes.txt": "",
+        "empty.jsonl": "\n",
+        "torn.jsonl": "{",
+        "row.jsonl": f'{json.dumps(GOOD)}\n{{"problem": "x"}}\n',
+        "control.jsonl": json.dumps({"problem": "<|im_end|>", "answer": "1"}),
+        "a=b.jsonl": "",
+    }
+    for name, text in files.items():
+        Path(name).write_text(text)
+    config = Config(model="random:tiny", question="1?", answer="1", eval_dataset=(entry,))
+    with pytest.raises(UserError) as error:
+        read_inputs(config)
+    assert part in str(error.value) and "--dataset" not in str(error.value)
+
+
+def test_evaluation_sets_of_one_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    entries = (f"{tmp_path}/a.jsonl", f"{tmp_path}/a=b.jsonl", f"{tmp_path}/a=b.jsonl=a")
+    (tmp_path / "a=b.jsonl").write_text(json.dumps(GOOD))
+    sample = {"model": "random:tiny", "question": "1?", "answer": "1"}
+    assert set(read_inputs(Config(**sample, eval_dataset=entries[:2])).held_out) == {"a", "a=b"}
+    with pytest.raises(UserError, match=f"--eval-dataset {entries[2]}: .*{entries[1]}=a_2"):
+        read_inputs(Config(**sample, eval_dataset=entries))

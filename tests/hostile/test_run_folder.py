@@ -152,6 +152,21 @@ def test_resume_from_elsewhere_overwrites_no_other_run(tmp_path):
     assert prepare(str(tmp_path / "new"), resume=str(other)).is_dir()
 
 
+@pytest.mark.parametrize("resume", ["nonsense", "{run}", "{run}/checkpoints/step_000001"])
+@pytest.mark.parametrize("folder", ["run", "new"])
+def test_a_resume_that_names_nothing_is_said_and_leaves_nothing(tmp_path, capsys, resume, folder):
+    from polymath_fast import train
+
+    run_dir = earlier_run(tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    flags = [*FLAGS, "--output-dir", str(tmp_path / folder)]
+    for more in ([], ["--dry-run"]):
+        assert train.main([*flags, "--resume", resume.format(run=run_dir), *more]) == 2
+        said = capsys.readouterr().err
+        assert "is neither auto, nor a run folder with a checkpoint, nor a checkpoint" in said
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_copied_run_without_its_lock_file_is_still_a_run(tmp_path):
     run_dir = earlier_run(tmp_path / "copy")
     (run_dir / LOCK_FILE).unlink()

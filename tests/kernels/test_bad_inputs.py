@@ -106,6 +106,23 @@ def test_labels_outside_the_vocabulary(op: str, impl: str, label: int) -> None:
 
 
 @operators
+@impls
+def test_the_advice_about_ignored_labels_works(op: str, impl: str) -> None:
+    given, ignored = make(op), torch.arange(ROWS) % 3 == 0
+    truth, _ = gradient(op, given, impl=impl)
+    given["targets"][ignored] = -100
+    masked = {"mask": ~ignored} if op in LOSSES else {}
+    with pytest.raises(ValueError, match="any id in there, such as 0") as error:
+        call(op, {**given, **masked}, impl=impl)
+    assert ("mask=" in str(error.value)) == (op in LOSSES)
+    given["targets"][ignored] = 0
+    logprobs, found = gradient(op, {**given, **masked}, impl=impl)
+    assert_close(logprobs[~ignored], truth[~ignored])
+    if masked:
+        assert not found[ignored].any()
+
+
+@operators
 @pytest.mark.parametrize("dtype", [FP32, torch.bool, torch.uint8, torch.int16])
 def test_labels_of_another_kind(op: str, dtype: torch.dtype) -> None:
     given = make(op)

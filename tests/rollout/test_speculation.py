@@ -93,7 +93,7 @@ def test_drafts_change_no_token(policy, temperature, prompts):
         speculation.end_step(as_batch(prompts, truth))
         speculation.start_step()
         assert_same(sample(policy, speculation, **options), truth, temperature)
-        metrics = speculation.end_step(as_batch(prompts, truth))
+        metrics = speculation.metrics(as_batch(prompts, truth))
         assert metrics["speculation/drafted"] > 0
         assert metrics["speculation/acceptance_length"] > 1.1
 
@@ -115,7 +115,7 @@ def test_a_history_that_is_always_wrong_changes_no_token(policy, prompts, temper
         speculation.end_step(as_batch(prompts, truth))
         found = sample(policy, speculation, prompts=prompts, temperature=temperature)
         assert_same(found, truth, temperature)
-        metrics = speculation.end_step(as_batch(prompts, truth))
+        metrics = speculation.metrics(as_batch(prompts, truth))
         assert metrics["speculation/drafted"] > 20
         assert metrics["speculation/accepted_ratio"] < 0.05
 
@@ -191,14 +191,14 @@ def test_metrics_by_hand():
     speculation.count(drafted=3, accepted=0, drawn=1)
     speculation.count(drafted=0, accepted=0, drawn=1)  # nothing was drafted: no verification
     batch = as_batch([ONE], sample_of(20))
-    assert speculation.end_step(batch) == {
+    assert speculation.metrics(batch) == {
         "speculation/drafted": 7,
         "speculation/acceptance_length": 3.0,
         "speculation/accepted_ratio": 4 / 7,
         "speculation/saved_ratio": 4 / 20,
     }
     speculation.start_step()
-    assert speculation.end_step(batch) == {
+    assert speculation.metrics(batch) == {
         "speculation/drafted": 0, "speculation/saved_ratio": 0.0,
     }  # fmt: skip
 
@@ -212,7 +212,9 @@ def sample_of(length):
 def test_switched_off_it_remembers_nothing():
     speculation = Speculation(0)
     assert not speculation.begins(1)
-    assert speculation.end_step(as_batch([ONE], sample_of(3))) == {}
+    batch = as_batch([ONE], sample_of(3))
+    speculation.end_step(batch)
+    assert speculation.metrics(batch) == {}
     assert speculation.tensors() == {} and speculation.history.num_tokens == 0
 
 

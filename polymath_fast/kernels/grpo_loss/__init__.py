@@ -55,7 +55,7 @@ def grpo_loss(
         ValueError: wrong shapes, dtypes or devices, targets out of range, a missing input.
     """
     spec = PolicyLossSpec() if spec is None else spec
-    checks.check_logits(logits, targets)
+    checks.check_logits(logits, targets, checks.MASKED)
     batch = prepare(
         spec,
         logits.shape[0],

@@ -70,7 +70,7 @@ def linear_grpo_loss(
     """
     spec = PolicyLossSpec() if spec is None else spec
     hidden, weight, bias = checks.under_autocast(hidden, weight, bias)
-    checks.check_head(hidden, weight, targets, bias)
+    checks.check_head(hidden, weight, targets, bias, checks.MASKED)
     batch = prepare(
         spec,
         hidden.shape[0],

@@ -63,28 +63,22 @@ def _copy_chunks(start, stop, table, size, halves, convert):
     _fence()
 
 
-@njit(inline="always")
-def _round_line(src, dst, count):
-    head = min(count, (_LINE - dst % _LINE) % _LINE // 2)
-    body = head + (count - head) // LANES * LANES
-    for i in range(head):
-        _round_one(src + 4 * i, dst + 2 * i)
-    for i in range(head, body, LANES):
-        _round_lanes(src + 4 * i, dst + 2 * i)
-    for i in range(body, count):
-        _round_one(src + 4 * i, dst + 2 * i)
+def _line_of(convert: bool) -> Any:
+    """A function that moves `count` elements to 16 bits each, LANES at a time where lines begin."""
+    one, lanes, size = _mover(1, convert), _mover(LANES, convert), 4 if convert else 2
 
+    @njit(inline="always")
+    def move(src, dst, count):
+        head = min(count, (_LINE - dst % _LINE) % _LINE // 2)
+        body = head + (count - head) // LANES * LANES
+        for i in range(head):
+            one(src + size * i, dst + 2 * i)
+        for i in range(head, body, LANES):
+            lanes(src + size * i, dst + 2 * i)
+        for i in range(body, count):
+            one(src + size * i, dst + 2 * i)
 
-@njit(inline="always")
-def _copy_line(src, dst, count):
-    head = min(count, (_LINE - dst % _LINE) % _LINE // 2)
-    body = head + (count - head) // LANES * LANES
-    for i in range(head):
-        _copy_one(src + 2 * i, dst + 2 * i)
-    for i in range(head, body, LANES):
-        _copy_lanes(src + 2 * i, dst + 2 * i)
-    for i in range(body, count):
-        _copy_one(src + 2 * i, dst + 2 * i)
+    return move
 
 
 def _mover(lanes: int, convert: bool) -> Any:
@@ -135,5 +129,4 @@ def _fence(typing_context):
     return types.void(), emit
 
 
-_round_lanes, _round_one = _mover(LANES, True), _mover(1, True)
-_copy_lanes, _copy_one = _mover(LANES, False), _mover(1, False)
+_round_line, _copy_line = _line_of(True), _line_of(False)

@@ -1,0 +1,160 @@
+"""Which options of a policy loss work, and which work together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from polymath_fast.kernels.policy_loss.choices import (
+    AGGREGATIONS,
+    CORRECTIONS,
+    KL_ESTIMATORS,
+    LEVELS,
+    LOSS_TYPES,
+    SEQUENCE_SUM_NORM,
+)
+
+if TYPE_CHECKING:
+    from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
+
+_READERS: dict[str, tuple[str, ...]] = {
+    "epsilon": ("clip", "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl"),
+    "epsilon_high": ("clip", "cispo", "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl"),
+    "delta": ("clip",),
+    "clip_ratio_c": ("clip", "dppo_tv", "dppo_kl"),
+    "sapo_temperature_pos": ("sapo",),
+    "sapo_temperature_neg": ("sapo",),
+    "vespo_k_pos": ("vespo",),
+    "vespo_lambda_pos": ("vespo",),
+    "vespo_k_neg": ("vespo",),
+    "vespo_lambda_neg": ("vespo",),
+    "dro_beta": ("dro",),
+}
+"""option -> formulas that read it"""
+
+_DEPENDENT: dict[str, str] = {
+    "importance_sampling_clip_max": "importance_sampling_mode",
+    "importance_sampling_clip_min": "importance_sampling_mode",
+    "kl_estimator": "beta",
+    "use_bias_correction_kl": "beta",
+    "kl_max": "beta",
+    "entropy_aggregation": "entropy_coef",
+}
+"""option -> option without which it means nothing"""
+
+_POSITIVE = (
+    "temperature",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_lambda_pos",
+    "vespo_lambda_neg",
+    "normalizer",
+    "entropy_normalizer",
+    "max_completion_length",
+    "log_ratio_clamp",
+    "dro_beta",
+    "kl_max",
+    "importance_sampling_clip_max",
+    "off_policy_mask_threshold",
+)
+
+
+def check(spec: PolicyLossSpec) -> None:
+    """Raise ValueError for the first option that cannot work."""
+    _check_choices(spec)
+    _check_numbers(spec)
+    _check_combinations(spec)
+    _check_unused(spec)
+
+
+def _check_choices(spec: PolicyLossSpec) -> None:
+    _one_of("loss_type", spec.loss_type, LOSS_TYPES)
+    _one_of("importance_sampling_level", spec.importance_sampling_level, LEVELS)
+    _one_of("kl_estimator", spec.kl_estimator, KL_ESTIMATORS)
+    _one_of("entropy_aggregation", spec.entropy_aggregation, AGGREGATIONS)
+    if spec.aggregation is not None:
+        _one_of("aggregation", spec.aggregation, AGGREGATIONS)
+    if spec.importance_sampling_mode is not None:
+        _one_of("importance_sampling_mode", spec.importance_sampling_mode, CORRECTIONS)
+
+
+def _check_numbers(spec: PolicyLossSpec) -> None:
+    for name in _POSITIVE:
+        value = getattr(spec, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value}: must be a finite number above 0")
+    for name in ("beta", "entropy_coef", "vespo_k_pos", "vespo_k_neg"):
+        if not math.isfinite(getattr(spec, name)):
+            raise ValueError(f"{name}={getattr(spec, name)}: must be finite, for example 0.001")
+    if not 0 <= spec.epsilon <= 1:
+        raise ValueError(f"epsilon={spec.epsilon}: must be between 0 and 1, for example 0.2")
+    if spec.epsilon_high is not None and not spec.epsilon_high >= 0:
+        raise ValueError(f"epsilon_high={spec.epsilon_high}: must be >= 0, for example 0.28")
+    if not 0 < spec.top_entropy_quantile <= 1:
+        raise ValueError(
+            f"top_entropy_quantile={spec.top_entropy_quantile}: must be above 0 and at most 1, "
+            "for example 0.2"
+        )
+    for name in ("delta", "clip_ratio_c"):
+        bound = getattr(spec, name)
+        if bound is not None and not bound > spec.clip_low:
+            raise ValueError(
+                f"{name}={bound}: must be above the lower clip {spec.clip_low}, for example 3.0"
+            )
+
+
+def _check_combinations(spec: PolicyLossSpec) -> None:
+    if spec.formula == "cispo" and spec.epsilon_high is None:
+        raise ValueError(
+            "loss_type='cispo' needs epsilon_high: the largest ratio itself, for example 5.0"
+        )
+    if spec.formula == "dro" and spec.dro_beta is None:
+        raise ValueError("loss_type='dro' needs dro_beta, for example 0.1")
+    if spec.formula in ("vespo", "reinforce", "dro") and spec.importance_sampling_level != "token":
+        raise ValueError(
+            f"importance_sampling_level={spec.importance_sampling_level!r} has no effect on "
+            f"loss_type={spec.loss_type!r}; leave it at 'token'"
+        )
+    if spec.formula == "geo_mean" and spec.importance_sampling_level == "sequence_token":
+        raise ValueError("loss_type='geo_mean' has one ratio a completion; leave the level out")
+    if spec.formula == "vespo" and (spec.importance_sampling_mode or "").startswith("sequence"):
+        raise ValueError(
+            f"importance_sampling_mode={spec.importance_sampling_mode!r}: loss_type='vespo' takes "
+            "weights of tokens; use 'token_truncate' or 'token_mask'"
+        )
+    uses = [spec.token_aggregation] + [spec.entropy_aggregation] * bool(spec.entropy_coef)
+    if SEQUENCE_SUM_NORM in uses and spec.max_completion_length is None:
+        raise ValueError(
+            f"{SEQUENCE_SUM_NORM} (loss_type={spec.loss_type!r}) needs max_completion_length, "
+            "the sampler's limit, for example 1024"
+        )
+    alike = spec.entropy_aggregation == spec.token_aggregation
+    if spec.entropy_coef and spec.normalizer and not (spec.entropy_normalizer or alike):
+        raise ValueError(
+            f"entropy_coef with normalizer={spec.normalizer} ({spec.token_aggregation}) needs "
+            f"entropy_normalizer too, because entropies are summed up by {spec.entropy_aggregation}"
+        )
+
+
+def _check_unused(spec: PolicyLossSpec) -> None:
+    """An option that nothing reads is refused, never ignored."""
+    defaults = {field.name: field.default for field in fields(spec)}
+    for name, readers in _READERS.items():
+        if getattr(spec, name) != defaults[name] and spec.formula not in readers:
+            raise ValueError(
+                f"{name}={getattr(spec, name)!r} has no effect on loss_type={spec.loss_type!r}; "
+                f"leave it at {defaults[name]!r}"
+            )
+    for name, other in _DEPENDENT.items():
+        if getattr(spec, name) != defaults[name] and not getattr(spec, other):
+            raise ValueError(
+                f"{name}={getattr(spec, name)!r} has no effect without {other}; "
+                f"leave it at {defaults[name]!r}"
+            )
+
+
+def _one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
