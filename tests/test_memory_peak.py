@@ -30,20 +30,19 @@ config, prompt, draw = Config(**json.loads(sys.argv[2])), tuple(range(100, 160))
 policy = Policy(sys.argv[1], gradient_checkpointing=config.gradient_checkpointing)
 learner = Learner(policy, config)
 engine = TransformersEngine(policy, stop_token_ids=[0])
-few = SamplingOptions(max_completion_length=2)
-for step in range(2):
-    engine.generate(prompt, config.num_generations, few)
-    length = config.max_completion_length
-    rows = [
-        TrainingRow(
-            prompt_ids=prompt,
-            token_ids=[draw.randrange(49152) for _ in range(length)],
-            sampling_logprobs=[-5.0] * length,
-            advantage=draw.gauss(0, 1),
-        )
-        for _ in range(config.num_generations)
-    ]
-    learner.update(rows, step)
+# a second step adds 0.5 to 2 percent
+engine.generate(prompt, config.num_generations, SamplingOptions(max_completion_length=2))
+length = config.max_completion_length
+rows = [
+    TrainingRow(
+        prompt_ids=prompt,
+        token_ids=[draw.randrange(49152) for _ in range(length)],
+        sampling_logprobs=[-5.0] * length,
+        advantage=draw.gauss(0, 1),
+    )
+    for _ in range(config.num_generations)
+]
+learner.update(rows, 0)
 print(peak_memory_gib())
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
+
+from polymath_fast import train
 
 REWARD = '''
 def vowels(prompts, completions, completion_ids, **columns):
@@ -35,10 +38,14 @@ KEYS = (
 
 @pytest.fixture
 def flags(tmp_path):
-    (tmp_path / "my_reward.py").write_text(REWARD)
+    return make_flags(tmp_path)
+
+
+def make_flags(folder):
+    (folder / "my_reward.py").write_text(REWARD)
     return [
         *("--model", "random:tiny", "--question", "Say something.", "--answer", "e"),
-        *("--engine", "transformers", "--reward", f"{tmp_path / 'my_reward.py'}:vowels"),
+        *("--engine", "transformers", "--reward", f"{folder / 'my_reward.py'}:vowels"),
         *("--num-generations", "16", "--groups-per-step", "2", "--max-completion-length", "24"),
         *("--learning-rate", "0.01", "--max-steps", "10", "--save-every", "5"),
     ]
@@ -55,30 +62,42 @@ def run(flags, output_dir, expect=0):
     return done
 
 
+def run_here(flags, output_dir, expect=0):
+    """In this process, where the test is not about one that starts or ends."""
+    assert train.main(command(flags, output_dir)[3:]) == expect
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder and the output of one run of `flags` from its beginning to its end."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder / "run", run(make_flags(folder), folder / "run").stdout
+
+
 def metrics(output_dir):
     lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-def test_learns_and_leaves_a_complete_run_folder(flags, tmp_path):
-    out = run(flags, tmp_path / "run")
-    rows = metrics(tmp_path / "run")
+def test_learns_and_leaves_a_complete_run_folder(straight):
+    folder, said = straight
+    rows = metrics(folder)
     assert [row["step"] for row in rows] == list(range(1, 11))
     learned = [row for row in rows if not row["update/skipped"]]  # all are "e" in the end, perhaps
     assert len(learned) >= 6 and all(set(KEYS) <= row.keys() for row in learned)
     assert rows[-1]["reward/mean"] > rows[0]["reward/mean"] + 0.3
     assert all(row["sampling/logprob_diff_mean"] < 0.03 for row in learned)
-    names = {path.name for path in (tmp_path / "run").iterdir()}
+    names = {path.name for path in folder.iterdir()}
     assert {"config.toml", "metrics.jsonl", "completions.jsonl", "report.html"} <= names
-    completions = (tmp_path / "run/completions.jsonl").read_text().splitlines()
+    completions = (folder / "completions.jsonl").read_text().splitlines()
     assert len(completions) == 10 * 32
     versions = [json.loads(line)["weight_version"] for line in completions]
     updates = [0, *accumulate(int(not row["update/skipped"]) for row in rows)]
     assert versions == [updates[i // 32] for i in range(320)]  # at most one for a batch of 32
-    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {
         "step_000005", "step_000010",
     }  # fmt: skip
-    assert "step_000010" in out.stdout
+    assert "step_000010" in said
 
 
 PARTIAL = [
@@ -93,9 +112,11 @@ def partial(flags):
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["plain", "partial"])
-def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path, kept):
-    flags = partial(flags) if kept else flags
-    run(flags, tmp_path / "straight")
+def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path, kept, straight):
+    whole = straight[0]
+    if kept:
+        flags, whole = partial(flags), tmp_path / "straight"
+        run(flags, whole)
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command(flags, tmp_path / "killed"), stdout=log, stderr=log)
     deadline = time.monotonic() + 200
@@ -107,16 +128,16 @@ def test_kill_and_resume_equals_a_straight_run_bit_for_bit(flags, tmp_path, kept
     process.wait()
     run([*flags, "--resume", "auto"], tmp_path / "killed")
     if kept:
-        state = tmp_path / "straight/checkpoints/step_000005/trainer/state.json"
+        state = whole / "checkpoints/step_000005/trainer/state.json"
         assert json.loads(state.read_text())["pending"]
 
-    straight, killed = metrics(tmp_path / "straight"), metrics(tmp_path / "killed")
-    assert [figures(row) for row in killed] == [figures(row) for row in straight]
+    rows, killed = metrics(whole), metrics(tmp_path / "killed")
+    assert [figures(row) for row in killed] == [figures(row) for row in rows]
     for name in ("model.safetensors", "trainer/state.safetensors"):
-        one = payload(tmp_path / "straight/checkpoints/step_000010" / name)
+        one = payload(whole / "checkpoints/step_000010" / name)
         two = payload(tmp_path / "killed/checkpoints/step_000010" / name)
         assert one == two
-    assert (tmp_path / "straight/completions.jsonl").read_bytes() == (
+    assert (whole / "completions.jsonl").read_bytes() == (
         tmp_path / "killed/completions.jsonl"
     ).read_bytes()
 
@@ -181,7 +202,7 @@ def payload(path):
 
 
 def test_without_learning_nothing_drifts(flags, tmp_path):
-    run([*flags, "--learning-rate", "0", "--beta", "0.1"], tmp_path / "run")
+    run_here([*flags, "--learning-rate", "0", "--beta", "0.1"], tmp_path / "run")
     rows = metrics(tmp_path / "run")
     for row in rows:
         assert row["sampling/logprob_diff_mean"] < 0.03
@@ -217,18 +238,19 @@ def test_updates_per_batch_and_every_regulariser_at_once(flags, tmp_path):
         *("--max-steps", "3", "--epsilon-high", "0.28", "--loss-type", "grpo"),
         *("--tokens-per-microbatch", "128"),
     ]
-    run([*flags, *more], tmp_path / "run")
+    run_here([*flags, *more], tmp_path / "run")
     rows = metrics(tmp_path / "run")
     assert rows[0]["policy/ratio_max"] > 1.0
     assert rows[1]["policy/kl"] > 0
     assert all(math.isfinite(row["policy/grad_norm"]) for row in rows)
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
-    out = run([*flags, "--dry-run"], tmp_path / "run")
+def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
+    run_here([*flags, "--dry-run"], tmp_path / "run")
+    said = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     for word in ("random:tiny", "transformers", "gold", "wrong", "GiB"):
-        assert word in out.stdout
+        assert word in said
 
 
 @pytest.mark.parametrize(
@@ -243,25 +265,30 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path):
         (["--resume", "nowhere"], "--resume nowhere"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path, extra, message):
+def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path, extra, message, capsys):
     if "cuda" in extra and os.environ.get("CUDA_VISIBLE_DEVICES", "x") != "":
         import torch
 
         if torch.cuda.is_available():
             pytest.skip("this machine has a CUDA device")
-    done = run([*flags, *extra], tmp_path / "run", expect=2)
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    if "nowhere" in extra:  # one of them as a user runs it
+        done = run([*flags, *extra], tmp_path / "run", expect=2)
+        assert message in done.stderr and "Traceback" not in done.stderr
+    else:
+        run_here([*flags, *extra], tmp_path / "run", expect=2)
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
 
 
-def test_resume_refuses_another_model(flags, tmp_path):
-    run([*flags, "--max-steps", "1"], tmp_path / "run")
+def test_resume_refuses_another_model(flags, tmp_path, straight, capsys):
+    shutil.copytree(straight[0], tmp_path / "run")
     other = [*flags, "--model", "random:tiny-qwen3", "--resume", "auto"]
-    done = run(other, tmp_path / "run", expect=2)
-    assert "random:tiny-qwen3" in done.stderr and "random:tiny" in done.stderr
+    run_here(other, tmp_path / "run", expect=2)
+    said = capsys.readouterr().err
+    assert "random:tiny-qwen3" in said and "of random:tiny," in said
 
 
-def test_two_runs_in_one_folder(flags, tmp_path):
+def test_two_runs_in_one_folder(flags, tmp_path, capsys):
     process = subprocess.Popen(
         command([*flags, "--max-steps", "100000"], tmp_path / "run"), stdout=subprocess.DEVNULL
     )
@@ -270,8 +297,8 @@ def test_two_runs_in_one_folder(flags, tmp_path):
         while not path.exists():
             assert process.poll() is None
             time.sleep(0.05)
-        done = run([*flags, "--resume", "auto"], tmp_path / "run", expect=2)
-        assert f"pid {process.pid}" in done.stderr
+        run_here([*flags, "--resume", "auto"], tmp_path / "run", expect=2)
+        assert f"pid {process.pid}" in capsys.readouterr().err
     finally:
         process.kill()
         process.wait()
