@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,10 +55,18 @@ RIVALS = ("flex attention", "liger", "cce")
 """whose code needs CUDA in one place or another, if it is installed at all"""
 
 
-def rehearse(
+BROKEN = "wrong logprobs,wrong norm,dies,hangs,ruined"
+ONLY = (
+    *("rates", "correct: rows", "correct: optimizer", "correct: advantages"),
+    *("flat_adamw", "group_advantages", "token_logprobs", "grpo_loss"),
+    *("gpu tests", "products", "weight_sync 1.5B"),
+)
+
+
+def begin(
     folder: Path, *arguments: str, tests: str = PASSING, faults: str = ""
-) -> tuple[int, dict[str, Any], str]:
-    """Exit status, sections and output of the suite."""
+) -> subprocess.Popen:
+    """The suite at work; its results and what it says come into the folder."""
     path = folder / "test_on_a_gpu.py"
     path.write_text(tests)
     root = gpu_report.ROOT
@@ -67,24 +77,41 @@ def rehearse(
         "REHEARSAL_TESTS": str(path),
         "REHEARSAL_FAULTS": faults,
     }
-    out = folder / "results"
-    command = [sys.executable, root / "tests" / "gpu_rehearsal.py", "--out", out, *arguments]
-    run = subprocess.run(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-    )
-    written = out / gpu_suite.FILE
-    assert written.is_file(), run.stdout[-5000:]
-    return run.returncode, json.loads(written.read_text())["sections"], run.stdout
+    script, out = root / "tests" / "gpu_rehearsal.py", folder / "results"
+    with open(folder / "said", "w") as said:
+        return subprocess.Popen(
+            [sys.executable, script, "--out", out, *arguments],
+            env=environment,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.fixture(scope="module")
+def rehearsals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Both at once, on a processor each: folders and processes."""
+    whole, broken = (tmp_path_factory.mktemp(name) for name in ("whole", "broken"))
+    started = {
+        "whole": (whole, begin(whole)),
+        "broken": (broken, begin(broken, "--only", *ONLY, tests=SKIPPED, faults=BROKEN)),
+    }
+    yield started
+    for _, process in started.values():
+        process.send_signal(signal.SIGINT)  # it ends its own children
+        process.wait()
+
+
+def end(folder: Path, process: subprocess.Popen) -> tuple[int, dict[str, Any], str]:
+    """Exit status, sections and output of the suite."""
+    status = process.wait(timeout=500)
+    said, written = (folder / "said").read_text(), folder / "results" / gpu_suite.FILE
+    assert written.is_file(), said[-5000:]
+    return status, json.loads(written.read_text())["sections"], said
 
 
 @pytest.mark.slow
-def test_every_section_runs(tmp_path: Path) -> None:
-    status, sections, said = rehearse(tmp_path)
+def test_every_section_runs(rehearsals: dict[str, Any]) -> None:
+    status, sections, said = end(*rehearsals["whole"])
     assert list(sections) == list(gpu_suite.SECTIONS)
     for name, found in sections.items():
         assert "error" not in found, f"{name}: {found['error']}\n{said[-5000:]}"
@@ -108,14 +135,8 @@ def test_every_section_runs(tmp_path: Path) -> None:
     assert ours["flops"] == 2 * rival["flops"]
 
 
-def test_what_goes_wrong_is_noticed_and_the_rest_goes_on(tmp_path: Path) -> None:
-    broken = "wrong logprobs,wrong norm,dies,hangs,ruined"
-    only = ["rates", "correct: rows", "correct: optimizer", "correct: advantages"]
-    timed = ["flat_adamw", "group_advantages", "token_logprobs", "grpo_loss"]
-    last = ["gpu tests", "products", "weight_sync 1.5B"]
-    status, sections, said = rehearse(
-        tmp_path, "--only", *only, *timed, *last, tests=SKIPPED, faults=broken
-    )
+def test_what_goes_wrong_is_noticed_and_the_rest_goes_on(rehearsals: dict[str, Any]) -> None:
+    status, sections, said = end(*rehearsals["broken"])
     assert status == 1
     errors = {name: found.get("error", "") for name, found in sections.items()}
     assert "illegal memory access" in errors["rates"]
