@@ -25,17 +25,13 @@ def run(output_dir, *flags):
 
 
 def test_one_sample_is_learnt_and_the_saved_model_knows_it(tmp_path):
-    rows = run(
-        tmp_path / "run",
-        *("--engine", "transformers", "--max-steps", "6", "--eval-dataset"),
-        *("--num-generations", "20"),
-    )
+    rows = run(tmp_path / "run", "--engine", "transformers", "--max-steps", "8", "--eval-dataset")
     rewards = [row["reward/mean"] for row in rows]
     assert rewards[0] < 0.5
     assert mean(rewards[-3:]) > rewards[0] + 0.4
     assert all(row["sampling/logprob_diff_mean"] < 0.03 for row in rows if "policy/kl" in row)
     assert (tmp_path / "run/report.html").is_file()
-    folder = tmp_path / "run/checkpoints/step_000006"
+    folder = tmp_path / "run/checkpoints/step_000008"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     question = "A rectangle has a length of 24 and a width of 15. What is its area?"
