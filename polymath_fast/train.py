@@ -17,7 +17,6 @@ from pathlib import Path
 from polymath_fast.config import Config
 from polymath_fast.config.command_line import parse
 from polymath_fast.errors import EngineError, UserError
-from polymath_fast.folders import run_folder
 from polymath_fast.monitor import peak_memory_gib
 from polymath_fast.monitor.clock import Clock
 from polymath_fast.monitor.console import print_error, say
@@ -26,7 +25,7 @@ from polymath_fast.rollout.types import RolloutBatch
 from polymath_fast.run import assembly, saturation
 from polymath_fast.run.assembly import Parts
 from polymath_fast.run.interrupt import Interrupt, Stopped
-from polymath_fast.run.saving import last_saved, rescue, save
+from polymath_fast.run.saving import last_saved, report_of, rescue, save
 
 NONFINITE_LIMIT = 3  # batches in a row without a finite gradient after which a run stops
 
@@ -174,24 +173,9 @@ def finish(settings: Config, parts: Parts, saved: Path | None, interrupt: Interr
     """Last evaluation, report, last screen."""
     if not interrupt.requested:
         evaluate(settings, parts, parts.steps_done)
-    report = _report(parts)
+    report = report_of(parts)
     parts.monitor.summary(checkpoint=saved, report=report, interrupted=interrupt.requested)
     return interrupt.exit_code
-
-
-def _report(parts: Parts) -> Path | None:
-    """Write the report; a run that is done and saved does not fail for want of it."""
-    from polymath_fast.report import write_report
-
-    parts.monitor.phase("write the report")
-    try:
-        return write_report(parts.run_dir)
-    except Exception as error:
-        parts.monitor.note(
-            f"the report was not written ({str(error) or type(error).__name__}); the run is saved, "
-            f"and this writes it:  {run_folder.report_command(parts.run_dir)}"
-        )
-        return None
 
 
 def _due(step: int, every: int) -> bool:

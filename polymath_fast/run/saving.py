@@ -56,3 +56,18 @@ def last_saved(parts: Parts) -> str:
         return f"nothing was saved in {parts.run_dir} yet; go on from where this run began"
     what = f"{saved[-1][1]} was saved last" if saved else "nothing was saved yet"
     return f"{what}; go on with:  {run_folder.resume_command(parts.run_dir)}"
+
+
+def report_of(parts: Parts) -> Path | None:
+    """Write the report; a run that is done and saved does not fail for want of it."""
+    from polymath_fast.report import write_report
+
+    parts.monitor.phase("write the report")
+    try:
+        return write_report(parts.run_dir)
+    except Exception as error:
+        parts.monitor.note(
+            f"the report was not written ({str(error) or type(error).__name__}); the run is saved, "
+            f"and this writes it:  {run_folder.report_command(parts.run_dir)}"
+        )
+        return None
