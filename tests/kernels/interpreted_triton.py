@@ -44,7 +44,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LOGITS = [
     pytest.param(1, 1000, BF16, id="one-row"),
     pytest.param(63, 1000, FP32, id="tail-only"),
-    pytest.param(130, 1000, FP16, id="many-rows"),
+    pytest.param(507, 1000, FP16, id="many-rows"),
     pytest.param(5, 49152, BF16, id="whole-tiles"),
     pytest.param(2, 151936, BF16, id="tiles-and-tail"),
 ]
@@ -54,8 +54,8 @@ HEADS = [
     pytest.param(130, 1000, 64, BF16, False, id="many-rows"),
     pytest.param(21, 1000, 48, FP16, True, id="half"),
     pytest.param(21, 1000, 48, FP32, False, id="single"),
-    pytest.param(20, 32768, 32, BF16, False, id="many-tiles"),
-    pytest.param(1, 38272, 16, BF16, False, id="tiles-and-tail"),
+    pytest.param(20, 49152, 32, BF16, False, id="many-tiles"),
+    pytest.param(1, 151936, 16, BF16, False, id="large-vocabulary"),
 ]
 SPECS = [
     pytest.param(PolicyLossSpec(), (), id="on-policy"),
