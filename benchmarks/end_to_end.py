@@ -75,6 +75,7 @@ def main() -> int:
     if options.ablations:
         from benchmarks.ablations import ABLATIONS
 
+        result["ablated job"] = asdict(job)
         result["ablations"] = {
             name or "all ideas": measure(OURS, replace(job, without=name))
             for name in (None, *ABLATIONS)
@@ -131,6 +132,9 @@ def markdown(result: dict[str, Any]) -> str:
     if "ablations" in result:
         lines += [
             "## One idea less",
+            "",
+            f"{result['ablated job']['generations']} completions of at most "
+            f"{result['ablated job']['length']} tokens.",
             "",
             "| without | mean length | step s | generate s | learn s |",
         ]
