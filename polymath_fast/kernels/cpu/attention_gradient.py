@@ -59,7 +59,7 @@ def backward(
     slopes = np.empty((ROWS, width), np.float32)
     probs = np.zeros((CHUNK, width + LANES), q.dtype)
     d_scores = np.zeros((CHUNK, width + LANES), q.dtype)
-    turned = _room_to_turn(probs)
+    turned = np.zeros((CHUNK // 2 if q.itemsize == 2 else 0, width + LANES), np.uint32)
     chunk = np.empty((CHUNK, size), q.dtype)
     packed_chunk = -(-CHUNK // PANEL) * PANEL * q.itemsize // 4
     packed = np.zeros((parts, packed_chunk, PANEL), keys.dtype)
@@ -167,22 +167,11 @@ def _dot(left, right):
     return total
 
 
-def _room_to_turn(matrix):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_room_to_turn)
-def _compiled_room_to_turn(matrix):
-    if matrix.dtype == types.uint16:
-        return lambda matrix: np.zeros((matrix.shape[0] // 2, matrix.shape[1]), np.uint32)
-    return lambda matrix: np.zeros((1, 1), np.uint32)
-
-
 def _add_transposed(matrix, count, seen, width, own, packed, turned, out):
     """out (width, D) fp32 += matrix (count, width).T @ `count` packed rows.
 
     Row i is 0 but for `seen` columns and, from the next whole panel on, own + i + 1. `turned` is
-    scratch from `_room_to_turn`.
+    scratch for bf16: its rows in pairs.
     """
     raise NotImplementedError("compiled code only")
 

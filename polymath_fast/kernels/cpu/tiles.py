@@ -237,13 +237,3 @@ def _emit_zip_words(context: Any, builder: ir.IRBuilder, signature: Any, args: A
     place = builder.inttoptr(out, _words.as_pointer())
     builder.store(builder.or_(parts[0], upper), place, align=4)
     return context.get_dummy_value()
-
-
-@intrinsic
-def word_at(typing_context, address):
-    """The 32-bit word at an address."""
-
-    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.load(builder.inttoptr(args[0], _i32.as_pointer()), align=4)
-
-    return types.uint32(types.uintp), emit

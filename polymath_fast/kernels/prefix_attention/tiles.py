@@ -88,7 +88,6 @@ class TileAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, block: Block, scale: float):
-        q, k, v = (_rows_in_place(x) for x in (q, k, v))
         _, key_heads, size = k.shape
         row_bytes = key_heads * 2 * size * 4
         alone = len(q) < len(k)
@@ -138,10 +137,3 @@ def _packed(name: str, rows: Tensor, count: int) -> tuple[np.ndarray, np.ndarray
     found = columns.numpy().view(kind), packed.numpy().view(kind)
     parallel(pack_prompt, split(heads), bits(rows), count, *found)
     return found
-
-
-def _rows_in_place(x: Tensor) -> Tensor:
-    """Strided rows and heads are fine; a head's numbers must lie side by side, as whole words."""
-    if x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and bits(x).itemsize * x.stride(0) % 4 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
