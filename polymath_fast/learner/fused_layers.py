@@ -25,13 +25,15 @@ from polymath_fast.kernels.cpu.dense import input_gradient, linear, weight_gradi
 from polymath_fast.kernels.cpu.products import bits
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
+from polymath_fast.learner.fused_embedding import fuse_embedding
 
 _SMALL = 1 << 16
 """elements of a pass below which a second thread is not worth waking"""
 
 
 def fuse(model: nn.Module, attention: Callable[..., tuple[Tensor, None]]) -> str | None:
-    """Replace the forward of every decoder layer and norm of `model`, if it is of a known shape.
+    """Replace the forward of every decoder layer, norm and embedding of `model`, if it is of a
+    known shape.
 
     Args:
         model: a causal language model of transformers, on the CPU, in bfloat16 or float32.
@@ -48,6 +50,7 @@ def fuse(model: nn.Module, attention: Callable[..., tuple[Tensor, None]]) -> str
     for layer in decoder.layers:
         layer.forward = MethodType(_layer_forward(attention), layer)
     decoder.norm.forward = MethodType(_norm_forward, decoder.norm)
+    fuse_embedding(decoder.embed_tokens)
     return None
 
 

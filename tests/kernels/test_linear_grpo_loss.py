@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from heads import Head, distance, make_head, plain_logprobs, plain_loss
@@ -194,6 +196,36 @@ def test_micro_batches_add_up_to_one_batch() -> None:
         ).loss.backward()
     for parts, expected in zip(leaves, whole, strict=False):
         assert_close(parts.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_a_sink_takes_the_weight_s_gradient(loss_type: str) -> None:
+    """Whatever the loss is multiplied by, and when two passes forward precede the backward ones."""
+    head = make_head(60, 32, 300, FP32)
+    inputs = {
+        "advantages": torch.tensor([1.0, -1.0]),
+        "cu_seqlens": torch.tensor([0, 20, 60], dtype=torch.int32),
+    }
+    spec = PolicyLossSpec(loss_type=loss_type)
+    _, (_, expected, *_) = _run(head, spec, inputs)
+    total, calls = torch.full((300, 32), torch.nan), []
+
+    def sink() -> tuple[torch.Tensor, bool]:
+        calls.append(1)
+        return total, len(calls) > 1
+
+    hidden, weight, _ = head.leaves()
+    weight.gradient_sink = sink
+    losses = [
+        linear_grpo_loss(hidden * sign, weight, head.targets, **inputs, spec=spec).loss
+        for sign in (1.0, -1.0)
+    ]
+    _, (_, mirrored, *_) = _run(replace(head, hidden=-head.hidden), spec, inputs)
+    (3.0 * losses[0]).backward()
+    assert_close(total, 3.0 * expected, rtol=1e-4, atol=1e-7)
+    losses[1].backward()
+    assert_close(total, 3.0 * expected + mirrored, rtol=1e-4, atol=1e-6)
+    assert weight.grad is None
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polymath_fast.kernels.cpu.workspace import buffer, clear, give_back, passing
+from polymath_fast.kernels.cpu.workspace import buffer, claim, clear, give_back, passing
 
 
 def test_a_buffer_first_used_by_the_sampler_may_be_written_by_the_learner():
@@ -28,6 +28,17 @@ def test_a_larger_or_other_request_replaces_the_memory():
     assert buffer("x", (2, 8), torch.float32).shape == (2, 8)
     assert buffer("x", (4,), torch.bfloat16).dtype == torch.bfloat16
     assert buffer("y", (4,), torch.float32).data_ptr() != small.data_ptr()
+    clear()
+
+
+def test_a_claim_is_handed_out_again_only_when_nobody_holds_it():
+    clear()
+    held = claim("x", (4,), torch.float32)
+    place = held.data_ptr()
+    other = claim("x", (4,), torch.float32)
+    assert other.data_ptr() != place
+    del held
+    assert claim("x", (4,), torch.float32).data_ptr() == place
     clear()
 
 

@@ -96,6 +96,32 @@ def test_gradients_go_to_a_sink_when_there_is_one():
     assert relative(sink, expected["model.layers.0.mlp.up_proj.weight"]) < 5e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_weight_may_have_a_sink(dtype):
+    """Head and embedding are one weight here: both add to its one sum."""
+    policy = load("random:tiny", dtype, fused=True)
+    sinks = {}
+
+    def opens(name: str, weight: torch.Tensor):
+        def open_sink() -> tuple[torch.Tensor, bool]:
+            add = name in sinks
+            if not add:
+                sinks[name] = torch.full(weight.shape, torch.nan)
+            return sinks[name], add
+
+        return open_sink
+
+    for name, weight in policy.model.named_parameters():
+        weight.gradient_sink = opens(name, weight)
+    _, gradients = learn(policy, times=2)
+    _, expected = learn(load("random:tiny", dtype, fused=True), times=2)
+    assert policy.head.weight is policy.model.get_decoder().embed_tokens.weight
+    assert gradients["model.embed_tokens.weight"] is None
+    allowed = 6e-3 if dtype == torch.bfloat16 else 1e-6
+    for name, total in sinks.items():
+        assert relative(total, expected[name]) < allowed, name
+
+
 def test_weights_side_by_side_change_nothing():
     """One product over q, k and v together, as after the optimizer has laid weights out flat."""
     policy = load("random:tiny-qwen2", torch.float32, fused=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from polymath_fast.kernels.cpu.products import add_weight_gradient, packed_rows
+from polymath_fast.kernels.cpu.sink import sink_of
 from polymath_fast.kernels.cpu.workspace import buffer
 
 
@@ -44,13 +45,12 @@ def input_gradient(upstream: Tensor, weights: Sequence[Tensor], name: str) -> Te
 def weight_gradients(upstream: Tensor, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
     """upstream (N, sum of A).T @ x (N, H), a part for each weight, in the weights' dtype.
 
-    A weight with a `gradient_sink` gets its part added there in float32, and None is returned: the
-    sink is a function that returns the (A, H) float32 tensor and whether it holds anything yet.
+    A weight with a `sink` gets its part added there in float32, and None is returned.
     """
     found: list[Tensor | None] = []
     packed = None
     for weight, columns in zip(weights, _columns(weights), strict=True):
-        sink = getattr(weight, "gradient_sink", None)
+        sink = sink_of(weight)
         part = upstream[:, columns]
         if sink is None:
             found.append(torch.mm(part.t(), x))

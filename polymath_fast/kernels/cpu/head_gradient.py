@@ -13,7 +13,7 @@ from polymath_fast.kernels.cpu import rows, vocabulary
 from polymath_fast.kernels.cpu.head import Head, odd_lines, rows_that_fit
 from polymath_fast.kernels.cpu.products import bits, padded_rows
 from polymath_fast.kernels.cpu.threads import parallel, split
-from polymath_fast.kernels.cpu.workspace import buffer
+from polymath_fast.kernels.cpu.workspace import buffer, claim
 
 SLOPES_BYTES = 176 * 2**20
 """of gradient rows at a time; more of them means fewer sums over the weight's gradient"""
@@ -28,10 +28,15 @@ class HeadGradient:
         needs: whether hidden, weight and bias want a gradient.
         vocab_tol: share of the largest coefficient that a column's slopes must reach to be
             multiplied out, or "auto", see `vocabulary`; 0: all columns.
+        to_sink: whether the gradient of the weight is for a `sink`: fp32, and nobody's for long.
     """
 
     def __init__(
-        self, head: Head, needs: tuple[bool, bool, bool], vocab_tol: float | str = 0.0
+        self,
+        head: Head,
+        needs: tuple[bool, bool, bool],
+        vocab_tol: float | str = 0.0,
+        to_sink: bool = False,
     ) -> None:
         self.head = head
         self.report = vocabulary.VocabReport()
@@ -39,10 +44,11 @@ class HeadGradient:
         hidden, weight = head.hidden, head.weight
         self._d_hidden = torch.zeros_like(hidden) if needs[0] else None
         self._d_weight = None
-        if needs[1] and weight.dtype == torch.float32:
+        self._weight_dtype = torch.float32 if to_sink else weight.dtype
+        if needs[1] and weight.dtype == torch.float32 and not to_sink:
             self._d_weight = torch.empty_like(weight)  # the sum is the result
         elif needs[1]:
-            self._d_weight = buffer("weight_gradient", tuple(weight.shape), torch.float32)
+            self._d_weight = claim("weight_gradient", tuple(weight.shape), torch.float32)
         self._d_bias = torch.zeros(head.vocab) if needs[2] else None
         self._live: list[torch.Tensor] = []
         self._count = 0
@@ -92,11 +98,11 @@ class HeadGradient:
     def finish(self) -> Gradients:
         """Gradients of hidden, weight and bias, in their dtypes; None where none is wanted."""
         self._flush()
-        weight, bias = self.head.weight, self.head.bias
+        bias = self.head.bias
         d_weight = d_bias = None
         if self._d_weight is not None:
             filled = self._d_weight if self._started else self._d_weight.zero_()
-            d_weight = filled.to(weight.dtype)
+            d_weight = filled.to(self._weight_dtype)
         if self._d_bias is not None:
             d_bias = self._d_bias.to(bias.dtype)
         return self._d_hidden, d_weight, d_bias
@@ -179,6 +185,7 @@ def head_gradients(
     by_entropy: torch.Tensor | None,
     needs: tuple[bool, bool, bool],
     vocab_tol: float | str = 0.0,
+    to_sink: bool = False,
 ) -> tuple[Gradients, vocabulary.VocabReport]:
     """Gradients of hidden, weight and bias for known derivatives (N,) by log-prob and entropy.
 
@@ -188,7 +195,7 @@ def head_gradients(
     live = ((by_logprob != 0) | (by_entropy != 0)).nonzero()[:, 0]
     by_logprob, by_entropy = by_logprob[live], by_entropy[live]
     head = Head(hidden[live], weight, bias, targets[live], temperature)
-    gradient = HeadGradient(head, needs, vocab_tol)
+    gradient = HeadGradient(head, needs, vocab_tol, to_sink)
     for start, stop, logits in head.blocks():
         gradient.add(start, logits, by_logprob[start:stop], by_entropy[start:stop])
     some, d_weight, d_bias = gradient.finish()

@@ -7,7 +7,6 @@ counts who is done, so nothing has to be reset in between.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from polymath_fast.kernels.cpu.threads import worker_pool
+from polymath_fast.kernels.cpu.threads import on_threads
 
 _PATIENCE = 2000
 """looks at a counter before the core is offered to other threads"""
@@ -48,7 +47,7 @@ def offer_core(typing_context):
 
 
 def together(kernel: Callable[..., None], phases: int, *args: Any) -> None:
-    """kernel(threads, counters, *args) on torch.get_num_threads() threads at the same time.
+    """kernel(threads, counters, *args) on all threads of torch at the same time.
 
     counters: (phases, 16) int64, zero; a row is a cache line and more, so that phases do not share
     one. `kernel` must release the GIL.
@@ -58,13 +57,7 @@ def together(kernel: Callable[..., None], phases: int, *args: Any) -> None:
     if threads == 1:
         kernel(1, counters, *args)
         return
-    pool = worker_pool(os.getpid(), threads - 1)
-    helpers = [pool.submit(kernel, threads, counters, *args) for _ in range(threads - 1)]
-    try:
-        kernel(threads, counters, *args)
-    finally:
-        for helper in helpers:
-            helper.result()
+    on_threads(lambda present: kernel(present, counters, *args), threads)
 
 
 @njit(inline="always")

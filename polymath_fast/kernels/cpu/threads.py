@@ -1,7 +1,7 @@
-"""Runs compiled kernels on several cores without a second pool that spins.
+"""Runs compiled kernels on several cores: on torch's own threads, or on workers of a pool.
 
-torch keeps its OpenMP threads spinning for a while after each operation. Another spinning pool on
-the same cores would fight with it, so these workers sleep on a lock between kernels.
+The pool is for where torch's threads cannot be reached, see `openmp`. Its workers sleep on a lock
+between kernels: a second pool that spins on the same cores would fight with torch's.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import torch
+
+from polymath_fast.kernels.cpu import openmp
 
 _TASKS_PER_THREAD = 8
 
@@ -41,14 +42,30 @@ def parallel(kernel: Callable[..., None], ranges: list[tuple[int, int]], *args: 
         return
     pending = deque(ranges)
 
-    def drain() -> None:
-        with suppress(IndexError):  # empty: another thread took the last range
-            while True:
-                kernel(*pending.popleft(), *args)
+    def drain(_: int) -> None:
+        while True:
+            try:
+                start, stop = pending.popleft()
+            except IndexError:  # another thread took the last range
+                return
+            kernel(start, stop, *args)
 
-    helpers = [worker_pool(os.getpid(), threads - 1).submit(drain) for _ in range(threads - 1)]
+    on_threads(drain, threads)
+
+
+def on_threads(work: Callable[[int], None], threads: int) -> None:
+    """work(how many they are) on at least one and about `threads` threads at the same time.
+
+    Raises:
+        Exception: what `work` raised, once all threads are done.
+    """
+    if openmp.available():
+        openmp.on_every_thread(work)
+        return
+    pool = worker_pool(os.getpid(), threads - 1)
+    helpers = [pool.submit(work, threads) for _ in range(threads - 1)]
     try:
-        drain()
+        work(threads)
     finally:
         for helper in helpers:
             helper.result()

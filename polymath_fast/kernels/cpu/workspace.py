@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -17,6 +18,7 @@ import torch
 from polymath_fast.kernels.scratch import lent
 
 _buffers = threading.local()
+_claims = threading.local()
 _CPU = torch.device("cpu")
 
 
@@ -37,6 +39,18 @@ def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tenso
         with torch.inference_mode(False):  # the sampler may ask first, the learner writes later
             held = store[name] = torch.empty(count, dtype=dtype)
     return held[:count].view(shape)
+
+
+def claim(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """As `buffer`, for what outlives the call that fills it: as long as somebody holds the tensor,
+    the next request gets other memory."""
+    holders = _claims.__dict__
+    holder = holders.get(name)
+    if holder is not None and holder() is not None:
+        return torch.empty(shape, dtype=dtype)
+    tensor = buffer(name, shape, dtype)
+    holders[name] = weakref.ref(tensor)
+    return tensor
 
 
 @contextmanager

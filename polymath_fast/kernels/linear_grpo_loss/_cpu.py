@@ -13,6 +13,7 @@ import torch
 from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.cpu.head import Head
 from polymath_fast.kernels.cpu.head_gradient import HeadGradient, head_gradients
+from polymath_fast.kernels.cpu.sink import Sink, add_scaled, sink_of
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
     PolicyLossOutput,
@@ -39,9 +40,9 @@ def linear_grpo_loss(
     )
     inputs = (hidden.detach(), weight.detach(), None if bias is None else bias.detach(), targets)
     head = Head(*inputs, spec.temperature)
-    gradient = (
-        HeadGradient(head, needs, vocab_tol) if any(needs) and spec.scope == "token" else None
-    )
+    sink = sink_of(weight)
+    how = (needs, vocab_tol, sink is not None)
+    gradient = HeadGradient(head, *how) if any(needs) and spec.scope == "token" else None
     for start, stop, logits in head.blocks():
         if gradient is not None:
             terms = _terms(head, batch.rows(start, stop), spec, start, stop)
@@ -52,8 +53,8 @@ def linear_grpo_loss(
         gradients, report = gradient.finish(), gradient.report
     elif any(needs):
         slopes = (terms.coefficient, terms.entropy_coefficient)
-        gradients, report = head_gradients(*inputs, spec.temperature, *slopes, needs, vocab_tol)
-    loss = _WithGradients.apply(terms.loss.sum(), hidden, weight, bias, *gradients)
+        gradients, report = head_gradients(*inputs, spec.temperature, *slopes, *how)
+    loss = _WithGradients.apply(terms.loss.sum(), hidden, weight, bias, sink, *gradients)
     metrics = summarize(batch, terms, head.logprobs, head.entropy)
     if vocab_tol and report is not None:
         metrics |= report.metrics()
@@ -70,15 +71,20 @@ class _WithGradients(torch.autograd.Function):
     """A scalar whose gradients by hidden, weight and bias are already there."""
 
     @staticmethod
-    def forward(ctx: Any, loss, hidden, weight, bias, *gradients):
+    def forward(ctx: Any, loss, hidden, weight, bias, sink: Sink | None, *gradients):
         ctx.save_for_backward(*gradients)
+        ctx.sink = sink
         return loss.clone()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, upstream: torch.Tensor):
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        if ctx.sink is not None and d_weight is not None:
+            add_scaled(ctx.sink, d_weight, float(upstream))
+            d_weight = None
         scaled = (
             None if gradient is None else gradient if upstream == 1 else gradient * upstream
-            for gradient in ctx.saved_tensors
+            for gradient in (d_hidden, d_weight, d_bias)
         )
-        return None, *scaled, None, None, None
+        return None, *scaled, None, None, None, None
