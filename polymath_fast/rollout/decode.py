@@ -131,6 +131,8 @@ def _by_key_head(q: Tensor, keys: Tensor) -> Tensor:
 class ModuleDecoder:
     """B completions that grow in lock step through the policy's own modules."""
 
+    shrink_below = 0.8  # dropping one copies the caches of all others
+
     def __init__(self, policy: Policy, prefilled: Sequence[tuple[PromptCache, Tensor]]):
         """`prefilled[i]` is the prompt that completion i continues and its last hidden state."""
         self._policy = policy

@@ -21,6 +21,7 @@ from polymath_fast.kernels.cpu.dense import stacked_or_copied
 from polymath_fast.kernels.cpu.head import odd_lines
 from polymath_fast.kernels.cpu.products import TileLogits, bits, pack_layers, padded_rows
 from polymath_fast.kernels.cpu.team import together
+from polymath_fast.kernels.cpu.workspace import buffer
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout.decode import PromptCache
 
@@ -73,7 +74,9 @@ class TileWeights:
 
 class TileDecoder:
     """B completions that grow in lock step, or by blocks of tokens; see `decode.ModuleDecoder` and
-    `decode.ModuleBlocks` for the same on modules."""
+    `decode.ModuleBlocks` for the same on modules. Logits last until the next call."""
+
+    shrink_below = 1.0
 
     def __init__(self, weights: TileWeights, prefilled: Sequence[tuple[PromptCache, Tensor]]):
         """`prefilled[i]` is the prompt that completion i continues and its last hidden state."""
@@ -88,6 +91,7 @@ class TileDecoder:
         self._prompt_len = self._shared.length if self._shared else 0
         panels, common = _panels(int(own.max()) + 1), _panels(self._prompt_len)
         self._keys, self._values = self._caches(len(prompts), panels)
+        self._slots = torch.arange(len(prompts))  # (B,) places of the completions in the caches
         self._prompt_keys, self._prompt_values = (x[:, 0] for x in self._caches(1, common))
         if self._shared:
             self._store(self._shared, self._prompt_keys, self._prompt_values)
@@ -117,14 +121,17 @@ class TileDecoder:
 
         embedded = weights.embedding(tokens)
 
-        def scratch(*shape: int) -> Tensor:
-            return torch.zeros(rows, *shape, dtype=embedded.dtype)
+        def scratch(name: str, *shape: int) -> Tensor:
+            return buffer(f"decoded {name}", (rows, *shape), embedded.dtype)
 
         cos, sin = weights.rotary(embedded[:, None], positions[:, None])
-        hidden, normed, out = (scratch(embedded.shape[1]) for _ in range(3))
+        hidden, normed, out = (
+            scratch(name, embedded.shape[1]) for name in ("rows", "normed", "out")
+        )
         hidden[:count] = embedded
-        stacked = scratch(weights.heads + 2 * weights.key_heads, weights.size)
-        attended, active = scratch(weights.heads * weights.size), scratch(weights.inner)
+        stacked = scratch("stacked", weights.heads + 2 * weights.key_heads, weights.size)
+        attended = scratch("attended", weights.heads * weights.size)
+        active = scratch("active", weights.inner)
         together(
             decode.step,
             decode.PHASES * len(weights.qkv) + 1,
@@ -143,6 +150,7 @@ class TileDecoder:
             weights.eps,
             firsts.numpy(),
             self._lengths,
+            self._slots.numpy(),
             self._words(self._keys),
             self._words(self._values),
             self._prompt_len,
@@ -163,15 +171,16 @@ class TileDecoder:
         return self
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all completions but `rows` (indices into the present batch)."""
+        """Drop all completions but `rows` (indices into the present batch); their caches stay where
+        they are until there must be room for more."""
         self._positions = self._positions[rows]
         self._lengths = self._lengths[rows.numpy()]
-        self._keys = self._keys.index_select(1, rows)
-        self._values = self._values.index_select(1, rows)
+        self._slots = self._slots[rows]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weights = self.weights
-        out = torch.empty(len(hidden), odd_lines(weights.vocab, 4))
+        shape = (len(hidden), odd_lines(weights.vocab, 4))
+        out = buffer("decoded logits", shape, torch.float32)
         weights.head.logits(hidden, out[:, : weights.vocab])
         if weights.bias is not None:
             out[:, : weights.vocab] += weights.bias
@@ -202,9 +211,11 @@ class TileDecoder:
         missing = _panels(int((self._lengths + counts.numpy()).max())) - panels
         if missing <= 0:
             return
-        more = self._caches(len(self._lengths), max(missing, -(-panels // 2)))
-        self._keys = torch.cat([self._keys, more[0]], dim=3)
-        self._values = torch.cat([self._values, more[1]], dim=3)
+        more = self._caches(len(self._slots), max(missing, -(-panels // 2)))
+        kept = (cache.index_select(1, self._slots) for cache in (self._keys, self._values))
+        pairs = zip(kept, more, strict=True)
+        self._keys, self._values = (torch.cat(pair, dim=3) for pair in pairs)
+        self._slots = torch.arange(len(self._slots))
 
 
 def _norms(decoder: nn.Module) -> list[Tensor]:

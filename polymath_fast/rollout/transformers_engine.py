@@ -21,12 +21,14 @@ from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
 from polymath_fast.rollout.wave import Slot, Wave, slots_of
 from polymath_fast.rollout.weights import IdentitySync
 
-_SHRINK_BELOW = 0.8  # share of unfinished rows below which finished ones leave the batch
 _ALONE_FROM = 16  # completions of one prompt from which it decodes in a batch of its own
 
 
 class Decoder(Protocol):
-    """B completions that grow in lock step."""
+    """B completions that grow in lock step. Logits may be overwritten by the next call."""
+
+    shrink_below: float
+    """share of unfinished completions below which it pays to drop the others"""
 
     def first(self) -> Tensor:
         """(B, V or more) logits of the tokens that follow the prompts."""
@@ -141,7 +143,7 @@ class TransformersEngine(StreamingEngine):
             if remaining == 0:
                 return
             by_blocks = self.speculation.begins(remaining)
-            if by_blocks or (step and remaining < _SHRINK_BELOW * len(rows)):
+            if by_blocks or (step and remaining < decoder.shrink_below * len(rows)):
                 kept = alive.nonzero()[:, 0]
                 decoder.keep(kept)
                 rows, tokens, alive = rows[kept], tokens[kept], alive[kept]

@@ -87,7 +87,8 @@ def test_blocks_equal_tokens_one_by_one(family, lengths, dtype):
     (ours, _), (single, _) = both(policy, lengths), both(policy, lengths)
     texts = torch.randint(3, 250, (len(lengths), 140), generator=torch.Generator().manual_seed(0))
     vocab = len(policy.head.weight)  # what stands in the padding behind it is nobody's
-    truth = torch.stack([single.next(texts[:, step])[:, :vocab] for step in range(140)], dim=1)
+    steps = (single.next(texts[:, step])[:, :vocab].clone() for step in range(140))
+    truth = torch.stack(list(steps), dim=1)
     blocks, done = ours.blocks(), torch.zeros(len(lengths), dtype=torch.int64)
     for turn in range(30):
         counts = 1 + (torch.arange(len(lengths)) + turn) % 6

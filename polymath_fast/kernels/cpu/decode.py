@@ -43,7 +43,7 @@ def store(start, stop, k, v, first, keys, values):
 @njit(nogil=True, cache=True)
 def step(
     threads, counters, hidden, count, norms, head_norms, biases, qkv, output, gate_up, down, heads,
-    cos, sin, eps, firsts, lengths, keys, values, prompt_len, prompt_keys, prompt_values, scale,
+    cos, sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values, scale,
     normed, stacked, attended, active, out,
 ):  # fmt: skip
     """All layers for more tokens of every completion; `PHASES` phases a layer, see `team`.
@@ -53,8 +53,8 @@ def step(
     head_norms (L, Hq + Hkv, D) or (L, 0, 1); biases (L, (Hq + 2 Hkv) D) fp32 or (L, 0). Weights are
     packed (L, panels, words of inputs, 48); gate_up holds a panel of gate, then one of up, by
     turns. cos, sin (count, D). Rows firsts[b] to firsts[b + 1] are the next tokens of completion b;
-    lengths (B,) positions filled before them. keys and values (L, B, ...) as in `store`, those of
-    the prompt alike without B. normed (R, H), stacked (R, Hq + 2 Hkv, D), attended (R, Hq D) and
+    lengths (B,) positions filled before them. keys and values (L, slots, ...) as in `store`, those
+    of completion b in slots[b]; those of the prompt alike without slots. normed (R, H), stacked (R, Hq + 2 Hkv, D), attended (R, Hq D) and
     active (R, I) are scratch.
     """
     key_heads, size = keys.shape[2], stacked.shape[2]
@@ -81,16 +81,17 @@ def step(
             if task >= lengths.size * key_heads:
                 break
             b, head = task // key_heads, task % key_heads
+            own_keys, own_values = keys[layer, slots[b], head], values[layer, slots[b], head]
             for i in range(firsts[b], firsts[b + 1]):  # in order: each row sees those before it
                 position = lengths[b] + i - firsts[b]
                 _place(
                     stacked[i], heads, head, cos[i], sin[i], head_norms[layer], eps, position,
-                    keys[layer, b, head], values[layer, b, head], wide, queries,
+                    own_keys, own_values, wide, queries,
                 )  # fmt: skip
                 _attend(
-                    queries, group, position + 1, keys[layer, b, head], values[layer, b, head],
-                    prompt_len, prompt_keys[layer, head], prompt_values[layer, head], scale, scores,
-                    probs, sums, attended[i, head * group * size : (head + 1) * group * size],
+                    queries, group, position + 1, own_keys, own_values, prompt_len,
+                    prompt_keys[layer, head], prompt_values[layer, head], scale, scores, probs,
+                    sums, attended[i, head * group * size : (head + 1) * group * size],
                 )  # fmt: skip
         barrier(threads, counters, phase + 2)
         _add_projection(threads, counters, phase + 3, attended, count, output[layer], tile, hidden)
