@@ -43,8 +43,8 @@ def store(start, stop, k, v, first, keys, values):
 @njit(nogil=True, cache=True)
 def step(
     threads, counters, hidden, count, norms, head_norms, biases, qkv, output, gate_up, down, heads,
-    cos, sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values, scale,
-    normed, stacked, attended, active, out,
+    cos, sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values,
+    scale, normed, stacked, attended, active, out,
 ):  # fmt: skip
     """All layers for more tokens of every completion; `PHASES` phases a layer, see `team`.
 
@@ -54,8 +54,8 @@ def step(
     packed (L, panels, words of inputs, 48); gate_up holds a panel of gate, then one of up, by
     turns. cos, sin (count, D). Rows firsts[b] to firsts[b + 1] are the next tokens of completion b;
     lengths (B,) positions filled before them. keys and values (L, slots, ...) as in `store`, those
-    of completion b in slots[b]; those of the prompt alike without slots. normed (R, H), stacked (R, Hq + 2 Hkv, D), attended (R, Hq D) and
-    active (R, I) are scratch.
+    of completion b in slots[b]; those of the prompt alike without slots. normed (R, H),
+    stacked (R, Hq + 2 Hkv, D), attended (R, Hq D) and active (R, I) are scratch.
     """
     key_heads, size = keys.shape[2], stacked.shape[2]
     group = heads // key_heads
