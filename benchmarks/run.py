@@ -164,7 +164,8 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def machine_name(device: str) -> str:
-    """A folder name: the GPU, or the processor, its instruction set and its number of cores."""
+    """A folder name: the GPU, or the processor, its generation, instruction set and number of
+    cores; clouds give processors of several generations one name."""
     return re.sub(r"[^a-z0-9]+", "-", _hardware(device).lower()).strip("-")
 
 
@@ -185,7 +186,8 @@ def _hardware(device: str) -> str:
             name, _, value = line.partition(":")
             facts[name.strip()] = value.strip()
     extensions = instruction_set(set(facts["flags"].split()))
-    parts = [facts["model name"], extensions, f"{torch.get_num_threads()} threads"]
+    generation = f"family {facts['cpu family']}" if "cpu family" in facts else ""
+    parts = [facts["model name"], generation, extensions, f"{torch.get_num_threads()} threads"]
     return ", ".join(part for part in parts if part)
 
 

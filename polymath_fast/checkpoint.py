@@ -124,76 +124,9 @@ def save(
     return final
 
 
-def sweep(run_dir: Path) -> list[Path]:
-    """Remove what killed saves left behind; call it only while holding the folder's RunLock."""
-    return step_folders.sweep(Path(run_dir) / FOLDER)
-
-
-def resume(
-    option: str, run_dir: Path, *, on_skip: Callable[[Path, str], None]
-) -> Checkpoint | None:
-    """The checkpoint that --resume means: "auto" is the newest of `run_dir`, or None when it has
-    none yet; anything else is the path of a run folder or of one checkpoint, which must exist."""
-    if option == "auto":
-        return find(run_dir, on_skip=on_skip)
-    found = find(option, on_skip=on_skip)
-    if found is None:
-        raise _nothing_to_resume(option)
-    return found
-
-
-def require_something(option: str | None) -> None:
-    """Raise UserError if --resume names no place of a checkpoint, before anything is written."""
-    if option not in (None, "auto") and not _candidates(Path(option)):
-        raise _nothing_to_resume(option)
-
-
-def _nothing_to_resume(option: str) -> UserError:
-    return UserError(
-        f"--resume {option} is neither auto, nor a run folder with a checkpoint, nor a checkpoint; "
-        "auto works for the run of --output-dir, and for any a path such as runs/first or "
-        f"runs/first/{FOLDER}/step_000050"
-    )
-
-
-def go_back(option: str, run_dir: Path, found: Checkpoint) -> None:
-    """Where --resume names one checkpoint of the run's own folder, delete the later ones: a future
-    that it leaves, whose rows of metrics go, too. Else the next `--resume auto` would take them."""
-    if found.path.resolve() == Path(option).resolve():
-        root = Path(run_dir) / FOLDER
-        if found.path.resolve().parent == root.resolve():
-            step_folders.forget_after(root, found.step)
-
-
-def find(path: Path | str, *, on_skip: Callable[[Path, str], None]) -> Checkpoint | None:
-    """The newest checkpoint of a run folder that verifies, or None when the run has saved none.
-
-    `path` may also be one checkpoint; the ones before it stand in when it is torn. `on_skip(path,
-    reason)` is called for every torn one. Raises UserError when all of them are torn.
-    """
-    candidates = _candidates(Path(path))
-    for step, folder in reversed(candidates):
-        try:
-            return _load(folder, step)
-        except manifest.TornFolder as error:
-            on_skip(folder, str(error))
-    if candidates:
-        raise UserError(
-            f"--resume {path}: none of its {len(candidates)} checkpoint(s) is intact; start again "
-            "in a new --output-dir"
-        )
-    return None
-
-
-def _candidates(path: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of a run's checkpoints, oldest first; up to `path` where it is one of them."""
-    named = step_folders.STEP.fullmatch(path.name)
-    if not (named and path.is_dir()):
-        return step_folders.steps(path / FOLDER)
-    return [item for item in step_folders.steps(path.parent) if item[0] <= int(named[1])]
-
-
-def _load(folder: Path, step: int) -> Checkpoint:
+def load(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint in `folder`, verified byte for byte. Raises manifest.TornFolder for one that
+    is not what was saved as `step`."""
     content = manifest.verify(folder)
     if content.get("step") != step:
         raise manifest.TornFolder(f"it was saved as step {content.get('step')!r}")
@@ -202,6 +135,11 @@ def _load(folder: Path, step: int) -> Checkpoint:
         raise manifest.TornFolder(f"{min(missing)} is not in the manifest")
     state = json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(path=folder, step=step, state=state)
+
+
+def sweep(run_dir: Path) -> list[Path]:
+    """Remove what killed saves left behind; call it only while holding the folder's RunLock."""
+    return step_folders.sweep(Path(run_dir) / FOLDER)
 
 
 def _write(

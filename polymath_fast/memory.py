@@ -135,7 +135,8 @@ def estimate(
     rollouts = config.num_generations * config.groups_per_step
     rows = prompt_tokens + rollouts * config.max_completion_length
     alone = prompt_tokens + config.max_completion_length
-    tokens = min(max(microbatch_tokens(config, device), alone), rows)
+    limit = microbatch_tokens(config, device)
+    tokens = min(max(limit, alone, prompt_tokens + limit // 2), rows)
     sequences = min(FULL_LENGTH_SEQUENCES, config.asked_generations * config.groups_per_step)
     longest = prompt_tokens + sequences * config.max_completion_length
     cached = kv_cache_bytes(shape, dtype) * longest

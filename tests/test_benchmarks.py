@@ -33,13 +33,13 @@ def test_processors_of_one_name_are_told_apart(
     info = tmp_path / "cpuinfo"
     # the second core must not count
     info.write_text(
-        f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\n"
-        "processor\t: 1\nmodel name\t: another\nflags\t\t: amx_bf16\n"
+        f"processor\t: 0\ncpu family\t: 25\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\n"
+        "processor\t: 1\ncpu family\t: 26\nmodel name\t: another\nflags\t\t: amx_bf16\n"
     )
     monkeypatch.setattr(run, "CPUINFO", info)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     middle = f"-{name.lower()}" if name else ""
-    assert run.machine_name("cpu") == f"amd-epyc{middle}-2-threads"
+    assert run.machine_name("cpu") == f"amd-epyc-family-25{middle}-2-threads"
 
 
 def test_a_processor_that_linux_does_not_describe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from polymath_fast import checkpoint
 from polymath_fast.errors import UserError
 from polymath_fast.folders import manifest, step_folders
+from polymath_fast.run import resuming
 
 MODEL = {"name": "org/tiny", "shape": {"model_type": "llama", "hidden_size": 8, "vocab_size": 32}}
 
@@ -53,7 +54,7 @@ def find(path: Path, skipped: list | None = None) -> checkpoint.Checkpoint | Non
         assert skipped is not None, f"{folder} skipped: {reason}"
         skipped.append((folder.name, reason))
 
-    return checkpoint.find(path, on_skip=on_skip)
+    return resuming.find(path, on_skip=on_skip)
 
 
 def assert_holds(found: checkpoint.Checkpoint, step: int) -> None:
@@ -280,9 +281,29 @@ def test_all_torn_is_an_error_not_a_fresh_start(tmp_path):
     assert len(skipped) == 1
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_what_cannot_be_read_now_is_not_left_behind(tmp_path, monkeypatch, code):
+    older, newer = save(tmp_path, 5), save(tmp_path, 10)
+    plain = Path.read_text
+
+    def fails(path, *arguments, **options):
+        if path == newer / "manifest.json":
+            raise OSError(code, os.strerror(code), str(path))
+        return plain(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fails)
+        with pytest.raises(UserError) as refusal:
+            find(tmp_path)
+        assert os.strerror(code) in str(refusal.value)
+        assert f"--resume {older}" in str(refusal.value)
+        assert_holds(find(older), 5)
+    assert_holds(find(tmp_path), 10)
+
+
 def test_resume_option(tmp_path):
     def resume(option):
-        return checkpoint.resume(option, tmp_path, on_skip=lambda *_: None)
+        return resuming.resume(option, tmp_path, on_skip=lambda *_: None)
 
     assert resume("auto") is None
     with pytest.raises(UserError, match="--resume .* is neither auto, nor"):
@@ -488,8 +509,8 @@ def test_going_back_to_a_checkpoint_leaves_the_later_ones(tmp_path):
     paths = {step: save(run, step, keep=3) for step in (5, 10, 15)}
 
     def go_back(option, folder):
-        found = checkpoint.resume(option, run, on_skip=lambda *_: None)
-        checkpoint.go_back(option, folder, found)
+        found = resuming.resume(option, run, on_skip=lambda *_: None)
+        resuming.go_back(option, folder, found)
         return [step for step, _ in step_folders.steps(run / "checkpoints")]
 
     assert go_back("auto", run) == go_back(str(run), run) == [5, 10, 15]
@@ -497,7 +518,7 @@ def test_going_back_to_a_checkpoint_leaves_the_later_ones(tmp_path):
     (paths[10] / "config.json").write_text("torn")
     assert go_back(str(paths[10]), run) == [5, 10, 15]  # an earlier one stands in for it
     assert go_back(str(paths[5]), run) == [5]
-    assert checkpoint.resume("auto", run, on_skip=lambda *_: None).step == 5
+    assert resuming.resume("auto", run, on_skip=lambda *_: None).step == 5
 
 
 def test_import_is_light():

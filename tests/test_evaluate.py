@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
+import os
 import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -254,7 +257,8 @@ def scripted(monkeypatch):
         monkeypatch.setattr(evaluate.rollout, "stop_token_ids", lambda *_: [0])
         monkeypatch.setattr(evaluate.rollout, "build_engine", lambda *_, **__: engines[-1])
         plain = ["--template", "plain", "--instruction", "", "--max-completion-length", "50"]
-        return evaluate.main([*plain, "--engine", "transformers", *flags])
+        asking = [] if "--result-path" in flags else [*plain, "--engine", "transformers"]
+        return evaluate.main([*asking, *flags])
 
     yield run
     assert all(engine.closed for engine in engines if engine.calls)
@@ -335,7 +339,9 @@ def test_grading_again_needs_no_model(file_of, scripted, tmp_path, monkeypatch):
         (["--dataset", "{file}", "--max-completion-length", "199"], "200 positions"),
         (["--result-path", "nowhere.json"], "nowhere.json cannot be read"),
         (["--result-path", "{file}"], "not a result of"),
-        (["--result-path", "{file}", "--dataset", "{file}"], "give one of the two"),
+        (["--result-path", "{file}", "--dataset", "{file}"], "--dataset is for asking a model"),
+        (["--result-path", "{file}", "--k", "2", "--temperature", "1"], "--k is for asking"),
+        (["--result-path", "{file}", "--model", "random:tiny"], "--model is for asking"),
         (["--device", "cuda", "--dataset", "{file}"], "--device cuda"),
         (
             ["--engine", "transformers", "--kv-cache-gib", "1", "--dataset", "{file}"],
@@ -353,6 +359,26 @@ def test_bad_flags_are_one_line_and_code_2(file_of, scripted, tmp_path, capsys, 
     assert printed.count("\n") == 1
     assert re.search(said, printed)
     assert not (out / "result.json").exists()
+
+
+def test_a_disk_that_fails_is_one_line(file_of, scripted, tmp_path, capsys, monkeypatch):
+    path = file_of("f", {"problem": "1+1", "answer": "2"})
+    flags = ["--dataset", path, "--output-dir", str(tmp_path / "out")]
+
+    def full(plain, path, *arguments, **options):
+        if "out" in path.parts:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(path, *arguments, **options)
+
+    for method in ("open", "write_text"):
+        with monkeypatch.context() as patch:
+            plain = getattr(Path, method)
+            patch.setattr(Path, method, lambda *given, p=plain, **more: full(p, *given, **more))
+            assert scripted(lambda *_: "2", *flags) == 2
+        assert "cannot be written (No space left on device)" in capsys.readouterr().err
+        for left in (tmp_path / "out").iterdir():
+            left.unlink()
+    assert scripted(lambda *_: "2", *flags) == 0
 
 
 def test_an_unknown_flag_names_the_nearest():

@@ -184,8 +184,9 @@ class OptimizerSettings:
     """optimizer updates per batch of rollouts; with 1 the ratio is 1 and no old log-probs are
     needed"""
     tokens_per_microbatch: Annotated[int, Range(ge=1, le=_LARGEST, works=16384)] | None = None
-    """tokens that go through the model at once: the one memory knob; when left out 16384 on a GPU
-    and 1024 on a CPU, whose products are at their full rate from there on"""
+    """tokens that are learned from at once, half of them of completions at least, however long the
+    prompt is: the one memory knob; when left out 16384 on a GPU and 1024 on a CPU, whose products
+    are at their full rate from there on"""
     active_vocabulary: Literal["off", "auto"] = "off"
     """auto leaves vocabulary columns that hardly matter out of the LM head's gradient, where that
     saves time and its relative error stays below that of rounding to bfloat16"""

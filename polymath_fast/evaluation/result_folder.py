@@ -83,9 +83,12 @@ def new_folder(wanted: str | None) -> Path:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends rows to a completions.jsonl."""
-    with path.open("a", encoding="ascii") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    """Appends rows to a completions.jsonl. Raises UserError when the disk fails."""
+    try:
+        with path.open("a", encoding="ascii") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise _unwritten(path, error) from error
 
 
 def write_result(
@@ -94,7 +97,8 @@ def write_result(
     results: Mapping[str, EvalResult],
     regraded_from: Path | None = None,
 ) -> Path:
-    """Writes result.json, whole or not at all; returns its path."""
+    """Writes result.json, whole or not at all; returns its path. Raises UserError when the disk
+    fails."""
     content = {
         "polymath_fast": __version__,
         "versions": _versions(),
@@ -107,9 +111,20 @@ def write_result(
     }
     path = folder / RESULT
     partial = folder / f".{RESULT}.{os.getpid()}"
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="ascii")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="ascii")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _unwritten(path, error) from error
     return path
+
+
+def _unwritten(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written ({error.strerror}); make room, then evaluate again into another "
+        f"--output-dir, for example {path.parent.with_name(path.parent.name + '-2')}"
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from polymath_fast.config.settings import EMBEDDED_MODEL
 from polymath_fast.errors import UserError
 from polymath_fast.folders import lookup
 from polymath_fast.samples.sources import on_hub, split_name
+
+_REGRADING = {"result_path", "output_dir", "open_ended_sources", "mcp_sources", "reward_timeout"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +99,20 @@ class EvalSettings:
                 f"--k is {self.k} with --temperature 0: greedy completions are all the same; use "
                 "--k 1, or --temperature 0.6"
             )
-        if self.result_path is not None and self.dataset:
-            raise UserError(
-                "--result-path grades an earlier evaluation, --dataset asks a model: give one of "
-                "the two"
-            )
+        self._check_regrading()
+
+    def _check_regrading(self) -> None:
+        """What is graded again was sampled already: no flag about sampling has a meaning."""
+        if self.result_path is None:
+            return
+        for field in fields(self):
+            asked = getattr(self, field.name) != field.default
+            if asked and field.name not in _REGRADING:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise UserError(
+                    f"--result-path grades completions of an earlier evaluation again, {flag} is "
+                    "for asking a model: leave one of the two out"
+                )
 
 
 def _require(holds: bool, flag: str, value: object, rule: str, works: str) -> None:

@@ -104,14 +104,17 @@ def split_rows(
     together: the prompt is to be computed once for all of them, and is held meanwhile. Else a
     micro-batch holds its prompts, each once. Completions with the same inputs count once, and are
     brought together, as prompts are; with `tree`, so are those that begin alike, and the rows that
-    it shares count once. A completion that does not fit by itself gets a micro-batch of its own.
-    Targets are bounded as well, to `TARGETS_PER_ROW` x `max_tokens`.
+    it shares count once. A completion that does not fit by itself gets a micro-batch of its own,
+    and a prompt of more than half of `max_tokens` leaves that half to its completions: it is rows
+    above the limit, but not a pass for each of them. Targets are bounded as well, to
+    `TARGETS_PER_ROW` x `max_tokens`.
     """
     chunk, used = [], _Size()
     for _, members in groupby(_together(rows, tree), key=lambda index: rows[index].prompt_ids):
         members = list(members)
         prompt_len = len(rows[members[0]].prompt_ids)
-        parts = _parts(rows, members, max_tokens - prompt_len, TARGETS_PER_ROW * max_tokens, tree)
+        room = max(max_tokens - prompt_len, max_tokens // 2)
+        parts = _parts(rows, members, room, TARGETS_PER_ROW * max_tokens, tree)
         size = sum((size for _, size in parts), _Size(rows=prompt_len))
         whole = used + size
         if chunk and (whole.rows > max_tokens or whole.targets > TARGETS_PER_ROW * max_tokens):

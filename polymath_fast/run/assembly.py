@@ -15,6 +15,7 @@ from polymath_fast.errors import UserError
 from polymath_fast.folders import run_folder
 from polymath_fast.monitor import Monitor
 from polymath_fast.rollout.partial import NOTHING, Pending
+from polymath_fast.run import resuming
 from polymath_fast.run.inputs import Inputs, read_inputs
 from polymath_fast.run.plan import plan
 
@@ -59,7 +60,7 @@ def build(config: Config) -> Iterator[Parts]:
         steps_done = resumed.step if resumed else 0
         with run_folder.writing(run_dir):
             if resumed:
-                checkpoint.go_back(config.resume, run_dir, resumed)
+                resuming.go_back(config.resume, run_dir, resumed)
             config.write(run_dir / "config.toml")
             monitor = Monitor(
                 run_dir, config, config.max_steps, trackers=config.log_to, start_step=steps_done
@@ -138,7 +139,7 @@ def build(config: Config) -> Iterator[Parts]:
 def _find_checkpoint(config: Config, run_dir: Path, identity: dict[str, Any]):
     if config.resume is None:
         return None
-    found = checkpoint.resume(
+    found = resuming.resume(
         config.resume, run_dir, on_skip=lambda path, why: print(f"skipped {path}: {why}")
     )
     if found is None:

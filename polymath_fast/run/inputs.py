@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import checkpoint, environment, models, precision, rewards, rollout, samples
+from polymath_fast import environment, models, precision, rewards, rollout, samples
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.rewards import RewardSet
+from polymath_fast.run import resuming
 from polymath_fast.samples import Sample, sources
 
 
@@ -45,7 +46,7 @@ class Inputs:
 
 def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs:
     """Model folder, tokenizer, samples, rewards and engine choice; raises UserError."""
-    checkpoint.require_something(config.resume)
+    resuming.require_something(config.resume)
     environment.prepare()
     device = _device(config.device)
     dtype, dtype_reason = precision.choose_dtype(config.dtype, device)

@@ -20,6 +20,7 @@ from polymath_fast.monitor import Monitor
 from polymath_fast.rewards import RewardSet
 from polymath_fast.rollout.transformers_engine import TransformersEngine
 from polymath_fast.rollout.weights import IdentitySync
+from polymath_fast.run import resuming
 
 REWARD = '''
 import time
@@ -63,7 +64,7 @@ def newest(folder: Path) -> checkpoint.Checkpoint:
     def torn(path: Path, reason: str) -> None:
         raise AssertionError(f"{path}: {reason}")
 
-    return checkpoint.find(folder, on_skip=torn)
+    return resuming.find(folder, on_skip=torn)
 
 
 def assert_same_end(one: Path, two: Path) -> None:

@@ -85,6 +85,13 @@ def test_split_brings_prompts_and_equal_inputs_together():
     assert list(split_rows(rows, 4)) == [[[0, 3], [2]], [[1, 4]]]
 
 
+def test_a_long_prompt_leaves_half_of_a_micro_batch_to_its_completions():
+    rows = [row([1] * 9, [i, 2, 3]) for i in range(7)]  # two rows of the model each
+    assert list(split_rows(rows, 10)) == [[[0, 1], [2, 3], [4, 5], [6]]]
+    assert list(split_rows(rows, 13)) == [[[0, 1, 2], [3, 4, 5], [6]]]
+    assert list(split_rows(rows, 23)) == [[[0, 1, 2, 3, 4, 5, 6]]]
+
+
 def test_split_bounds_targets_that_share_rows():
     rows = [row([1], [2] * 10)] * 9
     assert list(split_rows(rows, 10)) == [[[0, 1, 2, 3], [4, 5, 6, 7], [8]]]
