@@ -34,9 +34,9 @@ CURVES = {
     "length": [32, 64, 128, 256, 512],
 }
 CURVE_JOBS = {
-    "generations": Job(length=32, steps=2),
-    "prompt": Job(generations=128, length=64, steps=2),
-    "length": Job(generations=64, steps=2),
+    "generations": Job(length=32, steps=2, full_length=True),
+    "prompt": Job(generations=128, length=64, steps=2, full_length=True),
+    "length": Job(generations=64, steps=2, full_length=True),
 }
 
 

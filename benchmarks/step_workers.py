@@ -33,6 +33,8 @@ class Job:
     answer: str = "42"
     without: str | None = None
     """name of an idea in `ablations` that is switched off"""
+    full_length: bool = False
+    """completions go on behind their end, so that two runs compute as many tokens; ours only"""
 
 
 def ours(job: Job, engine: str) -> list[dict[str, float]]:
@@ -60,6 +62,8 @@ def ours(job: Job, engine: str) -> list[dict[str, float]]:
         )
         found = []
         with assembly.build(config) as parts, switched_off(job.without):
+            if job.full_length:
+                parts.engine.stop_token_ids = frozenset()
             for step in range(1, job.steps + 1):
                 metrics = train.train_step(config, parts, step)
                 found.append(
