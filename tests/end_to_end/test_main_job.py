@@ -49,12 +49,12 @@ def test_vllm_carries_the_same_job(tmp_path):
         tmp_path / "run",
         *("--engine", "vllm", "--max-steps", "3", "--eval-dataset"),
         *("--num-generations", "16", "--max-completion-length", "48", "--beta", "0.001"),
-        "--verify-sync",
+        *("--learning-rate", "5e-5", "--verify-sync"),  # so that bfloat16 moves enough to see it
     )
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["sampling/logprob_diff_mean"] < 0.03 for row in rows)
     assert rows[0]["policy/kl"] == pytest.approx(0, abs=1e-6)
-    assert rows[2]["policy/kl"] > 1e-4  # bfloat16 moves least
+    assert rows[2]["policy/kl"] > 1e-3
     assert all(row["time/verify"] > 0 for row in rows)
     versions = {
         json.loads(line)["weight_version"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import pytest
@@ -97,12 +96,16 @@ def test_threads_of_the_caller_s_own_may_all_call():
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_does_not_wait_for_its_parent_s_threads():
     seen = np.zeros(8)
-    parallel(partial(_mark), split(8), seen)
+    parallel(_mark, split(8), seen)
     child = os.fork()
     if child == 0:
-        found = np.zeros(8)
-        parallel(_mark, split(8), found)
-        os._exit(0 if (found == 1).all() else 1)
+        code = 1
+        try:
+            found = np.zeros(8)
+            parallel(_mark, split(8), found)
+            code = int(not (found == 1).all())
+        finally:  # an error must not go on as a second pytest
+            os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert (seen == 1).all()
 
