@@ -25,9 +25,10 @@ from benchmarks.gpu_sections import rates
 from benchmarks.rivals import chosen_logprobs
 from polymath_fast.config import Config
 from polymath_fast.kernels.policy_loss import policy_loss
+from polymath_fast.learner.loss import Divisors, loss_spec
 from polymath_fast.learner.packing import TrainingRow
 from polymath_fast.learner.policy import Policy
-from polymath_fast.learner.step import Divisors, Learner, loss_spec
+from polymath_fast.learner.step import Learner
 from polymath_fast.memory import parameters
 from polymath_fast.models import random_models
 

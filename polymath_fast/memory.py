@@ -15,6 +15,9 @@ FULL_LENGTH_SEQUENCES = 256  # completions that the sampler's memory holds at th
 GRADIENT = "gradient (fp32)"
 _KV_BLOCK = 16  # tokens that vLLM allocates at a time on a GPU
 _MICROBATCH = (16384, 1024)  # tokens, on a GPU and on a CPU
+TAPED_ROWS = 8
+"""rows of a pass over the tape for each row of one whose activations are kept by autograd"""
+_TAPED_LAYERS = 3  # of which such a pass holds what the tape has of one, and its gradients
 _LIBRARIES = {"vllm": 1.6 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU
 
 
@@ -27,7 +30,7 @@ def microbatch_tokens(config: Config, device: str) -> int:
 def parameters(shape: dict[str, Any]) -> int:
     """Number of weights of a Llama, Qwen2 or Qwen3 model with these config.json keys."""
     hidden, vocabulary = shape["hidden_size"], shape["vocab_size"]
-    q, kv, head = _widths(shape)
+    q, kv, head = widths(shape)
     qwen2, qwen3 = (shape["model_type"] == name for name in ("qwen2", "qwen3"))
     attention = 2 * hidden * q + 2 * hidden * kv
     biases = (q + 2 * kv) * qwen2 + 2 * head * qwen3
@@ -54,7 +57,7 @@ def activation_bytes(
     """
     size = BYTES[dtype]
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    q, kv, head = _widths(shape)
+    q, kv, head = widths(shape)
     heads, layers = shape["num_attention_heads"], shape["num_hidden_layers"]
     qwen3, gemma = (shape["model_type"] == name for name in ("qwen3", "gemma"))
     if device == "cpu" and not gemma:
@@ -72,7 +75,7 @@ def activation_bytes(
 
 def kv_cache_bytes(shape: dict[str, Any], dtype: str = "bfloat16") -> int:
     """Keys and values of one token, in bytes."""
-    return shape["num_hidden_layers"] * 2 * BYTES[dtype] * _widths(shape)[1]
+    return shape["num_hidden_layers"] * 2 * BYTES[dtype] * widths(shape)[1]
 
 
 def optimizer_bytes(config: Config, dtype: str = "bfloat16") -> dict[str, int]:
@@ -123,8 +126,8 @@ def estimate(
     """GiB for each part of a run at its largest moment.
 
     With vLLM it is that of learning, beside an engine that keeps what it has. The embedded sampler
-    keeps nothing, so its parts are there instead of the learner's where they are larger; a CPU has
-    no gradient meanwhile.
+    keeps nothing but its tape, so its parts are there instead of the learner's where they are
+    larger.
 
     `shape` holds the keys of the model's config.json, `engine` is "vllm" or "transformers",
     `prompt_tokens` is the length of the longest prompt, `kv_storages` the number of allocations
@@ -151,29 +154,42 @@ def estimate(
     size, kind = BYTES[dtype], {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     # on a GPU they are the learner's; CPU builds of vLLM multiply with a packed copy all the same
     shared = engine != "vllm" or (device != "cpu" and config.weight_sync in ("auto", "alias"))
+    taped, tape = _tape(shape, config, engine, device, dtype)
+    if 0 < rollouts * (config.max_completion_length - 1) <= taped:  # nothing is learned elsewhere
+        tokens = min(TAPED_ROWS * limit, rows)
+        kept = _TAPED_LAYERS * tape // taped // shape["num_hidden_layers"]
     lends = config.reuse_kv_cache and engine == "vllm"
     room = [cached / kv_storages] * kv_storages if lends else []
     head = _head_bytes(shape, config, tokens, device, dtype, gpu, room)
     sampling = {"KV cache": cached}
     learning = {f"activations of {tokens} tokens": kept * tokens, "LM head": head}
     held = {name: each * weights for name, each in optimizer_bytes(config, dtype).items()}
-    if device == "cpu":
-        learning[GRADIENT] = held.pop(GRADIENT)
     if engine == "vllm":
         largest = sampling | learning
-    else:
-        if device == "cpu":
-            sampling[f"sampler's packed weights ({kind})"] = size * weights
+    else:  # on a CPU the sampler packs its weights where the gradient will be
         largest = max(sampling, learning, key=lambda parts: sum(parts.values()))
     parts = {
         f"weights ({kind})": size * weights,
         **held,
+        f"tape of {taped} tokens": tape,
         f"reference model ({kind})": size * weights if config.beta else 0,
         f"sampler's weights ({kind})": 0 if shared else size * weights,
         **largest,
         "libraries": _LIBRARIES[engine] if device == "cpu" else 0,
     }
     return {name: size / GIB for name, size in parts.items() if size}
+
+
+def _tape(
+    shape: dict[str, Any], config: Config, engine: str, device: str, dtype: str
+) -> tuple[int, int]:
+    """Rows of the embedded sampler's tape, and bytes."""
+    from polymath_fast.precision import torch_dtype
+    from polymath_fast.rollout.tape import LayerSizes, tape_rows
+
+    kind = torch_dtype(dtype)
+    rows = tape_rows(shape, config, engine=engine, device=device, dtype=kind)
+    return rows, rows * LayerSizes.of(shape, kind).row_bytes if rows else 0
 
 
 def _head_bytes(
@@ -215,7 +231,7 @@ def _fitting(buffers: list[int], room: list[float]) -> int:
     return held
 
 
-def _widths(shape: dict[str, Any]) -> tuple[int, int, int]:
+def widths(shape: dict[str, Any]) -> tuple[int, int, int]:
     """Width of all queries, of all keys, and of one head."""
     heads = shape["num_attention_heads"]
     head = shape.get("head_dim") or shape["hidden_size"] // heads

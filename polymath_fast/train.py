@@ -85,12 +85,13 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
 
     clock = Clock(parts.monitor)
     parts.speculation.start_step()
+    parts.tape.start_step()
     samples = collect.samples_of_step(parts.inputs.samples, step, settings)
     batch, scores, attempts = RolloutBatch(groups=[]), RewardResult.empty(), 0
     pending = parts.pending
     while saturation.asks_again(settings, batch, attempts):
         with Scorer(parts.inputs.rewards, parts.inputs.tokenizer) as scorer:
-            with clock("generate"):
+            with clock("generate"), parts.learner.lend():
                 drawn = collect.sample_groups(
                     parts.engine, samples, step, settings, attempts, pending, scorer.add
                 )
@@ -124,6 +125,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     parts.monitor.log_step(step, metrics)
     parts.monitor.log_completions(step, collect.completion_rows(batch, scores))
     parts.speculation.end_step(batch)
+    parts.tape.end_step()
     parts.pending, parts.steps_done = pending, step
     parts.updates_done = parts.learner.optimizer.updates
     if failure is not None:
@@ -154,16 +156,17 @@ def evaluate(settings: Config, parts: Parts, step: int) -> None:
 
         parts.monitor.phase(f"evaluate {name}")
         started = time.perf_counter()
-        result = evaluate_samples(
-            parts.engine,
-            parts.inputs.tokenizer,
-            held_out,
-            k=settings.eval_k,
-            temperature=settings.eval_temperature,
-            max_completion_length=settings.max_completion_length,
-            seed=derived_seed(settings.seed, f"eval/{name}", step),
-            score=parts.inputs.rewards.score,
-        )
+        with parts.learner.lend():
+            result = evaluate_samples(
+                parts.engine,
+                parts.inputs.tokenizer,
+                held_out,
+                k=settings.eval_k,
+                temperature=settings.eval_temperature,
+                max_completion_length=settings.max_completion_length,
+                seed=derived_seed(settings.seed, f"eval/{name}", step),
+                score=parts.inputs.rewards.score,
+            )
         metrics = {f"eval/{name}/{key}": value for key, value in result.metrics().items()}
         metrics[f"time/eval/{name}"] = time.perf_counter() - started
         parts.monitor.log_step(step, metrics)

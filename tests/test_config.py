@@ -150,7 +150,7 @@ def test_every_setting_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -
 
 def test_every_loss_that_is_accepted_can_be_built_and_none_is_missing() -> None:
     from polymath_fast.kernels.policy_loss.spec import KL_ESTIMATORS, LOSS_TYPES
-    from polymath_fast.learner.step import loss_spec
+    from polymath_fast.learner.loss import loss_spec
 
     # dro needs a coefficient of its own, which no seed recipe uses and the trainer does not offer
     assert set(get_args(LossType)) == set(LOSS_TYPES) - {"dro"}

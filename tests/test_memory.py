@@ -10,12 +10,14 @@ import torch
 
 from polymath_fast import memory
 from polymath_fast.config import Config
+from polymath_fast.kernels.cpu import tiles
 from polymath_fast.kernels.triton.budget import Gpu, chunk_rows, head_bytes
 from polymath_fast.learner import fused_layers
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
 from polymath_fast.models import random_models, resolve_model
 from polymath_fast.precision import torch_dtype
+from polymath_fast.rollout.tape import LayerSizes
 
 PUBLISHED = {
     "smollm2-135m": 134_515_008,
@@ -136,12 +138,23 @@ def test_parts_follow_the_settings() -> None:
     )
 
 
-def test_a_cpu_has_no_gradient_while_it_samples() -> None:
-    learning = estimate("transformers", "cpu", num_generations=8)
-    sampling = estimate("transformers", "cpu", num_generations=256, max_completion_length=8000)
-    assert "gradient (fp32)" in learning and "KV cache" not in learning
-    assert "gradient (fp32)" not in sampling and "KV cache" in sampling
-    assert "gradient (fp32)" in estimate("vllm", "cpu")
+def test_a_tape_takes_the_place_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "available", lambda dtype: True)
+    settings = {"family": "smollm2-135m", "num_generations": 8, "max_completion_length": 129}
+    settings |= {"groups_per_step": 2, "tokens_per_microbatch": 4096}
+    row = LayerSizes.of(random_models.FAMILIES["smollm2-135m"], torch_dtype("bfloat16")).row_bytes
+    assert row == 30 * (2 * (4 * 576 + 2 * 192 + 2 * 1536) + 4 * 9) + 2 * 576
+    plain = estimate("transformers", "cpu", tape_gib=0, **settings)
+    taped = estimate("transformers", "cpu", tape_gib=2, **settings)
+    assert taped["tape of 2048 tokens"] == pytest.approx(2048 * row / 2**30)
+    activations = "activations of 2164 tokens"  # 16 completions and their prompt of 100
+    assert taped[activations] < plain[activations] / 8
+    some = estimate("transformers", "cpu", tape_gib=0.25, **settings)
+    held = int(0.25 * 2**30) // row
+    assert some[f"tape of {held} tokens"] <= 0.25 and some[activations] == plain[activations]
+    for options in ({"engine": "vllm"}, {"device": "cuda"}, {"updates_per_batch": 2}):
+        others = estimate(**{"engine": "transformers", "device": "cpu", **settings, **options})
+        assert not any(name.startswith("tape") for name in others), options
 
 
 def test_scratch_memory_in_the_cache_is_not_counted_twice() -> None:
@@ -218,7 +231,7 @@ def test_a_small_batch_needs_no_more_than_its_tokens() -> None:
 
 def test_the_embedded_sampler_counts_where_it_needs_more_than_learning() -> None:
     long = estimate(device="cpu", max_completion_length=2048, num_generations=256)
-    assert {"KV cache", "sampler's packed weights (bf16)"} <= long.keys()
+    assert "KV cache" in long
     assert not [name for name in long if name.startswith(("activations", "LM head"))]
     few = estimate(device="cpu", max_completion_length=1500, num_generations=2)
     assert {"LM head", "activations of 1600 tokens"} <= few.keys() and "KV cache" not in few

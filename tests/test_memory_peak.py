@@ -17,39 +17,52 @@ pytestmark = pytest.mark.slow
 SETTINGS = {"num_generations": 24, "groups_per_step": 1, "max_completion_length": 64}
 CHILD = """
 import json, random, sys
+from pathlib import Path
 import polymath_fast.train
+from polymath_fast import models
 from polymath_fast.config import Config
 from polymath_fast.learner.packing import TrainingRow
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.step import Learner
 from polymath_fast.monitor import peak_memory_gib
+from polymath_fast.rollout.tape import Tape, tape_rows
 from polymath_fast.rollout.transformers_engine import TransformersEngine
 from polymath_fast.rollout.types import SamplingOptions
 
 config, prompt, draw = Config(**json.loads(sys.argv[2])), tuple(range(100, 160)), random.Random(0)
 policy = Policy(sys.argv[1], gradient_checkpointing=config.gradient_checkpointing)
-learner = Learner(policy, config)
-engine = TransformersEngine(policy, stop_token_ids=[0])
+learner = Learner(policy, config, lends=True)
+dtype = policy.head.weight.dtype
+shape = models.read_config(Path(sys.argv[1]))
+tape = Tape(tape_rows(shape, config, engine="transformers", device="cpu", dtype=dtype))
+engine = TransformersEngine(policy, stop_token_ids=[], tape=tape)
+sampling = SamplingOptions(max_completion_length=config.max_completion_length, temperature=2.0)
 # a second step adds 0.5 to 2 percent
-engine.generate(prompt, config.num_generations, SamplingOptions(max_completion_length=2))
-length = config.max_completion_length
+tape.start_step()
+with learner.lend():
+    completions = engine.generate(prompt, config.num_generations, sampling)
 rows = [
     TrainingRow(
         prompt_ids=prompt,
-        token_ids=[draw.randrange(49152) for _ in range(length)],
-        sampling_logprobs=[-5.0] * length,
+        token_ids=completion.token_ids,
+        sampling_logprobs=completion.sampling_logprobs,
         advantage=draw.gauss(0, 1),
+        recorded=completion.recorded,
     )
-    for _ in range(config.num_generations)
+    for completion in completions
 ]
+assert all((row.recorded is not None) == (tape.rows > 0) for row in rows)
 learner.update(rows, 0)
 print(peak_memory_gib())
 """
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_the_estimate_is_within_15_percent_of_the_peak(smollm2: Path, checkpointing: bool) -> None:
-    settings = SETTINGS | {"gradient_checkpointing": checkpointing}
+OPTIONS = {"plain": {"tape_gib": 0}, "checkpointed": {"gradient_checkpointing": True}, "taped": {}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_estimate_is_within_15_percent_of_the_peak(smollm2: Path, options: dict) -> None:
+    settings = SETTINGS | options
     words = [sys.executable, "-c", CHILD, str(smollm2), json.dumps(settings)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stderr

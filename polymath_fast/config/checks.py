@@ -199,6 +199,17 @@ def _check_rollouts(config: Config) -> None:
             "--reuse-kv-cache works in the KV cache between rollouts, and --release-kv-cache "
             "gives that memory away; leave one of them out"
         )
+    if config.tape_gib and config.updates_per_batch > 1:
+        raise UserError(
+            f"--tape-gib is {config.tape_gib:g}, but from the second of --updates-per-batch "
+            f"{config.updates_per_batch} on the weights are not those that sampled; --tape-gib 0 "
+            "works"
+        )
+    if config.tape_gib and config.beta:
+        raise UserError(
+            f"--tape-gib is {config.tape_gib:g}, but --beta {config.beta:g} compares log-probs with "
+            "a reference model's, and both must be rounded by the same pass; --tape-gib 0 works"
+        )
     if config.partial_rollouts and not config.oversample:
         raise UserError(
             "--partial-rollouts goes on with completions that --oversample aborts, and without it "

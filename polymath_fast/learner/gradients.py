@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from polymath_fast.kernels import scratch
 from polymath_fast.kernels.cpu import workspace
 
 
@@ -53,6 +55,13 @@ class FlatGradient:
         self.zero()
         if self._flat.device.type == "cpu":
             workspace.give_back(self._flat)
+
+    @contextmanager
+    def lend(self) -> Iterator[scratch.Arena]:
+        """`zero`, and inside operators take their scratch memory from here."""
+        self.zero()
+        with scratch.lend(scratch.Arena([self._flat.untyped_storage()])) as arena:
+            yield arena
 
     def _hook(self, index: int):
         def take(parameter: nn.Parameter) -> None:

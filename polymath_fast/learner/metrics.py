@@ -18,11 +18,15 @@ class UpdateMetrics:
         self._sums: dict[str, torch.Tensor] = {}
         self._maxima: dict[str, torch.Tensor] = {}
         self._updates: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._rows = self._saved = self._batches = self._in_trees = 0
+        self._rows = self._saved = self._batches = self._in_trees = self._taped = 0
 
-    def add_microbatch(self, out: PolicyLossOutput, batch: PackedBatch) -> None:
-        """Take in one call of the loss."""
-        self._rows += sum(int(block.cu_seqlens[-1]) for block in batch.blocks)
+    def add_microbatch(
+        self, out: PolicyLossOutput, batch: PackedBatch, *, taped: bool = False
+    ) -> None:
+        """Take in one call of the loss; `taped`: whether the sampler's pass was the forward one."""
+        rows = sum(int(block.cu_seqlens[-1]) for block in batch.blocks)
+        self._rows += rows
+        self._taped += rows * taped
         self._saved += batch.rows_saved
         self._batches += 1
         self._in_trees += batch.rows_saved > 0
@@ -70,6 +74,7 @@ class UpdateMetrics:
             "update/nonfinite": float(len(self._updates) - len(norms)),
             "update/skipped": 0.0,
             "packing/tree_used": self._in_trees / max(1, self._batches),
+            "packing/taped_ratio": self._taped / max(1, self._rows),
             "packing/rows_saved_ratio": self._saved / max(1, self._rows + self._saved),
         }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from polymath_fast.config import Config
 from polymath_fast.kernels import flat_adamw, grad_norm
 from polymath_fast.kernels.flat_adamw.segments import Segments
+from polymath_fast.kernels.scratch import Arena
 from polymath_fast.learner.flat_storage import FlatStorage, decayed, trained
 from polymath_fast.learner.gradients import FlatGradient
 from polymath_fast.learner.optimizer_state import OptimizerState
@@ -70,6 +72,10 @@ class FlatAdamW:
     def zero_grad(self) -> None:
         """Forget the gradients gathered so far."""
         self._gradient.zero()
+
+    def lend_gradient(self) -> AbstractContextManager[Arena]:
+        """Forget the gradients; inside, operators take their scratch memory from theirs."""
+        return self._gradient.lend()
 
     def release(self) -> None:
         """Forget the gradients; on a CPU their memory is the system's until there are new ones."""

@@ -49,7 +49,7 @@ def advice(
         for part in parts
     )
     smallest = max(len(row.prompt_ids) for row in rows) + config.max_completion_length
-    knobs = []
+    knobs = ["--tape-gib 0"] if any(row.recorded is not None for row in rows) else []
     if largest > smallest:
         knobs.append(f"--tokens-per-microbatch {max(smallest, largest // 2)}")
     if not config.gradient_checkpointing:

@@ -11,13 +11,17 @@ Legend: T rows that enter the model, N completion tokens (targets), B completion
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from polymath_fast.learner.prefix_tree import PrefixTree, common_length, flat_segments
+
+if TYPE_CHECKING:
+    from polymath_fast.rollout.tape import Recorded
 
 TARGETS_PER_ROW = 4  # most targets of a micro-batch for each row of the model it may hold
 
@@ -40,6 +44,8 @@ class TrainingRow:
     """(length,) log-probs of the reference model"""
     multiplicity: int = 1
     """how many completions of the batch this row stands for, see `merge_duplicates`"""
+    recorded: Recorded | None = field(default=None, compare=False, repr=False)
+    """the sampler's forward pass over the inputs, if it was kept"""
 
     @property
     def inputs(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from polymath_fast.kernels import prefix_attention_blocks
 from polymath_fast.learner import fused_layers
 from polymath_fast.learner.families import check_supported
 from polymath_fast.learner.packing import PackedBatch, pack_prompt
-from polymath_fast.learner.shared_prompt import SharedPrompt
+from polymath_fast.learner.shared_prompt import SharedPrompt, SharedRows
 from polymath_fast.precision import default_dtype
 
 if TYPE_CHECKING:
@@ -72,24 +72,6 @@ def _register_attention() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, shared_prompt_attention)
-
-
-class _SharedRows(torch.autograd.Function):
-    """states (T, H), rows (N,) -> (N, H). The gradients of all targets that read one row, such as
-    the first tokens of every completion, add up in float32 at least."""
-
-    @staticmethod
-    def forward(ctx, states: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.shape = states.shape
-        return states.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
-        return total.index_add_(0, rows, grad.to(wide)).to(grad.dtype), None
 
 
 class Policy:
@@ -160,8 +142,8 @@ class Policy:
         """
         states = self._states(batch, prompt)
         if prompt is not None:
-            states = torch.cat([prompt.last, states])
-        return _SharedRows.apply(states, batch.hidden_rows)
+            return prompt.predicting(states, batch.hidden_rows)
+        return SharedRows.apply(states, batch.hidden_rows)
 
     def share(self, prompt_ids: Sequence[int]) -> SharedPrompt:
         """Compute a prompt for several calls of `hidden`; its `backward` must follow theirs."""

@@ -38,6 +38,16 @@ class SharedPrompt:
         own_keys, own_values = self._layers[layer_idx]
         return torch.cat([own_keys, keys]), torch.cat([own_values, values])
 
+    def predicting(self, states: Tensor, hidden_rows: Tensor) -> Tensor:
+        """(N, H) states that predict the targets: rows of the prompt's last one and of `states`
+        (R, H), see `PackedBatch`."""
+        return SharedRows.apply(torch.cat([self.last, states]), hidden_rows)
+
+    def add(self, layer_idx: int, d_keys: Tensor, d_values: Tensor) -> None:
+        """Gradients (P, Hkv, D) of one layer, of a pass that autograd does not see."""
+        if self._outputs:
+            torch.autograd.backward(self._layers[layer_idx], (d_keys, d_values))
+
     def backward(self) -> None:
         """The prompt's share of the gradient of everything that read it; the graph is freed."""
         if self._outputs:
@@ -54,6 +64,24 @@ class SharedPrompt:
         self._sums.append(total)
         leaf.requires_grad_().register_post_accumulate_grad_hook(_adder(total))
         return leaf
+
+
+class SharedRows(torch.autograd.Function):
+    """states (T, H), rows (N,) -> (N, H). The gradients of all targets that read one row, such as
+    the first tokens of every completion, add up in float32 at least."""
+
+    @staticmethod
+    def forward(ctx, states: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = states.shape
+        return states.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
+        return total.index_add_(0, rows, grad.to(wide)).to(grad.dtype), None
 
 
 def _adder(total: Tensor):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,12 +14,18 @@ from torch import Tensor
 
 from polymath_fast import memory
 from polymath_fast.config import Config
-from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss, linear_logprobs
+from polymath_fast.kernels import (
+    PolicyLossOutput,
+    PolicyLossSpec,
+    linear_grpo_loss,
+    linear_logprobs,
+)
 from polymath_fast.kernels.cpu import workspace
+from polymath_fast.kernels.scratch import Arena
 from polymath_fast.learner import out_of_memory
 from polymath_fast.learner.flat_storage import FlatStorage
+from polymath_fast.learner.loss import Divisors, loss_spec
 from polymath_fast.learner.metrics import UpdateMetrics
-from polymath_fast.learner.mismatch import finite_or_none
 from polymath_fast.learner.optimizer import FlatAdamW, learning_rate_at
 from polymath_fast.learner.packing import (
     PackedBatch,
@@ -30,22 +37,16 @@ from polymath_fast.learner.packing import (
 )
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.prefix_tree import plan
+from polymath_fast.learner.taped import taped_passes
 from polymath_fast.learner.tree_rule import rule_for
 from polymath_fast.rollout.types import RolloutBatch
-
-
-@dataclass(frozen=True)
-class Divisors:
-    """What the loss of one update is divided by, whatever part of it enters the model."""
-
-    tokens: int
-    completions: int
 
 
 class Learner:
     """Policy, optimizer and, with beta > 0, the frozen reference model.
 
-    `storage` is where the weights are to lie, for example in an engine's memory.
+    `storage` is where the weights are to lie, for example in an engine's memory. With `lends` the
+    gradient's memory is kept between updates, for a sampler that works there, see `lend`.
     """
 
     def __init__(
@@ -54,11 +55,14 @@ class Learner:
         config: Config,
         reference: Policy | None = None,
         storage: FlatStorage | None = None,
+        *,
+        lends: bool = False,
     ):
         self.policy = policy
         self.config = config
         self.reference = reference
         self.optimizer = FlatAdamW(policy.model, config, storage)
+        self._lends = lends
         self._trim()
         self.tree_rule = rule_for(
             config.prefix_tree, policy.device, policy.head.weight.dtype, policy.head_dim
@@ -107,10 +111,16 @@ class Learner:
             metrics.add_update(norm, updated)
         return metrics.result()
 
+    def lend(self) -> AbstractContextManager[Arena | None]:
+        """Inside, which must be between updates, the sampler's scratch memory lies in that of the
+        gradient: fresh pages would cost it and the next update a few per cent of their time."""
+        return self.optimizer.lend_gradient() if self._lends else nullcontext()
+
     def _trim(self) -> None:
-        """Between updates nobody needs the gradient's memory, nor what a CPU's heap keeps of the
-        loader's or of an update's."""
-        self.optimizer.release()
+        """Between updates nobody else needs the gradient's memory, nor what a CPU's heap keeps of
+        the loader's or of an update's."""
+        if not self._lends:
+            self.optimizer.release()
         if self.policy.device.type == "cpu":
             workspace.trim()
 
@@ -139,25 +149,46 @@ class Learner:
     def _accumulate(
         self, rows: Sequence[TrainingRow], spec: PolicyLossSpec, metrics: UpdateMetrics
     ) -> None:
+        taped, others = self._by_tape(merge_duplicates(rows))
+        for _, batch, hidden in self._microbatches(self.policy, others):
+            metrics.add_microbatch(self._backward(hidden, batch, spec), batch)
+        tree = None if self.tree_rule is None else plan(taped, self.tree_rule)
+        limit = memory.TAPED_ROWS * self.microbatch_tokens
+        for batch, recorded in taped_passes(self.policy, taped, limit, tree):
+            out = self._backward(recorded.hidden(), batch, spec)
+            recorded.backward()
+            metrics.add_microbatch(out, batch, taped=True)
+
+    def _by_tape(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], list[TrainingRow]]:
+        """Rows whose forward pass was recorded under the weights as they are, and the others."""
+        known = [row.recorded is not None for row in rows]
+        if any(known):  # else nobody waits for the device
+            now = self.optimizer.updates
+            known = [bool(row.recorded) and row.recorded.weight_version == now for row in rows]
+        pairs = list(zip(rows, known, strict=True))
+        return [row for row, taped in pairs if taped], [row for row, taped in pairs if not taped]
+
+    def _backward(
+        self, hidden: Tensor, batch: PackedBatch, spec: PolicyLossSpec
+    ) -> PolicyLossOutput:
+        """Loss of a micro-batch with hidden states (N, H), and its gradients."""
         head = self.policy.head
-        rows = merge_duplicates(rows)
-        for _, batch, hidden in self._microbatches(self.policy, rows):
-            out = linear_grpo_loss(
-                hidden,
-                head.weight,
-                batch.targets,
-                batch.advantages,
-                batch.cu_seqlens,
-                old_logprobs=batch.old_logprobs,
-                ref_logprobs=batch.ref_logprobs,
-                sampling_logprobs=batch.sampling_logprobs,
-                multiplicity=batch.multiplicity,
-                bias=head.bias,
-                spec=spec,
-                vocab_tol="auto" if self.config.active_vocabulary == "auto" else 0.0,
-            )
-            out.loss.backward()
-            metrics.add_microbatch(out, batch)
+        out = linear_grpo_loss(
+            hidden,
+            head.weight,
+            batch.targets,
+            batch.advantages,
+            batch.cu_seqlens,
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            sampling_logprobs=batch.sampling_logprobs,
+            multiplicity=batch.multiplicity,
+            bias=head.bias,
+            spec=spec,
+            vocab_tol="auto" if self.config.active_vocabulary == "auto" else 0.0,
+        )
+        out.loss.backward()
+        return out
 
     def _microbatches(
         self, policy: Policy, rows: Sequence[TrainingRow]
@@ -224,35 +255,10 @@ def training_rows(
                     sampling_logprobs=completion.sampling_logprobs,
                     advantage=float(advantage),
                     trained=not (mask_truncated and completion.truncated),
+                    recorded=completion.recorded,
                 )
             )
     return rows
-
-
-def loss_spec(config: Config, divisors: Divisors | None = None) -> PolicyLossSpec:
-    """The policy loss that the settings describe; with `divisors` it may be split over calls."""
-    spec = PolicyLossSpec(
-        loss_type=config.loss_type,
-        temperature=config.temperature,
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
-        delta=config.delta,
-        beta=config.beta,
-        kl_estimator=config.kl_estimator,
-        entropy_coef=config.entropy_coef,
-        max_completion_length=config.max_completion_length,
-        importance_sampling_mode=config.importance_sampling_mode,
-        importance_sampling_clip_max=finite_or_none(config.importance_sampling_clip_max),
-        importance_sampling_clip_min=config.importance_sampling_clip_min,
-    )
-    if divisors is None:
-        return spec
-    by_token = spec.token_aggregation == "token-mean"
-    return replace(
-        spec,
-        normalizer=float(divisors.tokens if by_token else divisors.completions),
-        entropy_normalizer=float(divisors.tokens),
-    )
 
 
 def _minibatches(rows: Sequence[TrainingRow], count: int, seed: str) -> list[list[TrainingRow]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from polymath_fast.kernels.scratch import Arena
     from polymath_fast.learner.policy import Policy
     from polymath_fast.rollout.speculation import Speculation
+    from polymath_fast.rollout.tape import Tape
     from polymath_fast.rollout.weights import WeightSync
 
 
@@ -153,6 +154,20 @@ def require_kv_reuse(engine: str, weight_sync: str) -> None:
         )
 
 
+def require_tape(tape_gib: float, engine: str, device: str) -> None:
+    """Raise UserError where `--tape-gib` finds no sampler that fills a tape."""
+    if engine == "vllm":
+        raise UserError(
+            f"--tape-gib {tape_gib:g} is for the embedded sampler; vLLM keeps nothing of its "
+            "forward passes: leave it out, or take --engine transformers"
+        )
+    if device != "cpu":
+        raise UserError(
+            f"--tape-gib {tape_gib:g}: the embedded sampler fills a tape on a CPU only, and this "
+            f"run is on {device}; leave it out, or take --device cpu"
+        )
+
+
 def build_engine(
     name: str,
     *,
@@ -171,6 +186,7 @@ def build_engine(
     release_kv_cache: bool = False,
     reuse_kv_cache: bool = False,
     speculation: Speculation | None = None,
+    tape: Tape | None = None,
 ) -> Engine:
     """Start the engine called `name` ("vllm" or "transformers"; see `choose_engine`).
 
@@ -185,6 +201,7 @@ def build_engine(
         release_kv_cache: let vLLM's KV cache go while it sleeps.
         reuse_kv_cache: let the learner work in vLLM's KV cache; see `Engine.lend`.
         speculation: what the engine drafts from; None drafts nothing.
+        tape: of the transformers engine; None records nothing.
     """
     if name == "transformers":
         from polymath_fast.learner.policy import Policy
@@ -196,6 +213,7 @@ def build_engine(
             stop_token_ids=stop_token_ids,
             max_num_seqs=max_num_seqs,
             speculation=speculation,
+            tape=tape,
         )
     settings = {
         "stop_token_ids": stop_token_ids,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from polymath_fast.kernels import prefix_attention
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout.block_cache import BlockCache
 
@@ -34,8 +35,9 @@ class PromptCache:
         """(1, Hq, P, D) queries over themselves, causally -> (1, P, Hq, D)."""
         self.keys[layer_idx], self.values[layer_idx] = k, v
         self.length = k.shape[2]
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
+        rows = (x[0].transpose(0, 1) for x in (q, k, v))  # as the learner's pass, bit for bit
+        alone = torch.zeros(1, dtype=torch.int32)
+        return prefix_attention(*rows, self.length, alone, scale=scale).unsqueeze(0)
 
 
 class DecodeCache:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from polymath_fast.kernels.cpu import decode, tiles
 from polymath_fast.kernels.cpu.attention_parts import PANEL
+from polymath_fast.kernels.cpu.decode_attention import store
 from polymath_fast.kernels.cpu.dense import stacked_or_copied
 from polymath_fast.kernels.cpu.head import odd_lines
 from polymath_fast.kernels.cpu.products import TileLogits, bits, pack_layers, padded_rows
@@ -24,6 +25,7 @@ from polymath_fast.kernels.cpu.team import together
 from polymath_fast.kernels.cpu.workspace import buffer
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout.decode import PromptCache
+from polymath_fast.rollout.tape import Activations, LayerSizes, Recorder, Tape
 
 
 def fits(policy: Policy) -> bool:
@@ -46,7 +48,12 @@ class TileWeights:
         self.size, self.scale = attention.head_dim, np.float32(attention.scaling)
         self.key_heads = attention.k_proj.weight.shape[0] // self.size
         self.heads = attention.q_proj.weight.shape[0] // self.size
-        self.inner = blocks[0][1].down_proj.weight.shape[1]
+        weight = blocks[0][1].down_proj.weight
+        self.sizes = LayerSizes(
+            len(blocks),
+            *(weight.shape[0], self.heads, self.key_heads, self.size, weight.shape[1]),
+            weight.dtype,
+        )
         self.eps = np.float32(decoder.norm.variance_epsilon)
         self.norms = bits(torch.stack(_norms(decoder)))
         self.head_norms = np.stack([self._head_norms(each) for each, _ in blocks])
@@ -78,12 +85,22 @@ class TileDecoder:
 
     shrink_below = 1.0
 
-    def __init__(self, weights: TileWeights, prefilled: Sequence[tuple[PromptCache, Tensor]]):
-        """`prefilled[i]` is the prompt that completion i continues and its last hidden state."""
+    def __init__(
+        self,
+        weights: TileWeights,
+        prefilled: Sequence[tuple[PromptCache, Tensor]],
+        recorder: Recorder | None = None,
+    ):
+        """`prefilled[i]` is the prompt that completion i continues and its last hidden state;
+        `recorder` keeps what is computed of the completions' own tokens."""
         self.weights = weights
+        self._recorder = recorder or Tape().claim(0, 0)
+        self._recorder.open(weights.sizes)
+        self._members = torch.arange(len(prefilled))  # (B,) numbers among those that began
         self._last = torch.cat([hidden for _, hidden in prefilled])  # (B, H)
         prompts = [prompt for prompt, _ in prefilled]
         self._positions = torch.tensor([prompt.length for prompt in prompts])
+        self._begins = self._positions.clone()
         self._shared = prompts[0] if all(prompt is prompts[0] for prompt in prompts) else None
         own = torch.zeros_like(self._positions) if self._shared else self._positions.clone()
         self._lengths = own.numpy()  # (B,) positions of the own cache that are filled
@@ -117,25 +134,21 @@ class TileDecoder:
         firsts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         owner = torch.arange(len(counts)).repeat_interleave(counts)
         positions = self._positions[owner] + torch.arange(count) - firsts[owner]
-        rows = padded_rows(count)
-
         embedded = weights.embedding(tokens)
-
-        def scratch(name: str, *shape: int) -> Tensor:
-            return buffer(f"decoded {name}", (rows, *shape), embedded.dtype)
-
         cos, sin = weights.rotary(embedded[:, None], positions[:, None])
-        hidden, normed, out = (
-            scratch(name, embedded.shape[1]) for name in ("rows", "normed", "out")
+        kept, first = self._room(owner, positions)
+        kept.hidden[0, first : first + count] = embedded
+        normed, active, out = (
+            buffer(f"decoded {name}", (padded_rows(count), width), embedded.dtype)
+            for name, width in (
+                ("normed", weights.sizes.hidden),
+                ("active", weights.sizes.inner),
+                ("out", weights.sizes.hidden),
+            )
         )
-        hidden[:count] = embedded
-        stacked = scratch("stacked", weights.heads + 2 * weights.key_heads, weights.size)
-        attended = scratch("attended", weights.heads * weights.size)
-        active = scratch("active", weights.inner)
         together(
             decode.step,
             decode.PHASES * len(weights.qkv) + 1,
-            bits(hidden),
             count,
             weights.norms,
             weights.head_norms,
@@ -157,7 +170,8 @@ class TileDecoder:
             self._words(self._prompt_keys),
             self._words(self._prompt_values),
             weights.scale,
-            *(bits(each) for each in (normed, stacked, attended, active, out)),
+            first,
+            *(bits(each) for each in (*kept, normed, active, out)),
         )
         return self._logits(out[:count])
 
@@ -175,7 +189,27 @@ class TileDecoder:
         they are until there must be room for more."""
         self._positions = self._positions[rows]
         self._lengths = self._lengths[rows.numpy()]
-        self._slots = self._slots[rows]
+        self._slots, self._members = self._slots[rows], self._members[rows]
+        self._begins = self._begins[rows]
+
+    def _room(self, owner: Tensor, positions: Tensor) -> tuple[Activations, int]:
+        """Where the layers write what they compute for tokens (R,), and from which row on."""
+        found = self._recorder.begin(self._members[owner], positions - self._begins[owner])
+        if found is not None:
+            return found
+        sizes, rows = self.weights.sizes, padded_rows(len(owner))
+
+        def scratch(name: str, *shape: int, dtype: torch.dtype = sizes.dtype) -> Tensor:
+            return buffer(f"decoded {name}", (1, rows, *shape), dtype)
+
+        return Activations(
+            scratch("rows", sizes.hidden),
+            scratch("stacked", sizes.heads + 2 * sizes.key_heads, sizes.head_dim),
+            scratch("attended", sizes.heads * sizes.head_dim),
+            scratch("lse", sizes.heads, dtype=torch.float32),
+            scratch("between", sizes.hidden),
+            torch.empty(0, 0, 0, dtype=sizes.dtype),
+        ), 0
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weights = self.weights
@@ -187,7 +221,7 @@ class TileDecoder:
         return out
 
     def _caches(self, batch: int, panels: int) -> tuple[Tensor, Tensor]:
-        """Empty keys (L, B, Hkv, panels, ...) and values, see `decode.store`."""
+        """Empty keys (L, B, Hkv, panels, ...) and values, see `decode_attention.store`."""
         size, shape = self.weights.size, (len(self.weights.qkv), batch, self.weights.key_heads)
         keys = torch.zeros(*shape, panels, size // self._per_word, PANEL, dtype=torch.int32)
         rest = (panels, -(-size // PANEL), PANEL // self._per_word, PANEL)
@@ -201,7 +235,7 @@ class TileDecoder:
                 for cache in (prompt.keys, prompt.values)
             )
             places = (self._words(x[layer]) for x in (keys, values))
-            decode.store(0, self.weights.key_heads, *rows, 0, *places)
+            store(0, self.weights.key_heads, *rows, 0, *places)
 
     def _words(self, cache: Tensor) -> np.ndarray:
         return cache.numpy().view(self.weights.qkv.dtype)

@@ -17,6 +17,7 @@ from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
 from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.streaming import Quotas, StreamingEngine, aborted
 from polymath_fast.rollout.tail import BlockDecoder, Tail
+from polymath_fast.rollout.tape import Recorder, Tape
 from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
 from polymath_fast.rollout.wave import Slot, Wave, slots_of
 from polymath_fast.rollout.weights import IdentitySync
@@ -55,9 +56,12 @@ class TransformersEngine(StreamingEngine):
         stop_token_ids: Sequence[int],
         max_num_seqs: int = 256,
         speculation: Speculation | None = None,
+        tape: Tape | None = None,
     ):
-        """`max_num_seqs` completions decode together; more of them are drawn in several waves."""
+        """`max_num_seqs` completions decode together; more of them are drawn in several waves.
+        `tape` keeps the forward passes of those that decode in tiles."""
         self.policy = policy
+        self._tape = tape or Tape()
         self.speculation = speculation or Speculation()
         self.stop_token_ids = frozenset(stop_token_ids)
         self.max_num_seqs = max_num_seqs
@@ -82,20 +86,21 @@ class TransformersEngine(StreamingEngine):
                     yield Drawn(*slot[:2], aborted(slot.begun, self.weights.version))
             if not needed:
                 continue
-            wave = Wave(needed, sampling, self.stop_token_ids, vocab, generator)
-            yield from self._decode(make_decoder(needed), wave, quotas)
+            recorder = self._tape.claim(len(needed), sampling.max_completion_length)
+            wave = Wave(needed, sampling, self.stop_token_ids, vocab, generator, recorder)
+            yield from self._decode(make_decoder(needed, recorder), wave, quotas)
             rows = range(len(needed))
             self.speculation.sampled([slot.prompt for slot in needed], map(wave.so_far, rows))
 
-    def _decoders(self) -> Callable[[Sequence[Slot]], Decoder]:
+    def _decoders(self) -> Callable[[Sequence[Slot], Recorder], Decoder]:
         """Makes decoders on the weights as they are now; each prefix is computed once."""
         weights = tile_decoder.TileWeights(self.policy) if tile_decoder.fits(self.policy) else None
         prefill = lru_cache(self.max_num_seqs)(self._prefill)
 
-        def make(slots: Sequence[Slot]) -> Decoder:
+        def make(slots: Sequence[Slot], recorder: Recorder) -> Decoder:
             prefilled = [prefill(slot.prefix) for slot in slots]
             if weights is not None:
-                return tile_decoder.TileDecoder(weights, prefilled)
+                return tile_decoder.TileDecoder(weights, prefilled, recorder)
             return ModuleDecoder(self.policy, prefilled)
 
         return make

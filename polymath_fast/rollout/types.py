@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from polymath_fast.rollout.tape import Recorded
     from polymath_fast.samples import Sample
 
 
@@ -42,6 +43,8 @@ class Completion:
     """number of optimizer updates the sampling weights had seen when the last token was drawn"""
     version_spans: tuple[tuple[int, int], ...] = ()
     """`spans` when there are several, else ()"""
+    recorded: Recorded | None = field(default=None, compare=False, repr=False)
+    """where the sampler's forward pass over these tokens is kept, if it is"""
 
     @property
     def truncated(self) -> bool:
@@ -70,6 +73,7 @@ class Completion:
             sampling_logprobs=[*self.sampling_logprobs, *more.sampling_logprobs],
             weight_version=spans[-1][0],
             version_spans=spans if len(spans) > 1 else (),
+            recorded=None,  # what came before was computed by another pass, or by other weights
         )
 
 

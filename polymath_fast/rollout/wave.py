@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polymath_fast.rollout.repetition import RepetitionWatch
 from polymath_fast.rollout.sampling import sample_tokens
+from polymath_fast.rollout.tape import Recorder
 from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
 
 
@@ -55,8 +56,9 @@ class Wave:
         stop_token_ids: frozenset[int],
         vocab: int,
         generator: torch.Generator,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`vocab`: logits from this column on are padding."""
+        """`vocab`: logits from this column on are padding. `recorder`: of the decoder's passes."""
         count, limit = len(slots), sampling.max_completion_length
         self.slots = slots
         self.lengths = torch.zeros(count, dtype=torch.int64)
@@ -68,6 +70,7 @@ class Wave:
         self._limits = limit - torch.tensor(begun)  # (W,) tokens that may still be drawn
         self._stop = torch.tensor(sorted(stop_token_ids))
         self._temperature, self._vocab = sampling.temperature, vocab
+        self._recorder = recorder
         self._watch = None
         if sampling.stop_repetition:
             self._watch = RepetitionWatch(
@@ -112,11 +115,15 @@ class Wave:
     def drawn(self, row: int, finish_reason: str, weight_version: int) -> Drawn:
         """What a row has drawn, after what it began with."""
         slot, length = self.slots[row], int(self.lengths[row])
+        recorded = None
+        if self._recorder is not None and slot.begun is None:
+            recorded = self._recorder.recorded(row, length, weight_version)
         completion = Completion(
             token_ids=self.tokens[row, :length].tolist(),
             sampling_logprobs=self._logprobs[row, :length].tolist(),
             finish_reason=finish_reason,
             weight_version=weight_version,
+            recorded=recorded,
         )
         if slot.begun is not None:
             completion = slot.begun.extended(completion)

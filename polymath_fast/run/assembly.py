@@ -30,6 +30,7 @@ class Parts:
     learner: Any
     engine: Any
     speculation: Any
+    tape: Any
     identity: dict[str, Any]
     steps_done: int
     """the last step whose updates are made and whose row is written"""
@@ -47,6 +48,7 @@ def build(config: Config) -> Iterator[Parts]:
     from polymath_fast.learner.policy import Policy
     from polymath_fast.learner.step import Learner
     from polymath_fast.rollout.speculation import Speculation, pass_rows
+    from polymath_fast.rollout.tape import Tape
 
     with ExitStack() as stack:
         inputs = read_inputs(config)
@@ -77,6 +79,7 @@ def build(config: Config) -> Iterator[Parts]:
         )
         monitor.phase("start the engine")
         speculation = Speculation(config.speculate, pass_rows(inputs.device, inputs.dtype))
+        tape = Tape(inputs.tape_rows(config))
         engine = rollout.build_engine(
             inputs.engine_name,
             model_dir=inputs.model_dir,
@@ -104,12 +107,19 @@ def build(config: Config) -> Iterator[Parts]:
             release_kv_cache=config.release_kv_cache,
             reuse_kv_cache=config.reuse_kv_cache,
             speculation=speculation,
+            tape=tape,
         )
         stack.callback(engine.close)
         reference = None
         if config.beta:
             reference = Policy(inputs.model_dir, device=inputs.device, dtype=dtype)
-        learner = Learner(policy, config, reference, engine.weights.attach(policy.model))
+        learner = Learner(
+            policy,
+            config,
+            reference,
+            engine.weights.attach(policy.model),
+            lends=inputs.engine_name == "transformers" and inputs.device == "cpu",
+        )
         if resumed:
             learner.optimizer.load(resumed.tensors(), resumed.state["updates"])
             engine.weights.push(policy.named_weights(), learner.optimizer.updates)
@@ -128,6 +138,7 @@ def build(config: Config) -> Iterator[Parts]:
             learner,
             engine,
             speculation,
+            tape,
             identity,
             steps_done=steps_done,
             updates_done=learner.optimizer.updates,

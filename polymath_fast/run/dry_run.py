@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,7 @@ def _reward_facts(inputs: Inputs) -> dict[str, str]:
 
 
 def _memory_facts(config: Config, inputs: Inputs) -> dict[str, str]:
-    shape = models.read_config(inputs.model_dir)
-    needs = memory.estimate(
-        shape,
-        config,
-        engine=inputs.engine_name,
-        prompt_tokens=inputs.longest_prompt,
-        device=inputs.device,
-        dtype=inputs.dtype,
-        kv_storages=_kv_storages(config, shape),
-    )
+    shape, needs = models.read_config(inputs.model_dir), _needs(config, inputs)
     total, free = sum(needs.values()), _free_gib(inputs.device)
     parts = ", ".join(f"{name} {size:.2f}" for name, size in needs.items())
     if total > free:
@@ -69,6 +61,20 @@ def _memory_facts(config: Config, inputs: Inputs) -> dict[str, str]:
     }
 
 
+def _needs(config: Config, inputs: Inputs) -> dict[str, float]:
+    """GiB for each part of the run."""
+    shape = models.read_config(inputs.model_dir)
+    return memory.estimate(
+        shape,
+        config,
+        engine=inputs.engine_name,
+        prompt_tokens=inputs.longest_prompt,
+        device=inputs.device,
+        dtype=inputs.dtype,
+        kv_storages=_kv_storages(config, shape),
+    )
+
+
 def _kv_storages(config: Config, shape: dict[str, Any]) -> int:
     if not config.reuse_kv_cache:
         return 1
@@ -79,6 +85,9 @@ def _kv_storages(config: Config, shape: dict[str, Any]) -> int:
 
 def _advice(config: Config, needs: dict[str, float], missing: float, inputs: Inputs) -> str:
     """The one knob that would help, with a value."""
+    untaped = sum(_needs(replace(config, tape_gib=0), inputs).values())
+    if inputs.tape_rows(config) and untaped <= sum(needs.values()) - missing:
+        return "--tape-gib 0 works"
     smallest = inputs.longest_prompt + config.max_completion_length
     now = memory.microbatch_tokens(config, inputs.device)
     for name, size in needs.items():

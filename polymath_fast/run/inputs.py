@@ -38,6 +38,18 @@ class Inputs:
         asked = [*self.samples, *(s for group in self.held_out.values() for s in group)]
         return max(len(sample.prompt_ids) for sample in asked)
 
+    def tape_rows(self, config: Config) -> int:
+        """Tokens that the sampler keeps for the learner."""
+        from polymath_fast.rollout.tape import tape_rows
+
+        return tape_rows(
+            models.read_config(self.model_dir),
+            config,
+            engine=self.engine_name,
+            device=self.device,
+            dtype=precision.torch_dtype(self.dtype),
+        )
+
     @property
     def judges_answers(self) -> bool:
         """Whether a reward compares answers with the right one (the built-in `math` does)."""
@@ -78,6 +90,8 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         rollout.require_speculation(engine_name, sync_name)
     if config.reuse_kv_cache:
         rollout.require_kv_reuse(engine_name, sync_name)
+    if config.tape_gib:
+        rollout.require_tape(config.tape_gib, engine_name, device)
     tokenizer = samples.load_tokenizer(model_dir)
     context = models.context_length(model_dir)
     trained = samples.from_config(config, tokenizer, context_length=context, notify=notify)

@@ -30,11 +30,20 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
         f"beta {config.beta:g}",
         "steps": f"{config.max_steps}" + (f", {steps_done} done" if steps_done else ""),
     }
+    taped = inputs.tape_rows(config)
+    if taped:
+        facts["tape"] = _tape(taped, rollouts, config)
     if config.speculate:
         facts["drafts"] = _drafts(config, inputs)
     if run_dir is not None:
         facts["run folder"] = run_dir
     return {name: value for name, value in facts.items() if value != ""}
+
+
+def _tape(rows: int, rollouts: int, config: Config) -> str:
+    fitting = min(rollouts, rows // max(1, config.max_completion_length - 1))
+    some = "all completions" if fitting == rollouts else f"{fitting} of {rollouts} completions"
+    return f"the sampler's forward passes of {some} are kept; the learner needs none for them"
 
 
 def _drafts(config: Config, inputs: Inputs) -> str:

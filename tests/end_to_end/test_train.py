@@ -253,6 +253,24 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
         assert word in said
 
 
+def test_the_tape_saves_the_forward_pass_and_changes_nothing_else(flags, tmp_path):
+    taped, plain, little = (tmp_path / name for name in ("taped", "plain", "little"))
+    for folder, more in (
+        (taped, []),
+        (plain, ["--tape-gib", "0"]),
+        (little, ["--tape-gib", "5e-4"]),
+    ):
+        run_here([*flags, "--dtype", "float32", "--max-steps", "3", *more], folder)
+    found, truth, some = (metrics(folder) for folder in (taped, plain, little))
+    assert all(row["packing/taped_ratio"] == 1 for row in found)
+    assert all(row["packing/taped_ratio"] == 0 for row in truth)
+    assert all(0 < row["packing/taped_ratio"] < 1 for row in some)
+    for row, same, other in zip(found, truth, some, strict=True):
+        assert row["reward/mean"] == same["reward/mean"] == other["reward/mean"]
+        for key in ("policy/grad_norm", "policy/entropy"):
+            assert row[key] == pytest.approx(same[key], rel=1e-4) == other[key]
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -261,6 +279,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
         (["--device", "cuda"], "--device cuda"),
         (["--offload-optimizer", "--device", "cpu"], "learning runs on cpu"),
         (["--reuse-kv-cache"], "the embedded sampler keeps nothing"),
+        (["--tape-gib", "1", "--updates-per-batch", "2"], "--updates-per-batch 2 on the weights"),
+        (["--tape-gib", "1", "--beta", "0.1"], "compares log-probs with a reference model's"),
         (["--eval-dataset", "missing.jsonl"], "missing.jsonl"),
         (["--resume", "nowhere"], "--resume nowhere"),
     ],

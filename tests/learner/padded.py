@@ -7,7 +7,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from polymath_fast.kernels.policy_loss import policy_loss
-from polymath_fast.learner.step import Divisors, Learner, loss_spec
+from polymath_fast.learner.loss import Divisors, loss_spec
+from polymath_fast.learner.step import Learner
 
 
 def load(folder):

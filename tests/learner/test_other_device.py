@@ -16,10 +16,11 @@ import torch
 
 from polymath_fast.config import Config
 from polymath_fast.learner import step
+from polymath_fast.learner.loss import Divisors, loss_spec
 from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.packing import TrainingRow
 from polymath_fast.learner.policy import Policy
-from polymath_fast.learner.step import Divisors, Learner, loss_spec
+from polymath_fast.learner.step import Learner
 from polymath_fast.models import resolve_model
 from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
 from polymath_fast.rollout.sampling import sample_tokens

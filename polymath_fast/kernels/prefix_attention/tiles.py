@@ -88,10 +88,7 @@ class TileAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, block: Block, scale: float):
-        _, key_heads, size = k.shape
-        row_bytes = key_heads * 2 * size * 4
-        alone = len(q) < len(k)
-        work = _work(block, key_heads, row_bytes, alone, torch.get_num_threads())
+        work = _work_of(q, k, block)
         keys, _ = _packed("keys", k, block.prompt_len)
         _, values = _packed("values", v, block.prompt_len)
         out = torch.empty(q.shape, dtype=q.dtype)
@@ -101,29 +98,49 @@ class TileAttention(torch.autograd.Function):
             block.prompt_len, keys, values, np.float32(scale), work.most, bits(out), lse.numpy(),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.work, ctx.prompt_len, ctx.scale = work, block.prompt_len, scale
+        ctx.block, ctx.scale = block, scale
         return out
 
     @staticmethod
     @first_order
     def backward(ctx, d_out):
         q, k, v, out, lse = ctx.saved_tensors
-        work, prompt_len = ctx.work, ctx.prompt_len
-        keys, key_rows = _packed("keys", k, prompt_len)
-        values, _ = _packed("values", v, prompt_len)
-        d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        shares = (len(work.ranges) + 1, k.shape[1], 2, len(work.shared), k.shape[2])
-        d_shared = buffer("shared_gradient", shares, torch.float32).zero_()
-        parallel(
-            attention_gradient.backward, work.ranges, bits(q), bits(k), bits(v), work.table,
-            work.runs, prompt_len, keys, values, key_rows, np.float32(ctx.scale), work.most,
-            bits(out), lse.numpy(), bits(d_out.contiguous()), work.slots, bits(d_q), bits(d_k),
-            bits(d_v), d_shared.numpy(),
-        )  # fmt: skip
-        total = d_shared.sum(0)  # (Hkv, 2, shared rows, D)
-        d_k[work.shared] = total[:, 0].transpose(0, 1).to(d_k.dtype)
-        d_v[work.shared] = total[:, 1].transpose(0, 1).to(d_v.dtype)
-        return d_q, d_k, d_v, None, None
+        return *gradient(q, k, v, out, lse, d_out, ctx.block, ctx.scale), None, None
+
+
+def gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    block: Block,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of out; lse (as many rows as q, Hq) float32."""
+    work, prompt_len = _work_of(q, k, block), block.prompt_len
+    keys, key_rows = _packed("keys", k, prompt_len)
+    values, _ = _packed("values", v, prompt_len)
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    shares = (len(work.ranges) + 1, k.shape[1], 2, len(work.shared), k.shape[2])
+    d_shared = buffer("shared_gradient", shares, torch.float32).zero_()
+    parallel(
+        attention_gradient.backward, work.ranges, bits(q), bits(k), bits(v), work.table,
+        work.runs, prompt_len, keys, values, key_rows, np.float32(scale), work.most,
+        bits(out), lse.numpy(), bits(d_out.contiguous()), work.slots, bits(d_q), bits(d_k),
+        bits(d_v), d_shared.numpy(),
+    )  # fmt: skip
+    total = d_shared.sum(0)  # (Hkv, 2, shared rows, D)
+    d_k[work.shared] = total[:, 0].transpose(0, 1).to(d_k.dtype)
+    d_v[work.shared] = total[:, 1].transpose(0, 1).to(d_v.dtype)
+    return d_q, d_k, d_v
+
+
+def _work_of(q: Tensor, k: Tensor, block: Block) -> _Work:
+    _, key_heads, size = k.shape
+    row_bytes = key_heads * 2 * size * 4
+    return _work(block, key_heads, row_bytes, len(q) < len(k), torch.get_num_threads())
 
 
 def _packed(name: str, rows: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:

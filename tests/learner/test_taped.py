@@ -1,0 +1,230 @@
+"""Learning from what the sampler kept equals learning with a forward pass of one's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from polymath_fast.config import Config
+from polymath_fast.kernels.cpu import tiles
+from polymath_fast.learner import taped
+from polymath_fast.learner.packing import TrainingRow
+from polymath_fast.learner.policy import Policy
+from polymath_fast.learner.step import Learner
+from polymath_fast.models import resolve_model
+from polymath_fast.rollout.speculation import Speculation
+from polymath_fast.rollout.tape import Tape
+from polymath_fast.rollout.transformers_engine import TransformersEngine
+from polymath_fast.rollout.types import Request, SamplingOptions
+
+FAMILIES = ["random:tiny", "random:tiny-qwen2", "random:tiny-qwen3"]
+PROMPTS = [(5, 9, 17, 33, 70), (8, 21)]
+STOP = range(2, 10)  # ends most completions early, some at once
+
+
+@pytest.fixture(autouse=True)
+def tiles_of_either_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "available", lambda dtype: True)
+
+
+def policy_of(family: str, dtype: torch.dtype) -> Policy:
+    return Policy(resolve_model(family, notify=lambda text: None), dtype=dtype)
+
+
+def sampled(
+    policy: Policy, tape: Tape, *, prompts=PROMPTS, n=24, length=30, temperature=1.0, **options
+) -> list[TrainingRow]:
+    """Completions of all prompts, with advantages, in the order in which they finish."""
+    engine = TransformersEngine(policy, stop_token_ids=STOP, tape=tape, **options)
+    sampling = SamplingOptions(max_completion_length=length, temperature=temperature, seed=3)
+    requests = [Request(prompt_ids=prompt, n=n) for prompt in prompts]
+    rows = []
+    for number, _, completion in engine.stream(requests, sampling):
+        rows.append(
+            TrainingRow(
+                prompt_ids=prompts[number],
+                token_ids=completion.token_ids,
+                sampling_logprobs=completion.sampling_logprobs,
+                advantage=(-1.0, 0.5, 1.5)[len(rows) % 3],
+                recorded=completion.recorded,
+            )
+        )
+    return rows
+
+
+def recording(rows: int) -> Tape:
+    tape = Tape(rows)
+    tape.start_step()
+    return tape
+
+
+def update(policy: Policy, rows: list[TrainingRow], **settings) -> tuple[dict, torch.Tensor]:
+    """Metrics and gradient of one update of a learner with the weights of `policy`."""
+    own = Policy(policy.model_dir, dtype=policy.head.weight.dtype)
+    own.model.load_state_dict(policy.model.state_dict())
+    learner = Learner(own, Config(max_completion_length=30, **settings))
+    seen, step = {}, learner.optimizer.step
+
+    def spied(rate: float):
+        seen["gradient"] = learner.optimizer.grad.clone()
+        return step(0.0)
+
+    learner.optimizer.step = spied
+    return learner.update(rows, 0), seen["gradient"]
+
+
+def plain(rows: list[TrainingRow]) -> list[TrainingRow]:
+    return [replace(row, recorded=None) for row in rows]
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each pass over a tape."""
+    seen, init = [], taped.TapedPass.__init__
+    monkeypatch.setattr(
+        taped.TapedPass,
+        "__init__",
+        lambda self, policy, rows, *more: (seen.append(len(rows)), init(self, policy, rows, *more))[
+            1
+        ],
+    )
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tokens", [30, 1024])
+@pytest.mark.parametrize("tree", ["off", "on"])
+def test_float32_gradients_are_those_of_a_forward_pass(family, tokens, tree, passes):
+    policy = policy_of(family, torch.float32)
+    rows = sampled(policy, recording(2000))
+    assert all(row.recorded is not None for row in rows)
+    settings = {"tokens_per_microbatch": tokens, "prefix_tree": tree}
+    metrics, gradient = update(policy, rows, **settings)
+    assert sum(passes) == len(rows) and (tokens == 30) == (len(passes) > len(PROMPTS))
+    expected, truth = update(policy, plain(rows), **settings)
+    assert len(passes) and error(gradient, truth) < 1e-5
+    assert metrics["policy/loss"] == pytest.approx(expected["policy/loss"], abs=1e-6)
+    assert metrics["policy/entropy"] == pytest.approx(expected["policy/entropy"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_gradients_are_as_near_to_the_truth(family):
+    """The truth is the same weights in float32; both passes round, in places of their own."""
+    policy = policy_of(family, torch.bfloat16)
+    rows = sampled(policy, recording(2000))
+    found = update(policy, rows)[1]
+    own = update(policy, plain(rows))[1]
+    exact = policy_of(family, torch.float32)
+    exact.model.load_state_dict(policy.model.state_dict())
+    truth = update(exact, plain(rows))[1]
+    assert error(found, truth) < 1.2 * error(own, truth) < 0.2
+
+
+def test_two_updates_are_equal_bit_for_bit():
+    policy = policy_of("random:tiny", torch.bfloat16)
+    rows = sampled(policy, recording(2000))
+    assert torch.equal(update(policy, rows)[1], update(policy, rows)[1])
+
+
+def test_greedy_completions_are_one_row_of_the_tape(passes):
+    """Duplicates are merged whoever recorded them, also where only some are recorded."""
+    policy = policy_of("random:tiny", torch.float32)
+    rows = sampled(policy, recording(40), temperature=0, n=6, prompts=PROMPTS[:1])
+    rows = [replace(row, advantage=0.7) for row in rows]
+    assert error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
+    assert passes == [1]
+
+
+def test_completions_beyond_the_tape_are_computed_as_ever(passes):
+    policy = policy_of("random:tiny", torch.float32)
+    truth = sampled(policy, Tape())
+    assert not any(row.recorded for row in truth)
+    rows = sampled(policy, recording(29 * 30))
+    assert [row.token_ids for row in rows] == [row.token_ids for row in truth]
+    assert 24 < sum(row.recorded is not None for row in rows) < len(rows)
+    assert error(update(policy, rows)[1], update(policy, truth)[1]) < 1e-5
+    assert sum(passes) == sum(row.recorded is not None for row in rows)
+
+
+def test_drafts_that_were_wrong_leave_no_trace(passes):
+    policy = policy_of("random:tiny", torch.float32)
+    speculation = Speculation(5, rows=96)
+    truth = sampled(policy, Tape())
+    for prompt in PROMPTS:
+        known = [row.token_ids for row in truth if row.prompt_ids == prompt]
+        speculation.history.add(prompt, known * 3)
+    rows = sampled(policy, recording(4000), speculation=speculation)
+    assert speculation._counts["drafted"] > speculation._counts["accepted"] > 10
+    assert all(row.recorded is not None for row in rows)
+    assert error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
+    assert sum(passes) == len(rows)
+
+
+def test_a_tape_that_drafts_fill_early_keeps_what_it_has(passes):
+    policy = policy_of("random:tiny", torch.float32)
+    speculation = Speculation(8, rows=96)
+    for prompt in PROMPTS:
+        speculation.history.add(prompt, [[40 + i % 3 for i in range(60)]] * 3)
+    rows = sampled(policy, recording(2 * 24 * 29), speculation=speculation)
+    assert error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
+    assert sum(passes) == sum(row.recorded is not None for row in rows) > 0
+
+
+def test_a_lent_gradient_changes_no_bit():
+    """The sampler works where the gradient will be; before, between and after updates."""
+    found = []
+    for lends in (False, True):
+        policy, tape = policy_of("random:tiny", torch.bfloat16), Tape(2000)
+        learner = Learner(policy, Config(max_completion_length=30, learning_rate=1e-3), lends=lends)
+        for step in range(2):
+            tape.start_step()
+            with learner.lend() as arena:
+                rows = sampled(policy, tape)
+            assert (arena is not None and arena.most > 0) == lends
+            rows = [
+                replace(row, recorded=row.recorded._replace(weight_version=step)) for row in rows
+            ]
+            learner.update(rows, step)
+        found.append(([row.token_ids for row in rows], learner.optimizer.live.clone()))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+def test_other_weights_have_no_use_for_a_recording(passes):
+    policy = policy_of("random:tiny", torch.float32)
+    rows = sampled(policy, recording(2000))
+    stale = [replace(row, recorded=row.recorded._replace(weight_version=1)) for row in rows]
+    assert torch.equal(update(policy, stale)[1], update(policy, plain(rows))[1])
+    assert not passes
+
+
+def test_nothing_is_recorded_between_steps():
+    policy, tape = policy_of("random:tiny", torch.float32), Tape(2000)
+    assert not any(row.recorded for row in sampled(policy, tape, n=3))
+    tape.start_step()
+    first = sampled(policy, tape, n=3)
+    used = tape.used
+    assert all(row.recorded for row in first) and used > 0
+    tape.end_step()
+    assert not any(row.recorded for row in sampled(policy, tape, n=3))
+    tape.start_step()
+    again = sampled(policy, tape, n=3)
+    assert tape.used == used and again[0].recorded.activations is first[0].recorded.activations
+
+
+def test_a_continued_completion_is_not_recorded():
+    """What it began with was computed by another pass."""
+    policy, tape = policy_of("random:tiny", torch.float32), recording(2000)
+    engine = TransformersEngine(policy, stop_token_ids=[2], tape=tape)
+    sampling = SamplingOptions(max_completion_length=8, seed=1)
+    begun = engine.generate(PROMPTS[0], 1, sampling)[0]
+    request = Request(prompt_ids=PROMPTS[0], n=3, begun=(replace(begun, finish_reason="aborted"),))
+    longer = SamplingOptions(max_completion_length=20, seed=2)
+    found = {index: done for _, index, done in engine.stream([request], longer)}
+    assert begun.recorded and found[0].token_ids[:8] == begun.token_ids
+    assert [found[i].recorded is not None for i in range(3)] == [False, True, True]
