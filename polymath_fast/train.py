@@ -79,7 +79,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
 
     from polymath_fast.kernels import group_advantages
     from polymath_fast.learner.downsampling import train_rewards
-    from polymath_fast.learner.step import training_rows
+    from polymath_fast.learner.rows import training_rows
     from polymath_fast.rollout import collect, loan
     from polymath_fast.rollout.scoring import Scorer
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -37,9 +35,9 @@ from polymath_fast.learner.packing import (
 )
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.prefix_tree import plan
+from polymath_fast.learner.rows import minibatches
 from polymath_fast.learner.taped import taped_passes
 from polymath_fast.learner.tree_rule import rule_for
-from polymath_fast.rollout.types import RolloutBatch
 
 
 class Learner:
@@ -105,7 +103,7 @@ class Learner:
             needed = self._with_logprobs(needed, self.policy, "old_logprobs")
         if self.reference is not None:
             needed = self._with_logprobs(needed, self.reference, "ref_logprobs")
-        for part in _minibatches(needed, config.updates_per_batch, f"{config.seed}-{step}"):
+        for part in minibatches(needed, config.updates_per_batch, f"{config.seed}-{step}"):
             self._accumulate(part, spec, metrics)
             norm, updated = self.optimizer.step(learning_rate_at(step, config))
             metrics.add_update(norm, updated)
@@ -231,41 +229,3 @@ class Learner:
             temperature=self.config.temperature,
         )
         return logprobs
-
-
-def training_rows(
-    batch: RolloutBatch,
-    rewards: Sequence[float],
-    advantages: Sequence[float],
-    *,
-    mask_truncated: bool,
-) -> list[TrainingRow]:
-    """The completions of a batch as rows to learn from; those whose reward is NaN are left out."""
-    rows = []
-    flat = zip(rewards, advantages, strict=True)
-    for group in batch.groups:
-        for completion in group.completions:
-            reward, advantage = next(flat)
-            if math.isnan(reward) or not completion.token_ids:
-                continue
-            rows.append(
-                TrainingRow(
-                    prompt_ids=group.sample.prompt_ids,
-                    token_ids=completion.token_ids,
-                    sampling_logprobs=completion.sampling_logprobs,
-                    advantage=float(advantage),
-                    trained=not (mask_truncated and completion.truncated),
-                    recorded=completion.recorded,
-                )
-            )
-    return rows
-
-
-def _minibatches(rows: Sequence[TrainingRow], count: int, seed: str) -> list[list[TrainingRow]]:
-    """Split rows into `count` parts at random; each part keeps the rows in their order."""
-    if count == 1:
-        return [list(rows)]
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    parts = [sorted(order[i::count]) for i in range(count)]
-    return [[rows[i] for i in part] for part in parts if part]

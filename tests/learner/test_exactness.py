@@ -13,7 +13,8 @@ from polymath_fast.learner.loss import Divisors, loss_spec
 from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
-from polymath_fast.learner.step import Learner, training_rows
+from polymath_fast.learner.rows import training_rows
+from polymath_fast.learner.step import Learner
 from polymath_fast.models import resolve_model
 from polymath_fast.rollout.types import Completion, Group, RolloutBatch
 from polymath_fast.samples import Sample

@@ -11,7 +11,8 @@ import torch
 from polymath_fast.config import Config
 from polymath_fast.learner.packing import TrainingRow
 from polymath_fast.learner.policy import Policy
-from polymath_fast.learner.step import Learner, training_rows
+from polymath_fast.learner.rows import training_rows
+from polymath_fast.learner.step import Learner
 from polymath_fast.rollout.transformers_engine import TransformersEngine
 from polymath_fast.rollout.types import Completion, Group, RolloutBatch, SamplingOptions
 from polymath_fast.samples import Sample
