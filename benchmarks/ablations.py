@@ -18,26 +18,35 @@ class _Alone(tuple):
 
 def _prompt_repeated(stack: ExitStack) -> None:
     """Every completion brings its own copy of the prompt, and so shares nothing in the learner."""
-    from polymath_fast.learner import step
+    from polymath_fast.learner import rows
 
-    training_rows = step.training_rows
+    training_rows = rows.training_rows
 
     def apart(*args, **kwargs):
-        rows = training_rows(*args, **kwargs)
-        return [replace(row, prompt_ids=_Alone(row.prompt_ids)) for row in rows]
+        found = training_rows(*args, **kwargs)
+        return [replace(row, prompt_ids=_Alone(row.prompt_ids)) for row in found]
 
-    stack.enter_context(mock.patch.object(step, "training_rows", apart))
+    stack.enter_context(mock.patch.object(rows, "training_rows", apart))
+
+
+def _own_forward_pass(stack: ExitStack) -> None:
+    """The learner computes again what the sampler has computed."""
+    from polymath_fast.rollout.tape import Tape
+
+    stack.enter_context(mock.patch.object(Tape, "start_step", Tape.end_step))
 
 
 def _torch_attention(stack: ExitStack) -> None:
-    """torch's flash-attention pieces instead of compiled tiles."""
+    """torch's flash-attention pieces instead of compiled tiles, which a tape needs."""
     from polymath_fast.kernels.prefix_attention import tiles
 
+    _own_forward_pass(stack)
     stack.enter_context(mock.patch.object(tiles, "fits", lambda *_: False))
 
 
 def _modules(stack: ExitStack) -> None:
-    """transformers' own decoder layers instead of fused ones, in the learner and the sampler."""
+    """transformers' own decoder layers instead of fused ones, in the learner and the sampler, which
+    then fills no tape."""
     _module_decoding(stack)
     original = nn.Module.__call__
 
@@ -49,10 +58,10 @@ def _modules(stack: ExitStack) -> None:
 
 
 def _module_decoding(stack: ExitStack) -> None:
-    """The sampler decodes through transformers' modules."""
-    from polymath_fast.rollout import tile_decoder
+    """The sampler decodes through transformers' modules, which fill no tape."""
+    from polymath_fast.rollout import tile_weights
 
-    stack.enter_context(mock.patch.object(tile_decoder, "fits", lambda *_: False))
+    stack.enter_context(mock.patch.object(tile_weights, "fits", lambda *_: False))
 
 
 def _whole_logits(stack: ExitStack) -> None:
@@ -97,6 +106,7 @@ def _no_tree(stack: ExitStack) -> None:
 
 ABLATIONS: dict[str, Callable[[ExitStack], None]] = {
     "prompt once": _prompt_repeated,
+    "the sampler's forward pass": _own_forward_pass,
     "attention in tiles": _torch_attention,
     "fused layers": _modules,
     "decoding in tiles": _module_decoding,

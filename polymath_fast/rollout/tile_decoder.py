@@ -9,74 +9,26 @@ Legend: B completions, H hidden, Hq / Hkv query and key heads, D head size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from polymath_fast.kernels.cpu import decode, tiles
+from polymath_fast.kernels.cpu import decode
 from polymath_fast.kernels.cpu.attention_parts import PANEL
 from polymath_fast.kernels.cpu.decode_attention import store
-from polymath_fast.kernels.cpu.dense import stacked_or_copied
 from polymath_fast.kernels.cpu.head import odd_lines
-from polymath_fast.kernels.cpu.products import TileLogits, bits, pack_layers, padded_rows
+from polymath_fast.kernels.cpu.products import bits, padded_rows
 from polymath_fast.kernels.cpu.team import together
-from polymath_fast.kernels.cpu.workspace import buffer
-from polymath_fast.learner.policy import Policy
+from polymath_fast.kernels.cpu.workspace import buffer, claim
 from polymath_fast.rollout.decode import PromptCache
-from polymath_fast.rollout.tape import Activations, LayerSizes, Recorder, Tape
+from polymath_fast.rollout.tape import Activations, Recorder, Tape
+from polymath_fast.rollout.tile_weights import TileWeights
 
-
-def fits(policy: Policy) -> bool:
-    """Whether `policy` can decode this way on this machine."""
-    weight = policy.head.weight
-    if policy.unfused is not None or not tiles.available(weight.dtype):
-        return False
-    even = weight.shape[1] % 2 == 0 and policy.model.config.intermediate_size % 2 == 0
-    size = policy.model.get_decoder().layers[0].self_attn.head_dim
-    return size % tiles.LANES == 0 and (even or weight.dtype == torch.float32)
-
-
-class TileWeights:
-    """A policy's weights as they are now, packed for the decoders of one round of sampling."""
-
-    def __init__(self, policy: Policy):
-        decoder = policy.model.get_decoder()
-        blocks = [(layer.self_attn, layer.mlp) for layer in decoder.layers]
-        attention = blocks[0][0]
-        self.size, self.scale = attention.head_dim, np.float32(attention.scaling)
-        self.key_heads = attention.k_proj.weight.shape[0] // self.size
-        self.heads = attention.q_proj.weight.shape[0] // self.size
-        weight = blocks[0][1].down_proj.weight
-        self.sizes = LayerSizes(
-            len(blocks),
-            *(weight.shape[0], self.heads, self.key_heads, self.size, weight.shape[1]),
-            weight.dtype,
-        )
-        self.eps = np.float32(decoder.norm.variance_epsilon)
-        self.norms = bits(torch.stack(_norms(decoder)))
-        self.head_norms = np.stack([self._head_norms(each) for each, _ in blocks])
-        self.biases = np.stack([_biases(each) for each, _ in blocks])
-        qkv = [[a.q_proj.weight, a.k_proj.weight, a.v_proj.weight] for a, _ in blocks]
-        self.qkv = pack_layers("qkv", [stacked_or_copied(weights) for weights in qkv])
-        self.output = pack_layers("output", [a.o_proj.weight for a, _ in blocks])
-        gates = [mlp.gate_proj.weight for _, mlp in blocks]
-        self.gate_up = pack_layers("gate_up", gates, [mlp.up_proj.weight for _, mlp in blocks])
-        self.down = pack_layers("down", [mlp.down_proj.weight for _, mlp in blocks])
-        self.embedding = decoder.embed_tokens
-        self.rotary = decoder.rotary_emb
-        self.head = TileLogits(policy.head.weight.detach())
-        self.bias = policy.head.bias
-        self.vocab = len(policy.head.weight)
-
-    def _head_norms(self, attention: nn.Module) -> np.ndarray:
-        """(Hq + Hkv, D) fp32, or (0, 1) where heads are not normalised."""
-        if getattr(attention, "q_norm", None) is None:
-            return np.empty((0, 1), np.float32)
-        q, k = (norm.weight.detach().float() for norm in (attention.q_norm, attention.k_norm))
-        rows = [q.expand(self.heads, -1), k.expand(self.key_heads, -1)]
-        return torch.cat(rows).numpy()
+_AT_ONCE = 2**28
+"""bytes of caches that are made at their full length; larger ones grow with the completions"""
 
 
 class TileDecoder:
@@ -90,9 +42,11 @@ class TileDecoder:
         weights: TileWeights,
         prefilled: Sequence[tuple[PromptCache, Tensor]],
         recorder: Recorder | None = None,
+        tokens: int = 1,
     ):
         """`prefilled[i]` is the prompt that completion i continues and its last hidden state;
-        `recorder` keeps what is computed of the completions' own tokens."""
+        `recorder` keeps what is computed of the completions' own tokens, of which there will
+        probably be `tokens` at most."""
         self.weights = weights
         self._recorder = recorder or Tape().claim(0, 0)
         self._recorder.open(weights.sizes)
@@ -106,8 +60,8 @@ class TileDecoder:
         self._lengths = own.numpy()  # (B,) positions of the own cache that are filled
         self._per_word = 4 // self._last.element_size()
         self._prompt_len = self._shared.length if self._shared else 0
-        panels, common = _panels(int(own.max()) + 1), _panels(self._prompt_len)
-        self._keys, self._values = self._caches(len(prompts), panels)
+        common, longest = _panels(self._prompt_len), int(own.max())
+        self._keys, self._values = self._first_caches(longest + 1, longest + tokens)
         self._slots = torch.arange(len(prompts))  # (B,) places of the completions in the caches
         self._prompt_keys, self._prompt_values = (x[:, 0] for x in self._caches(1, common))
         if self._shared:
@@ -220,12 +174,25 @@ class TileDecoder:
             out[:, : weights.vocab] += weights.bias
         return out
 
+    def _first_caches(self, least: int, most: int) -> tuple[Tensor, Tensor]:
+        """With room for `most` positions, in scratch memory, unless that is much at once."""
+        count, panels = len(self._positions), _panels(most)
+        shapes = self._cache_shapes(count, panels)
+        if sum(4 * math.prod(shape) for shape in shapes) > _AT_ONCE:
+            return self._caches(count, _panels(least))
+        names = ("decoded keys", "decoded values")
+        keys, values = (claim(n, s, torch.int32) for n, s in zip(names, shapes, strict=True))
+        return keys.zero_(), values.zero_()
+
     def _caches(self, batch: int, panels: int) -> tuple[Tensor, Tensor]:
         """Empty keys (L, B, Hkv, panels, ...) and values, see `decode_attention.store`."""
+        keys, values = self._cache_shapes(batch, panels)
+        return torch.zeros(keys, dtype=torch.int32), torch.zeros(values, dtype=torch.int32)
+
+    def _cache_shapes(self, batch: int, panels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         size, shape = self.weights.size, (len(self.weights.qkv), batch, self.weights.key_heads)
-        keys = torch.zeros(*shape, panels, size // self._per_word, PANEL, dtype=torch.int32)
-        rest = (panels, -(-size // PANEL), PANEL // self._per_word, PANEL)
-        return keys, torch.zeros(*shape, *rest, dtype=torch.int32)
+        keys = (*shape, panels, size // self._per_word, PANEL)
+        return keys, (*shape, panels, -(-size // PANEL), PANEL // self._per_word, PANEL)
 
     def _store(self, prompt: PromptCache, keys: Tensor, values: Tensor) -> None:
         """The prompt's keys and values of all layers into one completion's place."""
@@ -250,22 +217,6 @@ class TileDecoder:
         pairs = zip(kept, more, strict=True)
         self._keys, self._values = (torch.cat(pair, dim=3) for pair in pairs)
         self._slots = torch.arange(len(self._slots))
-
-
-def _norms(decoder: nn.Module) -> list[Tensor]:
-    """Of attention and MLP, layer by layer, and the last."""
-    found = []
-    for layer in decoder.layers:
-        found += [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
-    return [weight.detach() for weight in (*found, decoder.norm.weight)]
-
-
-def _biases(attention: nn.Module) -> np.ndarray:
-    """(Hq D + 2 Hkv D,) fp32, or (0,) where projections have no bias."""
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-    if linears[0].bias is None:
-        return np.empty(0, np.float32)
-    return torch.cat([linear.bias.detach().float() for linear in linears]).numpy()
 
 
 def _panels(positions: int) -> int:

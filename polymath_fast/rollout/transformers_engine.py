@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polymath_fast.kernels.cpu import workspace
 from polymath_fast.learner.policy import Policy
-from polymath_fast.rollout import tile_decoder
+from polymath_fast.rollout import tile_decoder, tile_weights
 from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
 from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.streaming import Quotas, StreamingEngine, aborted
@@ -75,7 +75,7 @@ class TransformersEngine(StreamingEngine):
 
     def _stream(self, requests: Sequence[Request], sampling: SamplingOptions) -> Iterator[Drawn]:
         quotas = Quotas(requests)
-        make_decoder = self._decoders()
+        make_decoder = self._decoders(sampling.max_completion_length)
         generator = torch.Generator().manual_seed(sampling.seed)
         vocab = self.policy.head.weight.shape[0]
         self.speculation.start_call()
@@ -92,15 +92,16 @@ class TransformersEngine(StreamingEngine):
             rows = range(len(needed))
             self.speculation.sampled([slot.prompt for slot in needed], map(wave.so_far, rows))
 
-    def _decoders(self) -> Callable[[Sequence[Slot], Recorder], Decoder]:
-        """Makes decoders on the weights as they are now; each prefix is computed once."""
-        weights = tile_decoder.TileWeights(self.policy) if tile_decoder.fits(self.policy) else None
+    def _decoders(self, tokens: int) -> Callable[[Sequence[Slot], Recorder], Decoder]:
+        """Makes decoders on the weights as they are now, for completions of at most `tokens`; each
+        prefix is computed once."""
+        weights = tile_weights.TileWeights(self.policy) if tile_weights.fits(self.policy) else None
         prefill = lru_cache(self.max_num_seqs)(self._prefill)
 
         def make(slots: Sequence[Slot], recorder: Recorder) -> Decoder:
             prefilled = [prefill(slot.prefix) for slot in slots]
             if weights is not None:
-                return tile_decoder.TileDecoder(weights, prefilled, recorder)
+                return tile_decoder.TileDecoder(weights, prefilled, recorder, tokens)
             return ModuleDecoder(self.policy, prefilled)
 
         return make

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from polymath_fast.learner.policy import Policy
-from polymath_fast.rollout import tile_decoder
+from polymath_fast.rollout import tile_weights
 from polymath_fast.rollout.block_cache import BlockCache
 from polymath_fast.rollout.decode import (
     ModuleBlocks,
@@ -33,7 +33,7 @@ LIMIT = 40
 @pytest.fixture(autouse=True)
 def modules(monkeypatch):
     """Tiles change no bit, which `test_tile_decoder` holds them to."""
-    monkeypatch.setattr(tile_decoder, "fits", lambda policy: False)
+    monkeypatch.setattr(tile_weights, "fits", lambda policy: False)
 
 
 @pytest.fixture(scope="module")

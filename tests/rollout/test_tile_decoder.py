@@ -8,7 +8,7 @@ import torch
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.learner.policy import Policy
 from polymath_fast.models import resolve_model
-from polymath_fast.rollout import tile_decoder
+from polymath_fast.rollout import tile_decoder, tile_weights
 from polymath_fast.rollout.decode import ModuleDecoder
 from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.transformers_engine import TransformersEngine
@@ -33,7 +33,7 @@ def both(policy: Policy, lengths: list[int]):
     engine = TransformersEngine(policy, stop_token_ids=[2])
     known = {length: engine._prefill(list(range(3, 3 + length))) for length in set(lengths)}
     prefilled = [known[length] for length in lengths]
-    weights = tile_decoder.TileWeights(policy)
+    weights = tile_weights.TileWeights(policy)
     return tile_decoder.TileDecoder(weights, prefilled), ModuleDecoder(policy, prefilled)
 
 
@@ -73,9 +73,9 @@ def test_logits_carry_no_rounding_of_the_head(dtype):
 
 def test_what_does_not_fit_is_told(dtype, monkeypatch):
     policy = policy_of("random:tiny", dtype)
-    assert tile_decoder.fits(policy)
+    assert tile_weights.fits(policy)
     monkeypatch.setattr(tiles, "available", lambda asked: asked != dtype)
-    assert not tile_decoder.fits(policy)
+    assert not tile_weights.fits(policy)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from polymath_fast.learner.policy import Policy
-from polymath_fast.rollout import tile_decoder
+from polymath_fast.rollout import tile_weights
 from polymath_fast.rollout.transformers_engine import TransformersEngine
 from polymath_fast.rollout.types import SamplingOptions
 
@@ -18,7 +18,7 @@ STOP = [2, *range(40, 60)]
 @pytest.fixture(params=["tiles", "modules"], autouse=True)
 def decoder(request, monkeypatch):
     """Tiles wherever the processor has them, else, and on a GPU, the policy's modules."""
-    monkeypatch.setattr(tile_decoder, "fits", lambda policy: request.param == "tiles")
+    monkeypatch.setattr(tile_weights, "fits", lambda policy: request.param == "tiles")
 
 
 @pytest.fixture(scope="module")
