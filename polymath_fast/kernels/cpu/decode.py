@@ -10,8 +10,8 @@ import numpy as np
 from numba import njit
 
 from polymath_fast.kernels.cpu import tiles
-from polymath_fast.kernels.cpu.attention_parts import PANEL, ROWS
-from polymath_fast.kernels.cpu.decode_attention import attend, place
+from polymath_fast.kernels.cpu.attention_parts import PANEL
+from polymath_fast.kernels.cpu.decode_attention import ROWS, attend, place
 from polymath_fast.kernels.cpu.layers import rms_norm
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 from polymath_fast.kernels.cpu.team import barrier, next_task

@@ -14,10 +14,13 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from polymath_fast.kernels.cpu.attention_parts import PANEL, ROWS, products, softmax, store_row
+from polymath_fast.kernels.cpu.attention_parts import PANEL, softmax, store_row
 from polymath_fast.kernels.cpu.layers import rotated_head
 from polymath_fast.kernels.cpu.scalar import words
-from polymath_fast.kernels.cpu.tiles import square_tile
+from polymath_fast.kernels.cpu.tiles import LANES, low_narrow_tile, low_tile
+
+ROWS = 3
+"""queries of a tile"""
 
 
 @njit(nogil=True, cache=True)
@@ -62,7 +65,9 @@ def attend(
     size, per_word = queries.shape[1], 4 // queries.itemsize
     for top in range(0, group, ROWS):
         height = min(ROWS, group - top)
-        products(queries[top : top + ROWS], prompt_len, prompt_keys, own, keys, scores)
+        rows = queries[top : top + ROWS]
+        _products(rows, prompt_len, prompt_keys, scores)
+        _products(rows, own, keys, scores[:, base:])
         for r in range(height):
             total, lse[top + r] = softmax(
                 scores[r, :used], prompt_len, base, own, scale, probs[r, :used]
@@ -75,13 +80,30 @@ def attend(
             depth = -(-min(PANEL, end - panel * PANEL) // per_word)
             left = probs.ctypes.data + probs.itemsize * PANEL * panel
             for part in range(block.shape[0]):
-                square_tile(
+                low_tile(
                     left, probs.strides[0], 4, block[part], depth,
                     sums.ctypes.data + 4 * part * PANEL, sums.strides[0], panel > 0,
                 )  # fmt: skip
         for r in range(height):
             row = out[(top + r) * size : (top + r + 1) * size]
             store_row(row, sums[r], scores[r, 0])
+
+
+@njit(nogil=True, cache=True)
+def _products(rows, count, panels, out):
+    """out (3, keys) fp32 = rows (3, D) times the first `count` columns of panels; and some more up
+    to a multiple of 16."""
+    left, step, depth = rows.ctypes.data, rows.strides[0], panels.shape[1]
+    place, out_step = out.ctypes.data, out.strides[0]
+    for panel in range(-(-count // PANEL)):
+        rest = count - panel * PANEL
+        if rest > PANEL - LANES:
+            low_tile(left, step, 4, panels[panel], depth, place, out_step, False)
+        else:
+            for column in range(0, rest, LANES):
+                some = panels[panel, :, column:]
+                low_narrow_tile(left, step, 4, some, depth, place + 4 * column, out_step, False)
+        place += 4 * PANEL
 
 
 @njit(nogil=True, cache=True)
