@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -158,13 +159,22 @@ class Learner:
             metrics.add_microbatch(out, batch, taped=True)
 
     def _by_tape(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], list[TrainingRow]]:
-        """Rows whose forward pass was recorded under the weights as they are, and the others."""
-        known = [row.recorded is not None for row in rows]
-        if any(known):  # else nobody waits for the device
-            now = self.optimizer.updates
-            known = [bool(row.recorded) and row.recorded.weight_version == now for row in rows]
-        pairs = list(zip(rows, known, strict=True))
-        return [row for row, taped in pairs if taped], [row for row, taped in pairs if not taped]
+        """Rows whose forward pass was recorded under the weights as they are, and the others.
+
+        A pass over the tape is of one prompt. Where several have few rows each, they are among the
+        others, who learn side by side.
+        """
+        sizes: Counter[tuple[int, ...]] = Counter()
+        for row in rows:
+            sizes[row.prompt_ids] += len(row.inputs) if row.recorded else 0
+        least = 0 if len(sizes) == 1 else self.microbatch_tokens // 4
+        now = self.optimizer.updates if any(sizes.values()) else None  # waits for the device
+
+        def taped(row: TrainingRow) -> bool:
+            known = row.recorded is not None and row.recorded.weight_version == now
+            return known and sizes[row.prompt_ids] >= least
+
+        return [row for row in rows if taped(row)], [row for row in rows if not taped(row)]
 
     def _backward(
         self, hidden: Tensor, batch: PackedBatch, spec: PolicyLossSpec

@@ -59,7 +59,9 @@ class TapedPass:
         for number in reversed(range(len(self._decoder.layers))):
             upstream = self._layer(number, self._decoder.layers[number], rotation, upstream)
         with torch.enable_grad():
-            self._decoder.embed_tokens(ids).backward(upstream)
+            embedded = self._decoder.embed_tokens(ids)
+        if embedded.requires_grad:
+            embedded.backward(upstream)
 
     def _layer(self, number: int, layer: nn.Module, rotation: Rotation, upstream: Tensor) -> Tensor:
         """The gradient (R, H) of a layer's input from that of its output."""
@@ -73,11 +75,11 @@ class TapedPass:
         rotated = torch.empty_like(stacked) if normalised else stacked
         layer_passes.rotate(stacked, before, rotation, rotated)
         q, k, v = rotated.split(before.counts(stacked.shape[2]), dim=1)
-        upstream = self._attention(
+        d_heads = self._attention(
             number, q, k, v, attended.view(q.shape), lse, d_attended.view(q.shape)
         )
         d_x, d_parameters = layer_passes.projections_gradient(
-            before, rotation, x, stacked if normalised else None, upstream, d_x
+            before, rotation, x, stacked if normalised else None, d_heads, d_x
         )
         _accumulate(before.parameters, d_parameters)
         return d_x

@@ -36,8 +36,8 @@ class PromptCache:
         self.keys[layer_idx], self.values[layer_idx] = k, v
         self.length = k.shape[2]
         rows = (x[0].transpose(0, 1) for x in (q, k, v))  # as the learner's pass, bit for bit
-        alone = torch.zeros(1, dtype=torch.int32)
-        return prefix_attention(*rows, self.length, alone, scale=scale).unsqueeze(0)
+        nobody = torch.zeros(2, dtype=torch.int32)
+        return prefix_attention(*rows, self.length, nobody, scale=scale).unsqueeze(0)
 
 
 class DecodeCache:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from polymath_fast import memory
 from polymath_fast.config import Config
+from polymath_fast.errors import UserError
 from polymath_fast.kernels.cpu import tiles
 
 SPARE_ROWS = 512
@@ -147,9 +148,17 @@ class Tape:
         return Recorder(self, min(completions, fitting), tokens)
 
     def open(self, sizes: LayerSizes) -> None:
-        """Make room, if there is none yet."""
-        if self.activations is None:
+        """Make room, if there is none yet. Raises UserError where the system has none."""
+        if self.activations is not None:
+            return
+        try:
             self.activations = Activations.empty(sizes, self.rows)
+        except RuntimeError as error:  # torch has no class of its own for it on a CPU
+            gib = self.rows * sizes.row_bytes / memory.GIB
+            raise UserError(
+                f"the system has no {gib:.1f} GiB for the tape of {self.rows} tokens; go on with "
+                f"--tape-gib {gib / 2:.1g}, or 0 for none"
+            ) from error
 
 
 class Recorder:

@@ -116,7 +116,7 @@ class Wave:
         """What a row has drawn, after what it began with."""
         slot, length = self.slots[row], int(self.lengths[row])
         recorded = None
-        if self._recorder is not None and slot.begun is None:
+        if self._recorder is not None and slot.begun is None and finish_reason != "aborted":
             recorded = self._recorder.recorded(row, length, weight_version)
         completion = Completion(
             token_ids=self.tokens[row, :length].tolist(),

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from polymath_fast.config import Config
+from polymath_fast.errors import UserError
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.learner import taped
-from polymath_fast.learner.packing import TrainingRow
+from polymath_fast.learner.packing import TrainingRow, merge_duplicates
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.step import Learner
 from polymath_fast.models import resolve_model
@@ -64,6 +65,7 @@ def update(policy: Policy, rows: list[TrainingRow], **settings) -> tuple[dict, t
     """Metrics and gradient of one update of a learner with the weights of `policy`."""
     own = Policy(policy.model_dir, dtype=policy.head.weight.dtype)
     own.model.load_state_dict(policy.model.state_dict())
+    settings = {"tokens_per_microbatch": 120} | settings
     learner = Learner(own, Config(max_completion_length=30, **settings))
     seen, step = {}, learner.optimizer.step
 
@@ -195,6 +197,21 @@ def test_a_lent_gradient_changes_no_bit():
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
 
 
+def test_prompts_with_few_rows_learn_side_by_side(passes):
+    policy, prompts = policy_of("random:tiny", torch.float32), [*PROMPTS, (11, 12, 13)]
+    tape = recording(2000)
+    rows = sampled(policy, tape, prompts=prompts, n=4) + sampled(policy, tape, prompts=prompts[:1])
+    many = sum(len(row.token_ids) - 1 for row in rows if row.prompt_ids == prompts[0])
+    few = max(
+        sum(len(row.token_ids) - 1 for row in rows if row.prompt_ids == prompt)
+        for prompt in prompts[1:]
+    )
+    found = update(policy, rows, tokens_per_microbatch=4 * (few + 1))[1]
+    ours = [row for row in rows if row.prompt_ids == prompts[0]]
+    assert few < many and passes == [len(merge_duplicates(ours))]
+    assert error(found, update(policy, plain(rows), tokens_per_microbatch=1024)[1]) < 1e-5
+
+
 def test_other_weights_have_no_use_for_a_recording(passes):
     policy = policy_of("random:tiny", torch.float32)
     rows = sampled(policy, recording(2000))
@@ -215,6 +232,22 @@ def test_nothing_is_recorded_between_steps():
     tape.start_step()
     again = sampled(policy, tape, n=3)
     assert tape.used == used and again[0].recorded.activations is first[0].recorded.activations
+
+
+def test_no_room_for_the_tape_names_the_setting():
+    with pytest.raises(UserError, match=r"--tape-gib \d\S*, or 0"):
+        sampled(policy_of("random:tiny", torch.float32), recording(10**14))
+
+
+def test_an_aborted_completion_is_not_recorded():
+    policy = policy_of("random:tiny", torch.float32)
+    engine = TransformersEngine(policy, stop_token_ids=STOP, tape=recording(2000))
+    request = Request(prompt_ids=PROMPTS[0], n=24, needed=6)
+    sampling = SamplingOptions(max_completion_length=30, seed=3)
+    found = [done for _, _, done in engine.stream([request], sampling)]
+    aborted = [done for done in found if done.finish_reason == "aborted"]
+    assert aborted and not any(done.recorded for done in aborted)
+    assert all(done.recorded for done in found if done.finish_reason != "aborted")
 
 
 def test_a_continued_completion_is_not_recorded():
