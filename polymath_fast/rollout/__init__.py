@@ -154,20 +154,6 @@ def require_kv_reuse(engine: str, weight_sync: str) -> None:
         )
 
 
-def require_tape(tape_gib: float, engine: str, device: str) -> None:
-    """Raise UserError where `--tape-gib` finds no sampler that fills a tape."""
-    if engine == "vllm":
-        raise UserError(
-            f"--tape-gib {tape_gib:g} is for the embedded sampler; vLLM keeps nothing of its "
-            "forward passes: leave it out, or take --engine transformers"
-        )
-    if device != "cpu":
-        raise UserError(
-            f"--tape-gib {tape_gib:g}: the embedded sampler fills a tape on a CPU only, and this "
-            f"run is on {device}; leave it out, or take --device cpu"
-        )
-
-
 def build_engine(
     name: str,
     *,

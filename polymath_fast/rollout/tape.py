@@ -37,8 +37,7 @@ def tape_rows(
 
     `shape` holds the keys of the model's config.json, `engine` is "vllm" or "transformers".
     """
-    tiled = shape["model_type"] in _IN_TILES and tiles.available(dtype)
-    if engine == "vllm" or device != "cpu" or not tiled:
+    if engine == "vllm" or device != "cpu" or not in_tiles(shape, dtype):
         return 0
     if config.updates_per_batch > 1 or config.beta:
         return 0
@@ -50,6 +49,39 @@ def tape_rows(
     completions = attempts * config.asked_generations * config.groups_per_step
     tokens = completions * (config.max_completion_length - 1)
     return min(tokens, int(gib * memory.GIB) // LayerSizes.of(shape, dtype).row_bytes)
+
+
+def in_tiles(shape: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether the embedded sampler decodes such a model in tiles on this machine, as far as its
+    config.json tells; see `tile_weights.fits`."""
+    *_, head = memory.widths(shape)
+    even = shape["hidden_size"] % 2 == shape["intermediate_size"] % 2 == 0
+    fitting = head % tiles.LANES == 0 and (even or dtype == torch.float32)
+    return shape["model_type"] in _IN_TILES and fitting and tiles.available(dtype)
+
+
+def require_tape(
+    tape_gib: float, engine: str, device: str, shape: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Raise UserError where `--tape-gib` finds no sampler that fills a tape.
+
+    `shape` holds the keys of the model's config.json.
+    """
+    if engine == "vllm":
+        raise UserError(
+            f"--tape-gib {tape_gib:g} is for the embedded sampler; vLLM keeps nothing of its "
+            "forward passes: leave it out, or take --engine transformers"
+        )
+    if device != "cpu":
+        raise UserError(
+            f"--tape-gib {tape_gib:g}: the embedded sampler fills a tape on a CPU only, and this "
+            f"run is on {device}; leave it out, or take --device cpu"
+        )
+    if not in_tiles(shape, dtype):
+        raise UserError(
+            f"--tape-gib {tape_gib:g}: this processor does not decode {shape['model_type']} models "
+            f"of this shape in tiles, in {dtype}, and nothing else fills a tape; leave it out"
+        )
 
 
 class LayerSizes(NamedTuple):

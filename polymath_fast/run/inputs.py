@@ -91,7 +91,10 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
     if config.reuse_kv_cache:
         rollout.require_kv_reuse(engine_name, sync_name)
     if config.tape_gib:
-        rollout.require_tape(config.tape_gib, engine_name, device)
+        from polymath_fast.rollout.tape import require_tape
+
+        kind, shape = precision.torch_dtype(dtype), models.read_config(model_dir)
+        require_tape(config.tape_gib, engine_name, device, shape, kind)
     tokenizer = samples.load_tokenizer(model_dir)
     context = models.context_length(model_dir)
     trained = samples.from_config(config, tokenizer, context_length=context, notify=notify)

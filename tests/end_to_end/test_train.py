@@ -280,6 +280,7 @@ def test_the_tape_saves_the_forward_pass_and_changes_nothing_else(flags, tmp_pat
         (["--offload-optimizer", "--device", "cpu"], "learning runs on cpu"),
         (["--reuse-kv-cache"], "the embedded sampler keeps nothing"),
         (["--tape-gib", "1", "--updates-per-batch", "2"], "--updates-per-batch 2 on the weights"),
+        (["--tape-gib", "1", "--model", "random:tiny-gemma"], "does not decode gemma models"),
         (["--tape-gib", "1", "--beta", "0.1"], "compares log-probs with a reference model's"),
         (["--eval-dataset", "missing.jsonl"], "missing.jsonl"),
         (["--resume", "nowhere"], "--resume nowhere"),

@@ -14,7 +14,9 @@ from polymath_fast.learner import taped
 from polymath_fast.learner.packing import TrainingRow, merge_duplicates
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.step import Learner
-from polymath_fast.models import resolve_model
+from polymath_fast.models import read_config, resolve_model
+from polymath_fast.rollout import tape as taping
+from polymath_fast.rollout import tile_weights
 from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.tape import Tape
 from polymath_fast.rollout.transformers_engine import TransformersEngine
@@ -232,6 +234,22 @@ def test_nothing_is_recorded_between_steps():
     tape.start_step()
     again = sampled(policy, tape, n=3)
     assert tape.used == used and again[0].recorded.activations is first[0].recorded.activations
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "random:tiny-gemma"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_config_tells_whether_there_will_be_a_tape(family, dtype, monkeypatch):
+    policy = policy_of(family, dtype)
+    shape = read_config(policy.model_dir)
+    assert taping.in_tiles(shape, dtype) == tile_weights.fits(policy) == (family in FAMILIES)
+    if family in FAMILIES:
+        sizes = tile_weights.TileWeights(policy).sizes
+        assert taping.LayerSizes.of(shape, dtype) == sizes
+        made = taping.Activations.empty(sizes, 100 - taping.SPARE_ROWS)
+        held = sum(each.nbytes for each in made)
+        assert held == 100 * sizes.row_bytes
+    monkeypatch.setattr(tiles, "available", lambda asked: asked != dtype)
+    assert not taping.in_tiles(shape, dtype) and not tile_weights.fits(policy)
 
 
 def test_no_room_for_the_tape_names_the_setting():
