@@ -80,7 +80,7 @@ class Projections(NamedTuple):
         if self.head_norms[0] is None:
             return np.empty((0, 1), np.float32)
         pairs = zip(self.head_norms, self.counts(size), strict=False)
-        return torch.cat([each.float().expand(count, -1) for each, count in pairs]).numpy()
+        return torch.cat([each.detach().float().expand(count, -1) for each, count in pairs]).numpy()
 
 
 class Mlp(NamedTuple):

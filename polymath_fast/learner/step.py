@@ -35,7 +35,7 @@ from polymath_fast.learner.packing import (
     split_rows,
 )
 from polymath_fast.learner.policy import Policy
-from polymath_fast.learner.prefix_tree import plan
+from polymath_fast.learner.prefix_tree import PrefixTree, plan
 from polymath_fast.learner.rows import minibatches
 from polymath_fast.learner.taped import taped_passes
 from polymath_fast.learner.tree_rule import rule_for
@@ -151,9 +151,8 @@ class Learner:
         taped, others = self._by_tape(merge_duplicates(rows))
         for _, batch, hidden in self._microbatches(self.policy, others):
             metrics.add_microbatch(self._backward(hidden, batch, spec), batch)
-        tree = None if self.tree_rule is None else plan(taped, self.tree_rule)
         limit = memory.TAPED_ROWS * self.microbatch_tokens
-        for batch, recorded in taped_passes(self.policy, taped, limit, tree):
+        for batch, recorded in taped_passes(self.policy, taped, limit, self._tree(taped)):
             out = self._backward(recorded.hidden(), batch, spec)
             recorded.backward()
             metrics.add_microbatch(out, batch, taped=True)
@@ -206,7 +205,7 @@ class Learner:
         A prompt whose completions need several micro-batches is computed once for all of them, and
         its gradient follows their last: call backward for each batch before taking the next one.
         """
-        tree = None if self.tree_rule is None else plan(rows, self.tree_rule)
+        tree = self._tree(rows)
         for parts in split_rows(rows, self.microbatch_tokens, tree):
             apart = len(parts) > 1
             prompt = policy.share(rows[parts[0][0]].prompt_ids) if apart else None
@@ -216,6 +215,10 @@ class Learner:
                 yield part, batch, policy.hidden(batch, prompt)
             if prompt is not None:
                 prompt.backward()
+
+    def _tree(self, rows: Sequence[TrainingRow]) -> PrefixTree | None:
+        """The common beginnings of `rows` that are computed once."""
+        return None if self.tree_rule is None else plan(rows, self.tree_rule)
 
     @torch.no_grad()
     def _with_logprobs(

@@ -42,6 +42,9 @@ class TapedPass:
         self._batch, self._prompt = batch, prompt
         self._kept = rows[0].recorded.activations
         self._index = _taped_rows(rows, batch)
+        (place,) = batch.blocks
+        given, rows_here = (place.prompt_len, place.cu_seqlens, place.parents), len(self._index)
+        (self._block,) = to_blocks([given], rows_here, place.prompt_len + rows_here)
         self._last = self._kept.hidden[-1].index_select(0, self._index).requires_grad_()
 
     def hidden(self) -> Tensor:
@@ -88,16 +91,12 @@ class TapedPass:
         self, number: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the completions' q, k and v; those of the prompt's go to the prompt."""
-        (place,) = self._batch.blocks
         k, v = self._prompt.extend(number, k, v)
-        (block,) = to_blocks(
-            [(place.prompt_len, place.cu_seqlens, place.parents)], q.shape[0], k.shape[0]
-        )
         scale = self._decoder.layers[number].self_attn.scaling
-        d_q, d_k, d_v = tiles.gradient(q, k, v, out, lse, d_out, block, scale)
-        own = slice(place.prompt_len, None)
-        self._prompt.add(number, d_k[: place.prompt_len], d_v[: place.prompt_len])
-        return d_q, d_k[own], d_v[own]
+        d_q, d_k, d_v = tiles.gradient(q, k, v, out, lse, d_out, self._block, scale)
+        end = self._prompt.length
+        self._prompt.add(number, d_k[:end], d_v[:end])
+        return d_q, d_k[end:], d_v[end:]
 
     def _gathered(self, number: int) -> list[Tensor]:
         """The rows of all that was kept of one layer; the next call overwrites them."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.kernels.cpu.dense import stacked_or_copied
 from polymath_fast.kernels.cpu.products import TileLogits, bits, pack_layers
+from polymath_fast.learner.layer_passes import Projections
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout.tape import LayerSizes
 
@@ -41,7 +42,8 @@ class TileWeights:
         )
         self.eps = np.float32(decoder.norm.variance_epsilon)
         self.norms = bits(torch.stack(_norms(decoder)))
-        self.head_norms = np.stack([self._head_norms(each) for each, _ in blocks])
+        fronts = [Projections.of(layer) for layer in decoder.layers]
+        self.head_norms = np.stack([front.norms_by_head(self.size) for front in fronts])
         self.biases = np.stack([_biases(each) for each, _ in blocks])
         qkv = [[a.q_proj.weight, a.k_proj.weight, a.v_proj.weight] for a, _ in blocks]
         self.qkv = pack_layers("qkv", [stacked_or_copied(weights) for weights in qkv])
@@ -54,14 +56,6 @@ class TileWeights:
         self.head = TileLogits(policy.head.weight.detach())
         self.bias = policy.head.bias
         self.vocab = len(policy.head.weight)
-
-    def _head_norms(self, attention: nn.Module) -> np.ndarray:
-        """(Hq + Hkv, D) fp32, or (0, 1) where heads are not normalised."""
-        if getattr(attention, "q_norm", None) is None:
-            return np.empty((0, 1), np.float32)
-        q, k = (norm.weight.detach().float() for norm in (attention.q_norm, attention.k_norm))
-        rows = [q.expand(self.heads, -1), k.expand(self.key_heads, -1)]
-        return torch.cat(rows).numpy()
 
 
 def _norms(decoder: nn.Module) -> list[Tensor]:
