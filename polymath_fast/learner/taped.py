@@ -16,6 +16,9 @@ from itertools import chain, groupby
 import torch
 from torch import Tensor, nn
 
+from polymath_fast.kernels.cpu.decode import gate_and_up
+from polymath_fast.kernels.cpu.products import bits
+from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 from polymath_fast.kernels.prefix_attention import tiles
 from polymath_fast.kernels.prefix_attention.blocks import to_blocks
@@ -100,11 +103,14 @@ class TapedPass:
 
     def _gathered(self, number: int) -> list[Tensor]:
         """The rows of all that was kept of one layer; the next call overwrites them."""
-        found = []
-        for name, kept in zip(self._kept._fields, self._kept, strict=True):
-            out = buffer(f"taped {name}", (len(self._index), *kept.shape[2:]), kept.dtype)
+        count, found = len(self._index), []
+        for name, kept in zip(self._kept._fields[:-1], self._kept, strict=False):
+            out = buffer(f"taped {name}", (count, *kept.shape[2:]), kept.dtype)
             found.append(torch.index_select(kept[number], 0, self._index, out=out))
-        return found
+        kept, inner = self._kept.gate_up[number], self._decoder.config.intermediate_size
+        gate_up = buffer("taped gate_up", (count, 2 * inner), kept.dtype)
+        parallel(gate_and_up, split(count), bits(kept), self._index.numpy(), bits(gate_up))
+        return [*found, gate_up]
 
 
 def taped_passes(

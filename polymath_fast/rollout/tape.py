@@ -21,10 +21,6 @@ from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.kernels.cpu import tiles
 
-SPARE_ROWS = 512
-"""rows behind the last one: for completions beside the recorded ones, and because products read
-whole tiles"""
-_TILE = 32
 _DEFAULT_GIB = 4.0  # but at most a quarter of the machine's memory
 _IN_TILES = ("llama", "qwen2", "qwen3")  # models that decode in tiles
 
@@ -104,10 +100,15 @@ class LayerSizes(NamedTuple):
         return cls(layers, hidden, *heads, shape["intermediate_size"], dtype)
 
     @property
+    def panels(self) -> int:
+        """In which the MLP's gate and up are kept."""
+        return -(-self.inner // tiles.COLUMNS)
+
+    @property
     def row_bytes(self) -> int:
         """Of the tape's share of one token."""
         queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
-        layer = 2 * (self.hidden + self.inner + queries + keys)
+        layer = 2 * (self.hidden + self.panels * tiles.COLUMNS + queries + keys)
         log_sums = 4 * self.layers * self.heads
         return self.dtype.itemsize * (self.layers * layer + self.hidden) + log_sums
 
@@ -126,24 +127,24 @@ class Activations(NamedTuple):
     between: Tensor
     """(L, rows, H) after attention"""
     gate_up: Tensor
-    """(L, rows, 2 I)"""
+    """(L, panels, rows, 96), of each 48 columns those of the gate, then those of up"""
 
     @classmethod
     def empty(cls, sizes: LayerSizes, rows: int) -> Activations:
         """Uninitialised; memory counts from the first write to each row on."""
 
-        def make(layers: int, *shape: int, dtype: torch.dtype = sizes.dtype) -> Tensor:
+        def make(*shape: int, dtype: torch.dtype = sizes.dtype) -> Tensor:
             with torch.inference_mode(False):  # the sampler writes, the learner reads
-                return torch.empty(layers, rows + SPARE_ROWS, *shape, dtype=dtype)
+                return torch.empty(shape, dtype=dtype)
 
         layers, heads = sizes.layers, sizes.heads
         return cls(
-            make(layers + 1, sizes.hidden),
-            make(layers, heads + 2 * sizes.key_heads, sizes.head_dim),
-            make(layers, heads * sizes.head_dim),
-            make(layers, heads, dtype=torch.float32),
-            make(layers, sizes.hidden),
-            make(layers, 2 * sizes.inner),
+            make(layers + 1, rows, sizes.hidden),
+            make(layers, rows, heads + 2 * sizes.key_heads, sizes.head_dim),
+            make(layers, rows, heads * sizes.head_dim),
+            make(layers, rows, heads, dtype=torch.float32),
+            make(layers, rows, sizes.hidden),
+            make(layers, sizes.panels, rows, 2 * tiles.COLUMNS),
         )
 
 
@@ -201,25 +202,23 @@ class Recorder:
         self._tape = tape
         self._rows = torch.full((count, tokens), -1)
 
-    def open(self, sizes: LayerSizes) -> None:
-        """A decoder of these sizes is about to begin."""
+    def open(self, sizes: LayerSizes) -> Activations:
+        """A decoder of these sizes is about to begin: where it writes."""
         if self.count:
             self._tape.open(sizes)
+        return self._tape.activations or Activations.empty(sizes, 0)
 
-    def begin(self, completions: Tensor, places: Tensor) -> tuple[Activations, int] | None:
-        """Where the next tokens (R,), at `places` of ascending `completions`, are to be written,
-        and the first row for them; None when nothing is recorded. Rows behind those of recorded
-        completions are free for the others."""
-        tape, recorded = self._tape, int((completions < self.count).sum())
-        beside = len(completions) - recorded
-        if not recorded or tape.used + recorded > tape.rows or beside + _TILE > SPARE_ROWS:
-            self.count = 0
-            return None
+    def begin(self, completions: Tensor, places: Tensor) -> tuple[int, int]:
+        """How many of the next tokens (R,), at `places` of ascending `completions`, are recorded,
+        which are the first of them, and the row of the tape for the first one."""
+        tape, count = self._tape, int((completions < self.count).sum())
+        if tape.used + count > tape.rows:
+            self.count = count = 0
         first = tape.used
-        tape.used += recorded
+        tape.used += count
         rows = torch.arange(first, tape.used)
-        self._rows[completions[:recorded], places[:recorded]] = rows
-        return tape.activations, first
+        self._rows[completions[:count], places[:count]] = rows
+        return count, first
 
     def recorded(self, completion: int, length: int, weight_version: int) -> Recorded | None:
         """Of a completion of that many tokens; None unless all of its inputs were recorded."""

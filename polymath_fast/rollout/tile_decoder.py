@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +25,24 @@ from polymath_fast.kernels.cpu.products import bits, padded_rows
 from polymath_fast.kernels.cpu.team import together
 from polymath_fast.kernels.cpu.workspace import buffer, claim
 from polymath_fast.rollout.decode import PromptCache
-from polymath_fast.rollout.tape import Activations, Recorder, Tape
+from polymath_fast.rollout.tape import Recorder, Tape
 from polymath_fast.rollout.tile_weights import TileWeights
 
 _AT_ONCE = 2**28
 """bytes of caches that are made at their full length; larger ones grow with the completions"""
+
+
+class _Rows(NamedTuple):
+    """What `decode.step` works on, a row a token."""
+
+    hidden: Tensor
+    stacked: Tensor
+    attended: Tensor
+    lse: Tensor
+    between: Tensor
+    normed: Tensor
+    active: Tensor
+    out: Tensor
 
 
 class TileDecoder:
@@ -49,7 +63,7 @@ class TileDecoder:
         probably be `tokens` at most."""
         self.weights = weights
         self._recorder = recorder or Tape().claim(0, 0)
-        self._recorder.open(weights.sizes)
+        self._tape = self._recorder.open(weights.sizes)
         self._members = torch.arange(len(prefilled))  # (B,) numbers among those that began
         self._last = torch.cat([hidden for _, hidden in prefilled])  # (B, H)
         prompts = [prompt for prompt, _ in prefilled]
@@ -90,19 +104,12 @@ class TileDecoder:
         positions = self._positions[owner] + torch.arange(count) - firsts[owner]
         embedded = weights.embedding(tokens)
         cos, sin = weights.rotary(embedded[:, None], positions[:, None])
-        kept, first = self._room(owner, positions)
-        kept.hidden[0, first : first + count] = embedded
-        normed, active, out = (
-            buffer(f"decoded {name}", (padded_rows(count), width), embedded.dtype)
-            for name, width in (
-                ("normed", weights.sizes.hidden),
-                ("active", weights.sizes.inner),
-                ("out", weights.sizes.hidden),
-            )
-        )
+        rows = self._rows(count)
+        rows.hidden[:count] = embedded
+        recorded = self._recorder.begin(self._members[owner], positions - self._begins[owner])
         together(
             decode.step,
-            decode.PHASES * len(weights.qkv) + 1,
+            decode.PHASES * len(weights.qkv) + 2,
             count,
             weights.norms,
             weights.head_norms,
@@ -124,10 +131,11 @@ class TileDecoder:
             self._words(self._prompt_keys),
             self._words(self._prompt_values),
             weights.scale,
-            first,
-            *(bits(each) for each in (*kept, normed, active, out)),
+            *(bits(each) for each in rows),
+            *recorded,
+            *(bits(each) for each in self._tape),
         )
-        return self._logits(out[:count])
+        return self._logits(rows.out[:count])
 
     def advance(self, kept: Tensor) -> None:
         """Keep the first kept (B,) tokens of each completion's block; the next one overwrites."""
@@ -146,24 +154,23 @@ class TileDecoder:
         self._slots, self._members = self._slots[rows], self._members[rows]
         self._begins = self._begins[rows]
 
-    def _room(self, owner: Tensor, positions: Tensor) -> tuple[Activations, int]:
-        """Where the layers write what they compute for tokens (R,), and from which row on."""
-        found = self._recorder.begin(self._members[owner], positions - self._begins[owner])
-        if found is not None:
-            return found
-        sizes, rows = self.weights.sizes, padded_rows(len(owner))
+    def _rows(self, count: int) -> _Rows:
+        """Scratch memory for so many tokens."""
+        sizes, rows = self.weights.sizes, padded_rows(count)
 
         def scratch(name: str, *shape: int, dtype: torch.dtype = sizes.dtype) -> Tensor:
-            return buffer(f"decoded {name}", (1, rows, *shape), dtype)
+            return buffer(f"decoded {name}", (rows, *shape), dtype)
 
-        return Activations(
-            scratch("rows", sizes.hidden),
+        return _Rows(
+            scratch("hidden", sizes.hidden),
             scratch("stacked", sizes.heads + 2 * sizes.key_heads, sizes.head_dim),
             scratch("attended", sizes.heads * sizes.head_dim),
             scratch("lse", sizes.heads, dtype=torch.float32),
             scratch("between", sizes.hidden),
-            torch.empty(0, 0, 0, dtype=sizes.dtype),
-        ), 0
+            scratch("normed", sizes.hidden),
+            scratch("active", sizes.inner),
+            scratch("out", sizes.hidden),
+        )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weights = self.weights

@@ -245,7 +245,7 @@ def test_a_config_tells_whether_there_will_be_a_tape(family, dtype, monkeypatch)
     if family in FAMILIES:
         sizes = tile_weights.TileWeights(policy).sizes
         assert taping.LayerSizes.of(shape, dtype) == sizes
-        made = taping.Activations.empty(sizes, 100 - taping.SPARE_ROWS)
+        made = taping.Activations.empty(sizes, 100)
         held = sum(each.nbytes for each in made)
         assert held == 100 * sizes.row_bytes
     monkeypatch.setattr(tiles, "available", lambda asked: asked != dtype)

@@ -12,12 +12,12 @@ from numba import njit
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.kernels.cpu.attention_parts import PANEL
 from polymath_fast.kernels.cpu.decode_attention import ROWS, attend, place
-from polymath_fast.kernels.cpu.layers import rms_norm
+from polymath_fast.kernels.cpu.layers import copy_row, rms_norm
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 from polymath_fast.kernels.cpu.team import barrier, next_task
 
-PHASES = 7
-"""of one layer: norm, projections, attention, output, norm, gate and up, down"""
+PHASES = 8
+"""of one layer: norm, projections, attention, output, norm, tape, gate and up, down"""
 _LOWEST = np.float32(-80.0)
 
 
@@ -25,7 +25,8 @@ _LOWEST = np.float32(-80.0)
 def step(
     threads, counters, count, norms, head_norms, biases, qkv, output, gate_up, down, heads, cos,
     sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values, scale,
-    first, hidden, stacked, attended, lse, between, kept_gate_up, normed, active, out,
+    hidden, stacked, attended, lse, between, normed, active, out, kept_rows, first, kept_hidden,
+    kept_stacked, kept_attended, kept_lse, kept_between, kept_gate_up,
 ):  # fmt: skip
     """All layers for more tokens of every completion; `PHASES` phases a layer, see `team`.
 
@@ -37,14 +38,14 @@ def step(
     slots, ...) as in `decode_attention.store`, those of completion b in slots[b]; those of the
     prompt alike without slots.
 
-    What layers compute goes to rows [first, first + R) of hidden (L + 1, rows, H), whose first
-    layer is the input and whose last is the result, stacked (L, rows, Hq + 2 Hkv, D) before norm
-    and rotation, attended (L, rows, Hq D), lse (L, rows, Hq), between (L, rows, H) after attention
-    and kept_gate_up (L, rows, 2 I). With one layer of room in place of L or L + 1 the next layer
-    overwrites it, and kept_gate_up may have none. out (R, H): final norm. normed (R, H) and active
-    (R, I) are scratch.
+    hidden (R, H) is the input; out (R, H) the result, after the last norm. Each layer overwrites
+    hidden, stacked (R, Hq + 2 Hkv, D) before norm and rotation, attended (R, Hq D), lse (R, Hq) and
+    between (R, H) after attention; normed (R, H) and active (R, I) are scratch. Of the first
+    `kept_rows` rows they go to rows from `first` on of kept_..., of which there is one a layer (and
+    of kept_hidden one more, for what the last norm reads); kept_gate_up is (L, panels, rows, 96):
+    48 columns of gate, then the same ones of up.
     """
-    key_heads, size = keys.shape[2], stacked.shape[3]
+    key_heads, size = keys.shape[2], stacked.shape[2]
     group = heads // key_heads
     width = (keys.shape[3] + prompt_keys.shape[2]) * PANEL
     queries = np.zeros((-(-group // ROWS) * ROWS, size), stacked.dtype)
@@ -53,20 +54,17 @@ def step(
     sums = np.empty((ROWS, values.shape[4] * PANEL), np.float32)
     tile = np.empty((2 * tiles.ROWS, tiles.COLUMNS), np.float32)
     wide = np.empty(size, np.float32)
-    flat = stacked.reshape(stacked.shape[0], stacked.shape[1], -1)
+    projected = stacked.reshape(stacked.shape[0], stacked.shape[1] * size)
+    kept_projected = kept_stacked.reshape(kept_stacked.shape[0], -1, projected.shape[1])
     for layer in range(keys.shape[0]):
         phase = PHASES * layer
-        before = _rows(hidden, layer, first)
-        _norm_rows(threads, counters, phase, before, count, norms[2 * layer], eps, normed)
-        projected = _rows(flat, layer, first)
+        _norm_rows(threads, counters, phase, hidden, count, norms[2 * layer], eps, normed)
         while True:
             panel = next_task(counters, phase + 1)
             if panel >= qkv.shape[1]:
                 break
             _project(normed, count, qkv[layer, panel], panel, tile, biases[layer], projected)
         barrier(threads, counters, phase + 1)
-        layer_heads, seen = _rows(stacked, layer, first), _rows(attended, layer, first)
-        log_sums = _rows(lse, layer, first)
         while True:
             task = next_task(counters, phase + 2)
             if task >= lengths.size * key_heads:
@@ -76,41 +74,67 @@ def step(
             for i in range(firsts[b], firsts[b + 1]):  # in order: each row sees those before it
                 position = lengths[b] + i - firsts[b]
                 place(
-                    layer_heads[i], heads, head, cos[i], sin[i], head_norms[layer], eps, position,
+                    stacked[i], heads, head, cos[i], sin[i], head_norms[layer], eps, position,
                     own_keys, own_values, wide, queries,
                 )  # fmt: skip
                 attend(
                     queries, group, position + 1, own_keys, own_values, prompt_len,
                     prompt_keys[layer, head], prompt_values[layer, head], scale, scores, probs,
-                    sums, seen[i, head * group * size : (head + 1) * group * size],
-                    log_sums[i, head * group : (head + 1) * group],
+                    sums, attended[i, head * group * size : (head + 1) * group * size],
+                    lse[i, head * group : (head + 1) * group],
                 )  # fmt: skip
         barrier(threads, counters, phase + 2)
-        middle = _rows(between, layer, first)
         _add_projection(
-            threads, counters, phase + 3, seen, count, output[layer], tile, before, middle
+            threads, counters, phase + 3, attended, count, output[layer], tile, hidden, between
         )
         last = norms[2 * layer + 1]
-        _norm_rows(threads, counters, phase + 4, middle, count, last, eps, normed)
+        _norm_rows(threads, counters, phase + 4, between, count, last, eps, normed)
         while True:
-            panel = next_task(counters, phase + 5)
+            top = next_task(counters, phase + 5) * tiles.ROWS
+            if top >= kept_rows:
+                break  # no barrier: nobody overwrites these before the next one
+            bottom = min(top + tiles.ROWS, kept_rows)
+            _keep(top, bottom, hidden, first, kept_hidden[layer])
+            _keep(top, bottom, projected, first, kept_projected[layer])
+            _keep(top, bottom, attended, first, kept_attended[layer])
+            _keep(top, bottom, lse, first, kept_lse[layer])
+            _keep(top, bottom, between, first, kept_between[layer])
+        while True:
+            panel = next_task(counters, phase + 6)
             if panel >= gate_up.shape[1] // 2:
                 break
             weights = gate_up[layer, 2 * panel :]
-            _activate(normed, count, weights, panel, tile, active, kept_gate_up, layer, first)
-        barrier(threads, counters, phase + 5)
-        after = _rows(hidden, layer + 1, first)
+            kept = kept_gate_up[layer, panel]
+            _activate(normed, count, weights, panel, tile, active, kept_rows, first, kept)
+        barrier(threads, counters, phase + 6)
         _add_projection(
-            threads, counters, phase + 6, active, count, down[layer], tile, middle, after
+            threads, counters, phase + 7, active, count, down[layer], tile, between, hidden
         )
-    last = _rows(hidden, keys.shape[0], first)
-    _norm_rows(threads, counters, PHASES * keys.shape[0], last, count, norms[-1], eps, out)
+    end = PHASES * keys.shape[0]
+    _norm_rows(threads, counters, end, hidden, count, norms[-1], eps, out)
+    top = next_task(counters, end + 1) * kept_rows
+    if top < kept_rows:
+        _keep(0, kept_rows, hidden, first, kept_hidden[keys.shape[0]])
+    barrier(threads, counters, end + 1)
 
 
-@njit(inline="always")
-def _rows(kept, layer, first):
-    """From row `first` on, of one layer; of the only one where there is room for one."""
-    return kept[min(layer, kept.shape[0] - 1), first:]
+@njit(nogil=True, cache=True)
+def gate_and_up(start, stop, kept, rows, out):
+    """Rows [start, stop) of out (R, 2 I): gate, then up, of rows[i] of kept (panels, rows, 96)."""
+    width = out.shape[1] // 2
+    for panel in range(kept.shape[0]):
+        left = panel * tiles.COLUMNS
+        right = min(left + tiles.COLUMNS, width)
+        for i in range(start, stop):
+            row = kept[panel, rows[i]]
+            copy_row(row, out[i, left:right])
+            copy_row(row[tiles.COLUMNS :], out[i, width + left : width + right])
+
+
+@njit(nogil=True, cache=True)
+def _keep(top, bottom, source, first, kept):
+    for i in range(top, bottom):
+        copy_row(source[i], kept[first + i])
 
 
 @njit(nogil=True, cache=True)
@@ -153,20 +177,21 @@ def _project(x, count, packed, panel, tile, bias, out):
 
 
 @njit(nogil=True, cache=True)
-def _activate(x, count, packed, panel, tile, out, kept, layer, first):
+def _activate(x, count, packed, panel, tile, out, kept_rows, first, kept):
     """One panel of silu(gate) * up; packed[0] holds the gate's columns, packed[1] those of up.
-    Both go to rows of kept[layer] (rows, 2 I), where there is any."""
+    Both go to rows of kept (rows, 96) as well."""
     left = panel * tiles.COLUMNS
     right = min(left + tiles.COLUMNS, out.shape[1])
     for top in range(0, count, tiles.ROWS):
         _tile(x, top, packed[0], tile)
         _tile(x, top, packed[1], tile[tiles.ROWS :])
         for r in range(min(tiles.ROWS, count - top)):
-            _silu_times(tile[r], tile[tiles.ROWS + r], out[top + r, left:right])
-            if kept.shape[0]:
-                row, width = kept[layer, first + top + r], out.shape[1]
-                _round(tile[r], row[left:right])
-                _round(tile[tiles.ROWS + r], row[width + left : width + right])
+            gate, up = tile[r], tile[tiles.ROWS + r]
+            _silu_times(gate, up, out[top + r, left:right])
+            if top + r < kept_rows:
+                row = kept[first + top + r]
+                _round(gate, row[: tiles.COLUMNS])
+                _round(up, row[tiles.COLUMNS :])
 
 
 @njit(inline="always")
