@@ -155,9 +155,9 @@ def estimate(
     # on a GPU they are the learner's; CPU builds of vLLM multiply with a packed copy all the same
     shared = engine != "vllm" or (device != "cpu" and config.weight_sync in ("auto", "alias"))
     taped, tape = _tape(shape, config, engine, device, dtype)
-    if 0 < rollouts * (config.max_completion_length - 1) <= taped:  # nothing is learned elsewhere
+    if 0 < rollouts * config.max_completion_length <= taped:  # nothing is learned elsewhere
         tokens = min(TAPED_ROWS * limit, rows)
-        kept = _TAPED_LAYERS * tape // taped // shape["num_hidden_layers"]
+        kept = _TAPED_LAYERS * _layer_bytes(shape, dtype)
     lends = config.reuse_kv_cache and engine == "vllm"
     room = [cached / kv_storages] * kv_storages if lends else []
     head = _head_bytes(shape, config, tokens, device, dtype, gpu, room)
@@ -185,11 +185,20 @@ def _tape(
 ) -> tuple[int, int]:
     """Rows of the embedded sampler's tape, and bytes."""
     from polymath_fast.precision import torch_dtype
-    from polymath_fast.rollout.tape import LayerSizes, tape_rows
+    from polymath_fast.rollout.tape_room import row_bytes, tape_rows
 
     kind = torch_dtype(dtype)
     rows = tape_rows(shape, config, engine=engine, device=device, dtype=kind)
-    return rows, rows * LayerSizes.of(shape, kind).row_bytes if rows else 0
+    return rows, rows * row_bytes(shape, config, kind) if rows else 0
+
+
+def _layer_bytes(shape: dict[str, Any], dtype: str) -> int:
+    """Of the tape, for one token and one layer."""
+    from polymath_fast.precision import torch_dtype
+    from polymath_fast.rollout.tape_room import DecoderSizes
+
+    sizes = DecoderSizes.of(shape, torch_dtype(dtype))
+    return sizes.layer_bytes // sizes.layers
 
 
 def _head_bytes(

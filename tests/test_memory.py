@@ -17,7 +17,7 @@ from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
 from polymath_fast.models import random_models, resolve_model
 from polymath_fast.precision import torch_dtype
-from polymath_fast.rollout.tape import LayerSizes
+from polymath_fast.rollout.tape_room import row_bytes
 
 PUBLISHED = {
     "smollm2-135m": 134_515_008,
@@ -142,11 +142,14 @@ def test_a_tape_takes_the_place_of_activations(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tiles, "available", lambda dtype: True)
     settings = {"family": "smollm2-135m", "num_generations": 8, "max_completion_length": 129}
     settings |= {"groups_per_step": 2, "tokens_per_microbatch": 4096}
-    row = LayerSizes.of(random_models.FAMILIES["smollm2-135m"], torch_dtype("bfloat16")).row_bytes
-    assert row == 30 * (2 * (4 * 576 + 2 * 192 + 2 * 1536) + 4 * 9) + 2 * 576
+    shape, dtype = random_models.FAMILIES["smollm2-135m"], torch_dtype("bfloat16")
+    layers = 30 * (2 * (4 * 576 + 2 * 192 + 2 * 1536) + 4 * 9) + 2 * 576
+    assert row_bytes(shape, Config(entropy_coef=0.1), dtype) == layers
+    row = row_bytes(shape, Config(), dtype)
+    assert row == layers + 2 * (49152 + 32) + 4 * 8
     plain = estimate("transformers", "cpu", tape_gib=0, **settings)
     taped = estimate("transformers", "cpu", tape_gib=2, **settings)
-    assert taped["tape of 2048 tokens"] == pytest.approx(2048 * row / 2**30)
+    assert taped["tape of 2064 tokens"] == pytest.approx(2064 * row / 2**30)
     activations = "activations of 2164 tokens"  # 16 completions and their prompt of 100
     assert taped[activations] < plain[activations] / 8
     some = estimate("transformers", "cpu", tape_gib=0.25, **settings)

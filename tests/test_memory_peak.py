@@ -15,6 +15,7 @@ from polymath_fast.precision import choose_dtype
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"num_generations": 24, "groups_per_step": 1, "max_completion_length": 64}
+SETTINGS |= {"temperature": 2.0}
 CHILD = """
 import json, random, sys
 from pathlib import Path
@@ -25,7 +26,8 @@ from polymath_fast.learner.packing import TrainingRow
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.step import Learner
 from polymath_fast.monitor import peak_memory_gib
-from polymath_fast.rollout.tape import Tape, tape_rows
+from polymath_fast.rollout.tape import Tape
+from polymath_fast.rollout.tape_room import tape_rows
 from polymath_fast.rollout.transformers_engine import TransformersEngine
 from polymath_fast.rollout.types import SamplingOptions
 
@@ -36,7 +38,8 @@ dtype = policy.head.weight.dtype
 shape = models.read_config(Path(sys.argv[1]))
 tape = Tape(tape_rows(shape, config, engine="transformers", device="cpu", dtype=dtype))
 engine = TransformersEngine(policy, stop_token_ids=[], tape=tape)
-sampling = SamplingOptions(max_completion_length=config.max_completion_length, temperature=2.0)
+limits = {"max_completion_length": config.max_completion_length}
+sampling = SamplingOptions(**limits, temperature=config.temperature)
 # a second step adds 0.5 to 2 percent
 tape.start_step()
 with learner.lend():

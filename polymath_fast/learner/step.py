@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from polymath_fast.kernels import (
     linear_logprobs,
 )
 from polymath_fast.kernels.cpu import workspace
+from polymath_fast.kernels.linear_grpo_loss.recorded import recorded_grpo_loss
 from polymath_fast.kernels.scratch import Arena
 from polymath_fast.learner import out_of_memory
 from polymath_fast.learner.flat_storage import FlatStorage
@@ -39,6 +42,9 @@ from polymath_fast.learner.prefix_tree import PrefixTree, plan
 from polymath_fast.learner.rows import minibatches
 from polymath_fast.learner.taped import taped_passes
 from polymath_fast.learner.tree_rule import rule_for
+
+if TYPE_CHECKING:
+    from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
 
 
 class Learner:
@@ -153,7 +159,7 @@ class Learner:
             metrics.add_microbatch(self._backward(hidden, batch, spec), batch)
         limit = memory.TAPED_ROWS * self.microbatch_tokens
         for batch, recorded in taped_passes(self.policy, taped, limit, self._tree(taped)):
-            out = self._backward(recorded.hidden(), batch, spec)
+            out = self._backward(recorded.hidden(), batch, spec, recorded.predictions(spec))
             recorded.backward()
             metrics.add_microbatch(out, batch, taped=True)
 
@@ -176,11 +182,17 @@ class Learner:
         return [row for row in rows if taped(row)], [row for row in rows if not taped(row)]
 
     def _backward(
-        self, hidden: Tensor, batch: PackedBatch, spec: PolicyLossSpec
+        self,
+        hidden: Tensor,
+        batch: PackedBatch,
+        spec: PolicyLossSpec,
+        predictions: RecordedPredictions | None = None,
     ) -> PolicyLossOutput:
         """Loss of a micro-batch with hidden states (N, H), and its gradients."""
-        head = self.policy.head
-        out = linear_grpo_loss(
+        head, loss = self.policy.head, linear_grpo_loss
+        if predictions is not None:
+            loss = partial(recorded_grpo_loss, recorded=predictions)
+        out = loss(
             hidden,
             head.weight,
             batch.targets,

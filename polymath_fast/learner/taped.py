@@ -16,8 +16,10 @@ from itertools import chain, groupby
 import torch
 from torch import Tensor, nn
 
+from polymath_fast.kernels import PolicyLossSpec
 from polymath_fast.kernels.cpu.decode import gate_and_up
 from polymath_fast.kernels.cpu.products import bits
+from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 from polymath_fast.kernels.prefix_attention import tiles
@@ -42,7 +44,7 @@ class TapedPass:
     ):
         """`rows` are those of `batch`; all of them are recorded, by the weights of `policy`."""
         self._decoder = policy.model.get_decoder()
-        self._batch, self._prompt = batch, prompt
+        self._rows, self._batch, self._prompt = rows, batch, prompt
         self._kept = rows[0].recorded.activations
         self._index = _taped_rows(rows, batch)
         (place,) = batch.blocks
@@ -53,6 +55,13 @@ class TapedPass:
     def hidden(self) -> Tensor:
         """(N, H) as `Policy.hidden` has them."""
         return self._prompt.predicting(self._decoder.norm(self._last), self._batch.hidden_rows)
+
+    def predictions(self, spec: PolicyLossSpec) -> RecordedPredictions | None:
+        """Of the N targets, if the tape has what the loss needs of them."""
+        kept = [row.recorded.predictions for row in self._rows]
+        if spec.entropy_coef or any(p is None or p.temperature != spec.temperature for p in kept):
+            return None
+        return RecordedPredictions.joined(kept)
 
     @torch.no_grad()
     def backward(self) -> None:

@@ -6,11 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polymath_fast.kernels.cpu.recorded_head import Predictions, Recording
+
 _BLOCK = 256  # vocabulary columns whose mass is summed before the draw is located inside them
 
 
 def sample_tokens(
-    logits: Tensor, uniforms: Tensor, temperature: float, vocab: int | None = None
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    vocab: int | None = None,
+    recording: Recording | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw from softmax(logits / temperature) by inverting its distribution function.
 
@@ -22,13 +28,14 @@ def sample_tokens(
         uniforms: (B,) float64 in [0, 1); ignored when temperature is 0.
         temperature: 0 takes the largest logit and reports its log-prob at temperature 1.
         vocab: columns from this one on are padding; None = there is none.
+        recording: where to keep the distributions, on a CPU.
 
     Returns:
         tokens (B,) int64, logprobs (B,) float32.
     """
     vocab = logits.shape[1] if vocab is None else vocab
     if logits.device.type == "cpu" and logits.dtype != torch.float64:
-        return _draw_on_cpu(logits, uniforms, temperature, vocab)
+        return _draw_on_cpu(logits, uniforms, temperature, vocab, recording or _nowhere(logits))
     logits, greedy = logits[:, :vocab], temperature == 0
     scaled = logits.float() if greedy else logits.float() / temperature
     log_norm = torch.logsumexp(scaled, dim=-1)  # (B,)
@@ -38,7 +45,7 @@ def sample_tokens(
 
 
 def _draw_on_cpu(
-    logits: Tensor, uniforms: Tensor, temperature: float, vocab: int
+    logits: Tensor, uniforms: Tensor, temperature: float, vocab: int, recording: Recording
 ) -> tuple[Tensor, Tensor]:
     from polymath_fast.kernels.cpu.draw import draw
     from polymath_fast.kernels.cpu.products import bits
@@ -58,8 +65,17 @@ def _draw_on_cpu(
         uniforms.contiguous().numpy(),
         tokens.numpy(),
         logprobs.numpy(),
+        recording.count,
+        recording.first,
+        bits(recording.kept.exponentials),
+        recording.kept.found.numpy(),
     )
     return tokens, logprobs
+
+
+def _nowhere(logits: Tensor) -> Recording:
+    kinds = (logits.dtype, torch.float64)
+    return Recording(Predictions(*(torch.empty(0, 0, dtype=kind) for kind in kinds)), 0, 0)
 
 
 def _invert(scaled: Tensor, log_norm: Tensor, uniforms: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from polymath_fast.kernels.cpu.dense import stacked_or_copied
 from polymath_fast.kernels.cpu.products import TileLogits, bits, pack_layers
 from polymath_fast.learner.layer_passes import Projections
 from polymath_fast.learner.policy import Policy
-from polymath_fast.rollout.tape import LayerSizes
+from polymath_fast.rollout.tape_room import DecoderSizes
 
 
 def fits(policy: Policy) -> bool:
@@ -35,11 +35,9 @@ class TileWeights:
         self.key_heads = attention.k_proj.weight.shape[0] // self.size
         self.heads = attention.q_proj.weight.shape[0] // self.size
         weight = blocks[0][1].down_proj.weight
-        self.sizes = LayerSizes(
-            len(blocks),
-            *(weight.shape[0], self.heads, self.key_heads, self.size, weight.shape[1]),
-            weight.dtype,
-        )
+        self.vocab = len(policy.head.weight)
+        widths = (weight.shape[0], self.heads, self.key_heads, self.size, weight.shape[1])
+        self.sizes = DecoderSizes(len(blocks), *widths, self.vocab, weight.dtype)
         self.eps = np.float32(decoder.norm.variance_epsilon)
         self.norms = bits(torch.stack(_norms(decoder)))
         fronts = [Projections.of(layer) for layer in decoder.layers]
@@ -55,7 +53,6 @@ class TileWeights:
         self.rotary = decoder.rotary_emb
         self.head = TileLogits(policy.head.weight.detach())
         self.bias = policy.head.bias
-        self.vocab = len(policy.head.weight)
 
 
 def _norms(decoder: nn.Module) -> list[Tensor]:

@@ -86,7 +86,8 @@ class TransformersEngine(StreamingEngine):
                     yield Drawn(*slot[:2], aborted(slot.begun, self.weights.version))
             if not needed:
                 continue
-            recorder = self._tape.claim(len(needed), sampling.max_completion_length)
+            limits = (sampling.max_completion_length, sampling.temperature or 1.0)
+            recorder = self._tape.claim(len(needed), *limits)
             wave = Wave(needed, sampling, self.stop_token_ids, vocab, generator, recorder)
             yield from self._decode(make_decoder(needed, recorder), wave, quotas)
             rows = range(len(needed))

@@ -80,7 +80,10 @@ class Wave:
     def draw(self, logits: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and log-probs (R,), on the CPU, of rows (R,) at places (R,) by logits (R, V)."""
         uniforms = self._uniforms[rows, places].to(logits.device)
-        tokens, logprobs = sample_tokens(logits, uniforms, self._temperature, self._vocab)
+        recording = self._recorder.predict(rows, places) if self._recorder else None
+        tokens, logprobs = sample_tokens(
+            logits, uniforms, self._temperature, self._vocab, recording
+        )
         return tokens.cpu(), logprobs.cpu()
 
     def append(self, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> dict[int, str]:

@@ -49,6 +49,7 @@ def build(config: Config) -> Iterator[Parts]:
     from polymath_fast.learner.step import Learner
     from polymath_fast.rollout.speculation import Speculation, pass_rows
     from polymath_fast.rollout.tape import Tape
+    from polymath_fast.rollout.tape_room import keeps_predictions
 
     with ExitStack() as stack:
         inputs = read_inputs(config)
@@ -79,7 +80,7 @@ def build(config: Config) -> Iterator[Parts]:
         )
         monitor.phase("start the engine")
         speculation = Speculation(config.speculate, pass_rows(inputs.device, inputs.dtype))
-        tape = Tape(inputs.tape_rows(config))
+        tape = Tape(inputs.tape_rows(config), predictions=keeps_predictions(config))
         engine = rollout.build_engine(
             inputs.engine_name,
             model_dir=inputs.model_dir,

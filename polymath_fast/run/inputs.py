@@ -40,7 +40,7 @@ class Inputs:
 
     def tape_rows(self, config: Config) -> int:
         """Tokens that the sampler keeps for the learner."""
-        from polymath_fast.rollout.tape import tape_rows
+        from polymath_fast.rollout.tape_room import tape_rows
 
         return tape_rows(
             models.read_config(self.model_dir),
@@ -91,7 +91,7 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
     if config.reuse_kv_cache:
         rollout.require_kv_reuse(engine_name, sync_name)
     if config.tape_gib:
-        from polymath_fast.rollout.tape import require_tape
+        from polymath_fast.rollout.tape_room import require_tape
 
         kind, shape = precision.torch_dtype(dtype), models.read_config(model_dir)
         require_tape(config.tape_gib, engine_name, device, shape, kind)

@@ -41,7 +41,7 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
 
 
 def _tape(rows: int, rollouts: int, config: Config) -> str:
-    fitting = min(rollouts, rows // max(1, config.max_completion_length - 1))
+    fitting = min(rollouts, rows // config.max_completion_length)
     some = "all completions" if fitting == rollouts else f"{fitting} of {rollouts} completions"
     return f"the sampler's forward passes of {some} are kept; the learner needs none for them"
 

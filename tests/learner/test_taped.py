@@ -10,13 +10,13 @@ import torch
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.kernels.cpu import tiles
+from polymath_fast.kernels.linear_grpo_loss.recorded import recorded_grpo_loss
 from polymath_fast.learner import taped
 from polymath_fast.learner.packing import TrainingRow, merge_duplicates
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.step import Learner
 from polymath_fast.models import read_config, resolve_model
-from polymath_fast.rollout import tape as taping
-from polymath_fast.rollout import tile_weights
+from polymath_fast.rollout import tape_room, tile_weights
 from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.tape import Tape
 from polymath_fast.rollout.transformers_engine import TransformersEngine
@@ -130,6 +130,38 @@ def test_bfloat16_gradients_are_as_near_to_the_truth(family):
     assert error(found, truth) < 1.2 * error(own, truth) < 0.2
 
 
+@pytest.mark.parametrize(
+    ("tape", "settings", "kept"),
+    [
+        ({}, {}, True),
+        ({}, {"loss_type": "gspo"}, True),
+        ({}, {"active_vocabulary": "auto"}, True),
+        ({}, {"temperature": 0.7}, False),
+        ({}, {"entropy_coef": 0.01}, False),
+        ({"predictions": False}, {}, False),
+    ],
+)
+def test_the_loss_reads_what_tokens_were_drawn_from(tape, settings, kept, monkeypatch):
+    """Where that is what it needs; elsewhere it computes logits from the tape's last states."""
+    called = []
+
+    def spied(*args, **more):
+        called.append(args)
+        return recorded_grpo_loss(*args, **more)
+
+    monkeypatch.setattr("polymath_fast.learner.step.recorded_grpo_loss", spied)
+    policy = policy_of("random:tiny", torch.float32)
+    recorder = Tape(2000, **tape)
+    recorder.start_step()
+    rows = sampled(policy, recorder)
+    metrics, gradient = update(policy, rows, **settings)
+    assert bool(called) == kept and metrics["packing/taped_ratio"] == 1
+    expected, truth = update(policy, plain(rows), **settings)
+    assert error(gradient, truth) < 1e-5
+    assert metrics["policy/loss"] == pytest.approx(expected["policy/loss"], abs=1e-6)
+    assert metrics["policy/entropy"] == pytest.approx(expected["policy/entropy"], rel=1e-5)
+
+
 def test_two_updates_are_equal_bit_for_bit():
     policy = policy_of("random:tiny", torch.bfloat16)
     rows = sampled(policy, recording(2000))
@@ -241,15 +273,16 @@ def test_nothing_is_recorded_between_steps():
 def test_a_config_tells_whether_there_will_be_a_tape(family, dtype, monkeypatch):
     policy = policy_of(family, dtype)
     shape = read_config(policy.model_dir)
-    assert taping.in_tiles(shape, dtype) == tile_weights.fits(policy) == (family in FAMILIES)
+    assert tape_room.in_tiles(shape, dtype) == tile_weights.fits(policy) == (family in FAMILIES)
     if family in FAMILIES:
         sizes = tile_weights.TileWeights(policy).sizes
-        assert taping.LayerSizes.of(shape, dtype) == sizes
-        made = taping.Activations.empty(sizes, 100)
-        held = sum(each.nbytes for each in made)
-        assert held == 100 * sizes.row_bytes
+        assert tape_room.DecoderSizes.of(shape, dtype) == sizes
+        tape = Tape(100)
+        tape.open(sizes)
+        held = sum(each.nbytes for each in (*tape.activations, *tape.predictions))
+        assert held == 100 * tape_room.row_bytes(shape, Config(), dtype)
     monkeypatch.setattr(tiles, "available", lambda asked: asked != dtype)
-    assert not taping.in_tiles(shape, dtype) and not tile_weights.fits(policy)
+    assert not tape_room.in_tiles(shape, dtype) and not tile_weights.fits(policy)
 
 
 def test_no_room_for_the_tape_names_the_setting():

@@ -12,12 +12,14 @@ from numba import njit
 
 from polymath_fast.kernels.cpu.tiles import COLUMNS, LANES, ROWS, dot_tile, zip_words
 
-GROUP = 64
-"""vocabulary entries whose weight gradient is worked on together"""
+GROUP = 288
+"""rows at most of a weight's gradient that are worked on together: the more, the fewer reads of the
+other factor"""
 CHAIN = 96
 """pairs of hidden entries that one chain of a logit sums up"""
 DEPTH = 512
-"""pairs of vocabulary entries that the gradient of `hidden` sums up before it goes to memory"""
+"""pairs that a gradient sums up before it goes to memory: what is read again and again meanwhile
+stays in the second-level cache"""
 
 
 @njit(nogil=True, cache=True)
@@ -101,28 +103,29 @@ def hidden_gradient(start, stop, slopes, packed, out):
 
 @njit(nogil=True, cache=True)
 def weight_gradient(start, stop, slopes, packed, out, add):
-    """out (V, H) fp32 = or += slopes (count, V).T @ packed hidden; the range is one of V."""
+    """out (V, H) fp32 = or += slopes (count, V).T @ packed hidden; the range is one of V, of a few
+    hundred rows at most."""
     pairs = packed.shape[1]
     spare = np.empty((ROWS, COLUMNS), np.float32)
-    group = np.empty((pairs, GROUP), np.uint32)
-    for top in range(start, stop, GROUP):
-        height = min(GROUP, stop - top)
-        _interleave(slopes, 0, pairs, top, height, group)
+    padded = -(-(stop - start) // LANES) * LANES
+    group = np.empty((min(pairs, DEPTH), padded), np.uint32)
+    for first in range(0, pairs, DEPTH):
+        depth = min(DEPTH, pairs - first)
+        _interleave(slopes, 2 * first, depth, start, stop - start, group)
         for panel in range(packed.shape[0]):
-            right = packed[panel]
-            for offset in range(0, height, ROWS):
-                left = group.ctypes.data + 4 * offset
+            right = packed[panel, first:]
+            for top in range(start, stop, ROWS):
                 _put(
-                    left,
+                    group.ctypes.data + 4 * (top - start),
                     4,
                     group.strides[0],
                     right,
-                    pairs,
+                    depth,
                     out,
-                    top + offset,
-                    top + height,
+                    top,
+                    stop,
                     panel * COLUMNS,
-                    add,
+                    add or first > 0,
                     spare,
                 )
 

@@ -122,13 +122,20 @@ def step(
 def gate_and_up(start, stop, kept, rows, out):
     """Rows [start, stop) of out (R, 2 I): gate, then up, of rows[i] of kept (panels, rows, 96)."""
     width = out.shape[1] // 2
-    for panel in range(kept.shape[0]):
-        left = panel * tiles.COLUMNS
-        right = min(left + tiles.COLUMNS, width)
-        for i in range(start, stop):
-            row = kept[panel, rows[i]]
-            copy_row(row, out[i, left:right])
-            copy_row(row[tiles.COLUMNS :], out[i, width + left : width + right])
+    half, step = tiles.COLUMNS * out.itemsize, width * out.itemsize
+    whole = width // tiles.COLUMNS
+    for i in range(start, stop):
+        origin = kept.ctypes.data + rows[i] * kept.strides[1]
+        place = out.ctypes.data + i * out.strides[0]
+        for _ in range(whole):
+            tiles.copy(origin, place, half)
+            tiles.copy(origin + half, place + step, half)
+            origin += kept.strides[0]
+            place += half
+        if whole < kept.shape[0]:
+            rest = kept[whole, rows[i]]
+            copy_row(rest, out[i, whole * tiles.COLUMNS : width])
+            copy_row(rest[tiles.COLUMNS :], out[i, width + whole * tiles.COLUMNS :])
 
 
 @njit(nogil=True, cache=True)

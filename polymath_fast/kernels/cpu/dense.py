@@ -47,17 +47,21 @@ def weight_gradients(upstream: Tensor, x: Tensor, weights: Sequence[Tensor]) -> 
 
     A weight with a `sink` gets its part added there in float32, and None is returned.
     """
-    found: list[Tensor | None] = []
-    packed = None
-    for weight, columns in zip(weights, _columns(weights), strict=True):
-        sink = sink_of(weight)
-        part = upstream[:, columns]
-        if sink is None:
-            found.append(torch.mm(part.t(), x))
-            continue
-        packed = packed_rows(x) if packed is None else packed
-        add_weight_gradient(part, x, packed, *sink())
-        found.append(None)
+    parts = [upstream[:, columns] for columns in _columns(weights)]
+    sinks = [sink_of(weight) for weight in weights]
+    found = [
+        torch.mm(part.t(), x) if sink is None else None
+        for part, sink in zip(parts, sinks, strict=True)
+    ]
+    totals = [(part, *sink()) for part, sink in zip(parts, sinks, strict=True) if sink is not None]
+    if not totals:
+        return found
+    packed = packed_rows(x)
+    stacked = _stacked([total for _, total, _ in totals]) if len(totals) == len(weights) else None
+    if stacked is not None and len({add for *_, add in totals}) == 1:
+        totals = [(upstream, stacked, totals[0][2])]
+    for part, total, add in totals:
+        add_weight_gradient(part, x, packed, total, add)
     return found
 
 

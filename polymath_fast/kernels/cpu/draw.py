@@ -1,4 +1,4 @@
-"""One token a row from logits, with the log-prob of what was drawn: two reads of a row.
+"""One token a row from logits, with the log-prob of what was drawn: one read of a row.
 
 The distribution function is inverted: sums over blocks of columns, then a walk inside one block.
 """
@@ -11,32 +11,53 @@ import numpy as np
 from numba import njit
 
 from polymath_fast.kernels.cpu import scalar
-from polymath_fast.kernels.cpu.scalar import exp, maximum
+from polymath_fast.kernels.cpu.scalar import exp, maximum, put
 
 BLOCK = 512
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
 _FLOOR = np.float32(-100.0)
 
 
-@njit(nogil=True, cache=True)
-def draw(start, stop, logits, vocab, half, scale, greedy, uniforms, tokens, logprobs):
+@njit(nogil=True, cache=True, error_model="numpy")
+def draw(
+    start, stop, logits, vocab, half, scale, greedy, uniforms, tokens, logprobs, kept_rows, first,
+    kept, found,
+):  # fmt: skip
     """Rows [start, stop) of logits (B, V + padding), fp32 or (`half`: fp16, else bf16) bits.
 
     tokens (B,) int64 from softmax(logits * scale); `greedy`: the first of the largest.
     logprobs (B,) fp32 under that softmax, at most 0; uniforms (B,) float64 in [0, 1).
+
+    Of the first `kept_rows` rows the exponentials of the distances from the largest logit go to
+    rows of kept (..., V + padding), bf16 bits or fp32, from `first` on; and to those of found
+    (..., 4) the log-prob, the entropy, the sum of the exponentials and 1 - the token's probability.
     """
     row = np.empty(vocab, np.float32)
     masses = np.empty(-(-vocab // BLOCK))
     for i in range(start, stop):
         scalar.load_row(logits[i, :vocab], half, scale, row)
         top = _largest(row)
-        total = 0.0
+        token = _first(row, top) if greedy else -1
+        total = moment = 0.0
         for block in range(masses.size):
-            masses[block] = _mass(row[block * BLOCK : (block + 1) * BLOCK], top)
+            some = row[block * BLOCK : (block + 1) * BLOCK]
+            masses[block], part = _exponentials(some, top)
             total += masses[block]
-        token = _first(row, top) if greedy else _invert(row, top, masses, uniforms[i] * total)
+            moment += part
+        if token < 0:
+            token = _invert(row, masses, uniforms[i] * total)
         tokens[i] = token
-        logprobs[i] = min(np.float64(row[token] - top) - math.log(total), 0.0)
+        mine = np.float64(row[token])
+        others = _without(row, masses, token)
+        logprob = -math.log1p(others / mine) if others < mine else math.log(mine / total)
+        logprobs[i] = logprob
+        if i < kept_rows:
+            statistics = found[first + i]
+            statistics[0] = logprob
+            statistics[1] = max(math.log(total) - moment / total, 0.0)
+            statistics[2] = total
+            statistics[3] = others / total
+            _keep(row, kept[first + i])
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -48,11 +69,17 @@ def _largest(row):
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _mass(row, top):
+def _exponentials(row, top):
+    """exp(x) of x = row - top, in place; the sums of exp(x) and of exp(x) x."""
     total = np.float32(0)
+    moment = np.float32(0)
     for v in range(row.size):
-        total += exp(maximum(row[v] - top, _FLOOR))
-    return np.float64(total)
+        x = maximum(row[v] - top, _FLOOR)
+        e = exp(x)
+        row[v] = e
+        total += e
+        moment += e * x
+    return np.float64(total), np.float64(moment)
 
 
 @njit(nogil=True, cache=True)
@@ -64,20 +91,39 @@ def _first(row, top):
 
 
 @njit(nogil=True, cache=True)
-def _invert(row, top, masses, target):
-    """The column at which the running sum of exponentials passes `target`; never one of mass 0."""
+def _invert(row, masses, target):
+    """The column at which the running sum of the row passes `target`; never one of mass 0."""
     block = 0
     while block < masses.size - 1 and target >= masses[block]:
         target -= masses[block]
         block += 1
     last = -1
     for v in range(block * BLOCK, min((block + 1) * BLOCK, row.size)):
-        e = exp(maximum(row[v] - top, _FLOOR))
-        if e > 0:
+        if row[v] > 0:
             last = v
-            if target < e:
+            if target < row[v]:
                 return v
-            target -= e
-    if last >= 0:
-        return last
-    return _first(row, top)
+            target -= row[v]
+    return last if last >= 0 else _first(row, np.float32(1))
+
+
+@njit(nogil=True, cache=True)
+def _without(row, masses, token):
+    """The sum over all columns but one, which keeps its digits where that one is nearly all."""
+    mine = token // BLOCK
+    total = 0.0
+    for block in range(masses.size):
+        if block != mine:
+            total += masses[block]
+    for v in range(mine * BLOCK, min((mine + 1) * BLOCK, row.size)):
+        if v != token:
+            total += np.float64(row[v])
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _keep(row, out):
+    for v in range(row.size):
+        put(out, v, row[v])
+    for v in range(row.size, out.size):
+        put(out, v, np.float32(0))

@@ -1,7 +1,7 @@
 """The LM head on a CPU, forwards: log-probs and entropies, block of rows by block of rows.
 
-A block is multiplied out to fp32 logits in a buffer, and one
-compiled pass takes log-probs and entropies from it. Logits live until the next block.
+A block is multiplied out to fp32 logits in a buffer, and one compiled pass takes log-probs and
+entropies from it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from polymath_fast.kernels.cpu import rows
-from polymath_fast.kernels.cpu.products import products_for
+from polymath_fast.kernels.cpu.products import bits, products_for
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 
@@ -44,6 +44,7 @@ class Head:
         count = hidden.shape[0]
         self.found = torch.empty(4, count, dtype=torch.float64)
         self.block = rows_that_fit(LOGITS_BYTES, 4 * self.vocab, count)
+        self._held: torch.Tensor | None = None  # logits (rows, V + padding) of a block
 
     @property
     def logprobs(self) -> torch.Tensor:
@@ -55,11 +56,43 @@ class Head:
         """(N,) fp32, of the blocks that were visited."""
         return self.found[1].float()
 
-    def blocks(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(start, stop, logits) of every block; logits (rows, V + padding) fp32 until the next."""
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of every block, whose logits are held until the next."""
         for start in range(0, self.hidden.shape[0], self.block):
             stop = min(start + self.block, self.hidden.shape[0])
-            yield start, stop, self._logits(start, stop)
+            self._held = self._logits(start, stop)
+            yield start, stop
+
+    def slopes(
+        self,
+        start: int,
+        index: torch.Tensor,
+        by_logprob: torch.Tensor,
+        by_entropy: torch.Tensor,
+        first: int,
+        out: torch.Tensor,
+    ) -> None:
+        """Gradients of the logits of rows start + index (M,) of the block that begins at `start`,
+        into rows of `out` (..., V + padding) from `first` on.
+
+        by_logprob, by_entropy (rows,): derivatives of the loss by the block's log-probs and
+        entropies.
+        """
+        block = slice(start, start + len(by_logprob))
+        parallel(
+            rows.head_slopes,
+            split(len(index)),
+            self._held.numpy(),
+            self.vocab,
+            index.numpy(),
+            self.targets[block],
+            self.scale,
+            self.found[:, block].numpy(),
+            by_logprob.float().numpy(),
+            by_entropy.float().numpy(),
+            first,
+            bits(out),
+        )
 
     def _logits(self, start: int, stop: int) -> torch.Tensor:
         width = odd_lines(self.vocab, 4)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from polymath_fast.kernels.cpu import rows, vocabulary
+from polymath_fast.kernels.cpu import vocabulary
 from polymath_fast.kernels.cpu.head import Head, odd_lines, rows_that_fit
 from polymath_fast.kernels.cpu.products import bits, padded_rows
-from polymath_fast.kernels.cpu.threads import parallel, split
+from polymath_fast.kernels.cpu.recorded_head import RecordedHead
 from polymath_fast.kernels.cpu.workspace import buffer, claim
 
 SLOPES_BYTES = 176 * 2**20
@@ -33,7 +33,7 @@ class HeadGradient:
 
     def __init__(
         self,
-        head: Head,
+        head: Head | RecordedHead,
         needs: tuple[bool, bool, bool],
         vocab_tol: float | str = 0.0,
         to_sink: bool = False,
@@ -64,12 +64,12 @@ class HeadGradient:
     def add(
         self,
         start: int,
-        logits: torch.Tensor,
         by_logprob: torch.Tensor,
         by_entropy: torch.Tensor | None,
     ) -> None:
-        """Rows from `start` on, and the loss's derivatives by their log-probs and entropies."""
-        stop = start + len(logits)
+        """A block of rows, from `start` on, by the loss's derivatives by their log-probs and
+        entropies."""
+        stop = start + len(by_logprob)
         by_entropy = torch.zeros_like(by_logprob) if by_entropy is None else by_entropy
         sound = self.head.found[:2, start:stop].isfinite().all(0)
         index = ((by_logprob != 0) | (by_entropy != 0)).logical_and_(sound).nonzero()[:, 0]
@@ -77,20 +77,7 @@ class HeadGradient:
             return
         if self._count + len(index) > self._capacity:
             self._flush()
-        parallel(
-            rows.head_slopes,
-            split(len(index)),
-            logits.numpy(),
-            self.head.vocab,
-            index.numpy(),
-            self.head.targets[start:stop],
-            self.head.scale,
-            self.head.found[:, start:stop].numpy(),
-            by_logprob.float().numpy(),
-            by_entropy.float().numpy(),
-            self._count,
-            bits(self._slopes),
-        )
+        self.head.slopes(start, index, by_logprob, by_entropy, self._count, self._slopes)
         self._live.append(index + start)
         self._count += len(index)
         self._largest = max(self._largest, float(by_logprob[index].abs().max()))
@@ -196,8 +183,8 @@ def head_gradients(
     by_logprob, by_entropy = by_logprob[live], by_entropy[live]
     head = Head(hidden[live], weight, bias, targets[live], temperature)
     gradient = HeadGradient(head, needs, vocab_tol, to_sink)
-    for start, stop, logits in head.blocks():
-        gradient.add(start, logits, by_logprob[start:stop], by_entropy[start:stop])
+    for start, stop in head.blocks():
+        gradient.add(start, by_logprob[start:stop], by_entropy[start:stop])
     some, d_weight, d_bias = gradient.finish()
     d_hidden = None
     if some is not None:

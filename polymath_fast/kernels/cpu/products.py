@@ -63,16 +63,13 @@ class TileLogits:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
-        vocab, size = weight.shape
-        self._padding = size % 2 if weight.dtype == torch.bfloat16 else 0
-        padded = torch.nn.functional.pad(weight, (0, self._padding)) if self._padding else weight
-        right = words(padded.contiguous())
-        shape = (_panels(vocab), right.shape[1], tiles.COLUMNS)
-        self._panels = _words("weight_panels", shape, right.dtype)
-        parallel(bf16.pack_weight, split(len(self._panels)), right, self._panels)
+        self._padding = weight.shape[1] % 2 if weight.dtype == torch.bfloat16 else 0
+        self._panels: np.ndarray | None = None
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """See `Products.logits`."""
+        if self._panels is None:
+            self._panels = self._packed()
         count, size = hidden.shape
         shape = (padded_rows(count), size + self._padding)
         left = buffer("left_rows", shape, self._weight.dtype)
@@ -80,6 +77,15 @@ class TileLogits:
         left[:, size:] = 0
         tasks = split(len(self._panels))
         parallel(bf16.logits, tasks, words(left), count, self._panels, out.numpy())
+
+    def _packed(self) -> np.ndarray:
+        weight = self._weight
+        padded = torch.nn.functional.pad(weight, (0, self._padding)) if self._padding else weight
+        right = words(padded.contiguous())
+        shape = (_panels(len(weight)), right.shape[1], tiles.COLUMNS)
+        panels = _words("weight_panels", shape, right.dtype)
+        parallel(bf16.pack_weight, split(len(panels)), right, panels)
+        return panels
 
 
 class TileProducts(TileLogits):
@@ -163,7 +169,8 @@ def add_weight_gradient(
 ) -> None:
     """out (A, H) fp32 = or += slopes (N, A).T @ hidden (N, H), which `packed_rows` has packed."""
     if packed is not None:
-        tasks = split(len(out), bf16.GROUP)
+        per_thread = -(-len(out) // (bf16.GROUP * torch.get_num_threads()))
+        tasks = split(len(out), tiles.ROWS, per_thread)  # as many for each thread
         parallel(bf16.weight_gradient, tasks, bits(slopes), packed, out.numpy(), add)
         return
     _add_product(slopes.t(), hidden, out, add)

@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import scalar
-from polymath_fast.kernels.cpu.scalar import exp, maximum
+from polymath_fast.kernels.cpu.scalar import exp, maximum, value
 
 BLOCK = 1024
 _FLOOR = np.float32(-100.0)
@@ -58,6 +58,24 @@ def head_slopes(
         )
         for v in range(vocab, target_row.size):
             _store(target_row, v, np.float32(0), False)
+
+
+@njit(nogil=True, cache=True)
+def recorded_slopes(
+    start, stop, kept, vocab, kept_rows, index, targets, scale, found, by_logprob, first, out
+):
+    """As `head_slopes` without entropies, of exponentials: those of row i are in row kept_rows[i]
+    of `kept` (..., V + padding), bf16 bits or fp32. found[2] is their sum, see `draw`."""
+    for j in range(start, stop):
+        i = index[j]
+        source, target_row = kept[kept_rows[i]], out[first + j]
+        weight = -by_logprob[i] * scale / np.float32(found[2, i])
+        for v in range(vocab):
+            _store(target_row, v, value(source[v]) * weight, False)
+        for v in range(vocab, target_row.size):
+            _store(target_row, v, np.float32(0), False)
+        mine = np.float32(found[3, i]) * by_logprob[i] * scale
+        _store(target_row, targets[i], mine, False)
 
 
 @njit(nogil=True, cache=True)

@@ -224,6 +224,24 @@ low_narrow_tile = _make_dot_tile(3, 1, of=4)
 
 
 @intrinsic
+def copy(typing_context, source, target, size):
+    """`size` bytes, a multiple of 32, from one address to another."""
+    signature = types.void(types.uintp, types.uintp, types.intp)
+    return signature, _emit_copy
+
+
+def _emit_copy(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+    source, target, size = args
+    kind = ir.VectorType(_i32, 8).as_pointer()
+    with cgutils.for_range_slice(builder, _i64(0), size, _i64(32)) as (offset, _):
+        origin, place = (
+            builder.inttoptr(builder.add(each, offset), kind) for each in (source, target)
+        )
+        builder.store(builder.load(origin, align=2), place, align=2)
+    return context.get_dummy_value()
+
+
+@intrinsic
 def zip_words(typing_context, low, high, out):
     """out: 16 words, low half from the 16 bf16 at `low`, high half from those at `high`."""
     signature = types.void(types.uintp, types.uintp, types.uintp)

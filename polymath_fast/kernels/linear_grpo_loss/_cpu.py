@@ -13,6 +13,7 @@ import torch
 from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.cpu.head import Head
 from polymath_fast.kernels.cpu.head_gradient import HeadGradient, head_gradients
+from polymath_fast.kernels.cpu.recorded_head import RecordedHead, RecordedPredictions
 from polymath_fast.kernels.cpu.sink import Sink, add_scaled, sink_of
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
@@ -32,22 +33,28 @@ def linear_grpo_loss(
     batch: PolicyBatch,
     spec: PolicyLossSpec,
     vocab_tol: float | str,
+    recorded: RecordedPredictions | None = None,
 ) -> PolicyLossOutput:
-    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64."""
+    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64; `recorded`: see `recorded`."""
     needs = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, weight, bias)
     )
     inputs = (hidden.detach(), weight.detach(), None if bias is None else bias.detach(), targets)
-    head = Head(*inputs, spec.temperature)
+    known = recorded is not None
+    head = RecordedHead(*inputs, recorded) if known else Head(*inputs, spec.temperature)
     sink = sink_of(weight)
     how = (needs, vocab_tol, sink is not None)
-    gradient = HeadGradient(head, *how) if any(needs) and spec.scope == "token" else None
-    for start, stop, logits in head.blocks():
-        if gradient is not None:
-            terms = _terms(head, batch.rows(start, stop), spec, start, stop)
-            gradient.add(start, logits, terms.coefficient, terms.entropy_coefficient)
-    terms = _terms(head, batch, spec, 0, len(targets))
+    everything = (head, batch, spec, 0, len(targets))
+    terms = _terms(*everything) if known else None
+    gradient = HeadGradient(head, *how) if any(needs) and (known or spec.scope == "token") else None
+    for start, stop in head.blocks():
+        if gradient is not None and known:
+            gradient.add(start, terms.coefficient[start:stop], None)
+        elif gradient is not None:
+            some = _terms(head, batch.rows(start, stop), spec, start, stop)
+            gradient.add(start, some.coefficient, some.entropy_coefficient)
+    terms = terms or _terms(*everything)
     gradients, report = (None, None, None), None
     if gradient is not None:
         gradients, report = gradient.finish(), gradient.report
@@ -62,7 +69,7 @@ def linear_grpo_loss(
 
 
 def _terms(
-    head: Head, batch: PolicyBatch, spec: PolicyLossSpec, start: int, stop: int
+    head: Head | RecordedHead, batch: PolicyBatch, spec: PolicyLossSpec, start: int, stop: int
 ) -> PolicyTerms:
     return policy_terms(batch, head.logprobs[start:stop], head.entropy[start:stop], spec)
 

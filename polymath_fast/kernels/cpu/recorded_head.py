@@ -1,0 +1,120 @@
+"""The LM head of rows whose softmax a sampler kept: the product that made it is not computed again.
+
+Legend: N rows, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polymath_fast.kernels.cpu import rows
+from polymath_fast.kernels.cpu.products import bits, products_for
+from polymath_fast.kernels.cpu.threads import parallel, split
+
+_BLOCK = 512
+"""rows at a time; any number does"""
+
+
+class Predictions(NamedTuple):
+    """The distributions that tokens were drawn from, a row a token."""
+
+    exponentials: Tensor
+    """(rows, V + padding) of each logit's distance from the largest one, over the temperature"""
+    found: Tensor
+    """(rows, 4) float64: log-prob of the token, entropy, sum of the exponentials, 1 - probability
+    of the token"""
+
+
+class Recording(NamedTuple):
+    """Where those of the next tokens go."""
+
+    kept: Predictions
+    count: int
+    """of the first of them; the others go nowhere"""
+    first: int
+    """row of the first one"""
+
+
+class RecordedPredictions(NamedTuple):
+    """Those of some tokens."""
+
+    kept: Predictions
+    rows: Tensor
+    """(N,) int64, of each token"""
+    temperature: float
+
+    @classmethod
+    def joined(cls, parts: Sequence[RecordedPredictions]) -> RecordedPredictions:
+        """Of several completions, sampled with the same weights at one temperature."""
+        rows = torch.cat([part.rows for part in parts])
+        return cls(parts[0].kept, rows, parts[0].temperature)
+
+
+class RecordedHead:
+    """As `head.Head`, with all its statistics from the beginning and exponentials for logits."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        recorded: RecordedPredictions,
+    ):
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.products = products_for(weight)
+        self.scale = np.float32(1 / recorded.temperature)
+        self.vocab = weight.shape[0]
+        self.block = _BLOCK
+        self._targets = np.ascontiguousarray(targets.numpy())
+        self._exponentials = bits(recorded.kept.exponentials)
+        self._rows = recorded.rows
+        self.found = recorded.kept.found[recorded.rows].T.contiguous()  # (4, N)
+
+    @property
+    def logprobs(self) -> Tensor:
+        """(N,) fp32"""
+        return self.found[0].float()
+
+    @property
+    def entropy(self) -> Tensor:
+        """(N,) fp32"""
+        return self.found[1].float()
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of every block."""
+        for start in range(0, len(self._rows), self.block):
+            yield start, min(start + self.block, len(self._rows))
+
+    def slopes(
+        self,
+        start: int,
+        index: Tensor,
+        by_logprob: Tensor,
+        by_entropy: Tensor,
+        first: int,
+        out: Tensor,
+    ) -> None:
+        """As those of `head.Head`; `by_entropy`, which would need logits, must be 0."""
+        if by_entropy.any():
+            raise ValueError("recorded predictions have no gradient of an entropy bonus")
+        block = slice(start, start + len(by_logprob))
+        parallel(
+            rows.recorded_slopes,
+            split(len(index)),
+            self._exponentials,
+            self.vocab,
+            self._rows[block].numpy(),
+            index.numpy(),
+            self._targets[block],
+            self.scale,
+            self.found[:, block].numpy(),
+            by_logprob.float().numpy(),
+            first,
+            bits(out),
+        )

@@ -1,0 +1,49 @@
+"""Policy loss from the LM head where a sampler kept what it drew from: two products, not three."""
+
+from __future__ import annotations
+
+import torch
+
+from polymath_fast.kernels import checks
+from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
+from polymath_fast.kernels.linear_grpo_loss import _cpu
+from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec, prepare
+
+
+def recorded_grpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    advantages: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    recorded: RecordedPredictions,
+    *,
+    spec: PolicyLossSpec,
+    bias: torch.Tensor | None = None,
+    vocab_tol: float | str = 0.0,
+    **of_tokens: torch.Tensor | None,
+) -> PolicyLossOutput:
+    """`linear_grpo_loss` on a CPU of N targets that were drawn with these very weights.
+
+    Args:
+        recorded: what was kept when `targets` were drawn, at the temperature of `spec`.
+        of_tokens: old_logprobs, sampling_logprobs and so on, see `linear_grpo_loss`.
+
+    Raises:
+        ValueError: as `linear_grpo_loss`; another temperature; an entropy bonus, whose gradient
+            needs logits.
+    """
+    checks.check_head(hidden, weight, targets, bias, checks.MASKED)
+    if recorded.temperature != spec.temperature or len(recorded.rows) != len(targets):
+        raise ValueError(
+            f"the predictions are of {len(recorded.rows)} tokens at temperature "
+            f"{recorded.temperature:g}, the loss of {len(targets)} at {spec.temperature:g}"
+        )
+    if spec.entropy_coef:
+        raise ValueError(f"entropy_coef={spec.entropy_coef:g} needs logits: use linear_grpo_loss")
+    checks.check_vocab_tol(vocab_tol)
+    rows = (len(targets), checks.working_dtype(hidden.dtype), hidden.device)
+    batch = prepare(spec, *rows, advantages, cu_seqlens, **of_tokens)
+    return _cpu.linear_grpo_loss(
+        hidden, weight, targets, bias, batch, spec, vocab_tol, recorded=recorded
+    )
