@@ -36,6 +36,13 @@ def _own_forward_pass(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(Tape, "start_step", Tape.end_step))
 
 
+def _own_logits(stack: ExitStack) -> None:
+    """The learner computes the logits again from which the sampler drew."""
+    from polymath_fast.learner.taped import TapedPass
+
+    stack.enter_context(mock.patch.object(TapedPass, "predictions", lambda *_: None))
+
+
 def _torch_attention(stack: ExitStack) -> None:
     """torch's flash-attention pieces instead of compiled tiles, which a tape needs."""
     from polymath_fast.kernels.prefix_attention import tiles
@@ -68,6 +75,7 @@ def _whole_logits(stack: ExitStack) -> None:
     """The LM head as its reference has it: all logits, in float32."""
     from polymath_fast.learner import step
 
+    _own_logits(stack)
     loss = step.linear_grpo_loss
 
     def plain(*args, **kwargs):
@@ -107,6 +115,7 @@ def _no_tree(stack: ExitStack) -> None:
 ABLATIONS: dict[str, Callable[[ExitStack], None]] = {
     "prompt once": _prompt_repeated,
     "the sampler's forward pass": _own_forward_pass,
+    "the sampler's softmax": _own_logits,
     "attention in tiles": _torch_attention,
     "fused layers": _modules,
     "decoding in tiles": _module_decoding,

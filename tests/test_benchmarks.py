@@ -14,6 +14,7 @@ from polymath_fast import memory
 from polymath_fast.kernels.prefix_attention import tiles
 from polymath_fast.kernels.triton.budget import Gpu
 from polymath_fast.learner import rows, step
+from polymath_fast.learner.taped import TapedPass
 from polymath_fast.models.random_models import FAMILIES
 from polymath_fast.rollout import tile_weights
 from polymath_fast.rollout.tape import Tape
@@ -124,7 +125,7 @@ def test_the_learner_is_timed_where_it_fits() -> None:
 @pytest.mark.parametrize("idea", ablations.ABLATIONS)
 def test_an_idea_is_off_inside_and_on_again_behind(idea: str) -> None:
     def everything() -> dict[str, object]:
-        owners = (rows, step, step.Learner, tiles, tile_weights, Tape, torch.nn.Module)
+        owners = (rows, step, step.Learner, tiles, tile_weights, Tape, TapedPass, torch.nn.Module)
         return {f"{o.__name__}.{name}": value for o in owners for name, value in vars(o).items()}
 
     before = everything()
