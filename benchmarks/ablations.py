@@ -73,15 +73,15 @@ def _module_decoding(stack: ExitStack) -> None:
 
 def _whole_logits(stack: ExitStack) -> None:
     """The LM head as its reference has it: all logits, in float32."""
-    from polymath_fast.learner import step
+    from polymath_fast.learner import loss as losses
 
     _own_logits(stack)
-    loss = step.linear_grpo_loss
+    loss = losses.linear_grpo_loss
 
     def plain(*args, **kwargs):
         return loss(*args, impl="reference", **kwargs)
 
-    stack.enter_context(mock.patch.object(step, "linear_grpo_loss", plain))
+    stack.enter_context(mock.patch.object(losses, "linear_grpo_loss", plain))
 
 
 def _old_logprobs(stack: ExitStack) -> None:

@@ -13,6 +13,7 @@ from benchmarks import ablations, gpu_learner, gpu_operators, gpu_sizes, gpu_sui
 from polymath_fast import memory
 from polymath_fast.kernels.prefix_attention import tiles
 from polymath_fast.kernels.triton.budget import Gpu
+from polymath_fast.learner import loss as losses
 from polymath_fast.learner import rows, step
 from polymath_fast.learner.taped import TapedPass
 from polymath_fast.models.random_models import FAMILIES
@@ -95,13 +96,13 @@ def test_the_checks_notice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("wrong", ["multiplicity", "sampling_logprobs"])
 def test_the_check_of_the_learner_notices(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = step.linear_grpo_loss
+    loss = losses.linear_grpo_loss
 
     def wrong_loss(*given: object, **how: object) -> object:
         value = how["sampling_logprobs"] - 0.01 if wrong == "sampling_logprobs" else None
         return loss(*given, **(how | {wrong: value}))
 
-    monkeypatch.setattr(step, "linear_grpo_loss", wrong_loss)
+    monkeypatch.setattr(losses, "linear_grpo_loss", wrong_loss)
     error = gpu_learner.correct_learner("cpu")["error"]
     assert "whole, gradient error" in error and "in parts, loss error" in error
 
@@ -125,7 +126,17 @@ def test_the_learner_is_timed_where_it_fits() -> None:
 @pytest.mark.parametrize("idea", ablations.ABLATIONS)
 def test_an_idea_is_off_inside_and_on_again_behind(idea: str) -> None:
     def everything() -> dict[str, object]:
-        owners = (rows, step, step.Learner, tiles, tile_weights, Tape, TapedPass, torch.nn.Module)
+        owners = (
+            rows,
+            losses,
+            step,
+            step.Learner,
+            tiles,
+            tile_weights,
+            Tape,
+            TapedPass,
+            torch.nn.Module,
+        )
         return {f"{o.__name__}.{name}": value for o in owners for name, value in vars(o).items()}
 
     before = everything()

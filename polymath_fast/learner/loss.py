@@ -1,12 +1,18 @@
-"""The policy loss that a run's settings describe."""
+"""The policy loss that a run's settings describe, and its call on a packed batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
 
 from polymath_fast.config import Config
-from polymath_fast.kernels import PolicyLossSpec
+from polymath_fast.kernels import PolicyLossOutput, PolicyLossSpec, linear_grpo_loss
+from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
+from polymath_fast.kernels.linear_grpo_loss.recorded import recorded_grpo_loss
 from polymath_fast.learner.mismatch import finite_or_none
+from polymath_fast.learner.packing import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -40,4 +46,33 @@ def loss_spec(config: Config, divisors: Divisors | None = None) -> PolicyLossSpe
         spec,
         normalizer=float(divisors.tokens if by_token else divisors.completions),
         entropy_normalizer=float(divisors.tokens),
+    )
+
+
+def packed_loss(
+    head: nn.Linear,
+    hidden: Tensor,
+    batch: PackedBatch,
+    spec: PolicyLossSpec,
+    vocab_tol: float | str,
+    predictions: RecordedPredictions | None = None,
+) -> PolicyLossOutput:
+    """The loss of `batch`, whose targets the states `hidden` (N, H) predict through `head`; from
+    `predictions` where there are any, and no logits are computed."""
+    loss = linear_grpo_loss
+    if predictions is not None:
+        loss = partial(recorded_grpo_loss, recorded=predictions)
+    return loss(
+        hidden,
+        head.weight,
+        batch.targets,
+        batch.advantages,
+        batch.cu_seqlens,
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        sampling_logprobs=batch.sampling_logprobs,
+        multiplicity=batch.multiplicity,
+        bias=head.bias,
+        spec=spec,
+        vocab_tol=vocab_tol,
     )

@@ -6,9 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,15 +16,14 @@ from polymath_fast.config import Config
 from polymath_fast.kernels import (
     PolicyLossOutput,
     PolicyLossSpec,
-    linear_grpo_loss,
     linear_logprobs,
 )
 from polymath_fast.kernels.cpu import workspace
-from polymath_fast.kernels.linear_grpo_loss.recorded import recorded_grpo_loss
+from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
 from polymath_fast.kernels.scratch import Arena
 from polymath_fast.learner import out_of_memory
 from polymath_fast.learner.flat_storage import FlatStorage
-from polymath_fast.learner.loss import Divisors, loss_spec
+from polymath_fast.learner.loss import Divisors, loss_spec, packed_loss
 from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.optimizer import FlatAdamW, learning_rate_at
 from polymath_fast.learner.packing import (
@@ -42,9 +39,6 @@ from polymath_fast.learner.prefix_tree import PrefixTree, plan
 from polymath_fast.learner.rows import minibatches
 from polymath_fast.learner.taped import taped_passes
 from polymath_fast.learner.tree_rule import rule_for
-
-if TYPE_CHECKING:
-    from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
 
 
 class Learner:
@@ -189,23 +183,8 @@ class Learner:
         predictions: RecordedPredictions | None = None,
     ) -> PolicyLossOutput:
         """Loss of a micro-batch with hidden states (N, H), and its gradients."""
-        head, loss = self.policy.head, linear_grpo_loss
-        if predictions is not None:
-            loss = partial(recorded_grpo_loss, recorded=predictions)
-        out = loss(
-            hidden,
-            head.weight,
-            batch.targets,
-            batch.advantages,
-            batch.cu_seqlens,
-            old_logprobs=batch.old_logprobs,
-            ref_logprobs=batch.ref_logprobs,
-            sampling_logprobs=batch.sampling_logprobs,
-            multiplicity=batch.multiplicity,
-            bias=head.bias,
-            spec=spec,
-            vocab_tol="auto" if self.config.active_vocabulary == "auto" else 0.0,
-        )
+        tolerance = "auto" if self.config.active_vocabulary == "auto" else 0.0
+        out = packed_loss(self.policy.head, hidden, batch, spec, tolerance, predictions)
         out.loss.backward()
         return out
 
@@ -246,11 +225,10 @@ class Learner:
         return filled
 
     def _logprobs(self, policy: Policy, batch: PackedBatch, hidden: Tensor) -> Tensor:
-        logprobs, _ = linear_logprobs(
+        return linear_logprobs(
             hidden,
             policy.head.weight,
             batch.targets,
             bias=policy.head.bias,
             temperature=self.config.temperature,
-        )
-        return logprobs
+        )[0]

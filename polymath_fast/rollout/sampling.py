@@ -35,7 +35,7 @@ def sample_tokens(
     """
     vocab = logits.shape[1] if vocab is None else vocab
     if logits.device.type == "cpu" and logits.dtype != torch.float64:
-        return _draw_on_cpu(logits, uniforms, temperature, vocab, recording or _nowhere(logits))
+        return _draw_on_cpu(logits, uniforms, temperature, vocab, recording or _nowhere())
     logits, greedy = logits[:, :vocab], temperature == 0
     scaled = logits.float() if greedy else logits.float() / temperature
     log_norm = torch.logsumexp(scaled, dim=-1)  # (B,)
@@ -73,8 +73,8 @@ def _draw_on_cpu(
     return tokens, logprobs
 
 
-def _nowhere(logits: Tensor) -> Recording:
-    kinds = (logits.dtype, torch.float64)
+def _nowhere() -> Recording:
+    kinds = (torch.bfloat16, torch.float64)
     return Recording(Predictions(*(torch.empty(0, 0, dtype=kind) for kind in kinds)), 0, 0)
 
 

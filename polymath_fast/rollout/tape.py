@@ -88,7 +88,8 @@ class Tape:
     def claim(self, completions: int, tokens: int, temperature: float = 1.0) -> Recorder:
         """For a wave of completions of at most so many tokens, drawn at that temperature: the
         first ones that surely fit."""
-        fitting = (self.rows - self.used) // max(1, tokens) if self._on else 0
+        left = self.rows - max(self.used, self.drawn) if self._on else 0
+        fitting = left // max(1, tokens)
         return Recorder(self, min(completions, fitting), tokens, temperature)
 
     def open(self, sizes: DecoderSizes) -> None:

@@ -13,7 +13,7 @@ from polymath_fast.errors import UserError
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.kernels.cpu.head import odd_lines
 
-_DEFAULT_GIB = 4.0  # but at most a quarter of the machine's memory
+_DEFAULT_SHARE = 0.25  # of the machine's memory
 STATISTICS = 4
 """float64 numbers beside the exponentials of a prediction"""
 _IN_TILES = ("llama", "qwen2", "qwen3")  # models that decode in tiles
@@ -34,7 +34,7 @@ def tape_rows(
     gib = config.tape_gib
     if gib is None:
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / memory.GIB
-        gib = 0 if config.gradient_checkpointing else min(_DEFAULT_GIB, machine / 4)
+        gib = 0 if config.gradient_checkpointing else _DEFAULT_SHARE * machine
     attempts = 1 + config.max_resamples * (config.on_saturation == "resample")
     completions = attempts * config.asked_generations * config.groups_per_step
     tokens = completions * config.max_completion_length

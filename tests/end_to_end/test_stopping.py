@@ -15,7 +15,7 @@ import torch
 from polymath_fast import checkpoint, report, train
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.kernels import linear_grpo_loss
-from polymath_fast.learner import step as learner_step
+from polymath_fast.learner import loss as learner_loss
 from polymath_fast.monitor import Monitor
 from polymath_fast.rewards import RewardSet
 from polymath_fast.rollout.transformers_engine import TransformersEngine
@@ -198,7 +198,7 @@ def test_half_of_a_step_is_not_saved_under_the_name_of_another(
         return linear_grpo_loss(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(learner_step, "linear_grpo_loss", loss)
+        patch.setattr(learner_loss, "linear_grpo_loss", loss)
         assert run(flags, tmp_path / "broken") == 2
     said = capsys.readouterr()
     assert "out of memory" in said.err

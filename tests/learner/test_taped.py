@@ -37,10 +37,18 @@ def policy_of(family: str, dtype: torch.dtype) -> Policy:
 
 
 def sampled(
-    policy: Policy, tape: Tape, *, prompts=PROMPTS, n=24, length=30, temperature=1.0, **options
+    policy: Policy,
+    tape: Tape,
+    *,
+    prompts=PROMPTS,
+    n=24,
+    length=30,
+    temperature=1.0,
+    stop=STOP,
+    **options,
 ) -> list[TrainingRow]:
     """Completions of all prompts, with advantages, in the order in which they finish."""
-    engine = TransformersEngine(policy, stop_token_ids=STOP, tape=tape, **options)
+    engine = TransformersEngine(policy, stop_token_ids=stop, tape=tape, **options)
     sampling = SamplingOptions(max_completion_length=length, temperature=temperature, seed=3)
     requests = [Request(prompt_ids=prompt, n=n) for prompt in prompts]
     rows = []
@@ -149,7 +157,7 @@ def test_the_loss_reads_what_tokens_were_drawn_from(tape, settings, kept, monkey
         called.append(args)
         return recorded_grpo_loss(*args, **more)
 
-    monkeypatch.setattr("polymath_fast.learner.step.recorded_grpo_loss", spied)
+    monkeypatch.setattr("polymath_fast.learner.loss.recorded_grpo_loss", spied)
     policy = policy_of("random:tiny", torch.float32)
     recorder = Tape(2000, **tape)
     recorder.start_step()
@@ -186,6 +194,17 @@ def test_completions_beyond_the_tape_are_computed_as_ever(passes):
     assert 24 < sum(row.recorded is not None for row in rows) < len(rows)
     assert error(update(policy, rows)[1], update(policy, truth)[1]) < 1e-5
     assert sum(passes) == sum(row.recorded is not None for row in rows)
+
+
+def test_waves_share_a_tape_that_is_just_large_enough(passes):
+    """Each completion draws one more token than it reads."""
+    policy = policy_of("random:tiny", torch.float32)
+    options = {"length": 6, "stop": (), "n": 16, "max_num_seqs": 16}
+    rows = sampled(policy, recording(2 * 16 * 6), **options)
+    assert {len(row.token_ids) for row in rows} == {6} and all(row.recorded for row in rows)
+    assert error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
+    some = sampled(policy, recording(2 * 16 * 6 - 1), **options)
+    assert sum(row.recorded is not None for row in some) == 2 * 16 - 1
 
 
 def test_drafts_that_were_wrong_leave_no_trace(passes):

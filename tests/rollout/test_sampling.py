@@ -24,8 +24,9 @@ def test_frequencies_follow_the_softmax(vocab, temperature):
     assert ((counts - draws * probs).abs() < 5 * (draws * probs * (1 - probs)).sqrt() + 5).all()
 
 
-def test_logprobs_are_those_of_the_scaled_distribution():
-    logits = torch.randn(64, 777).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logprobs_are_those_of_the_scaled_distribution(dtype):
+    logits = torch.randn(64, 777).to(dtype)
     tokens, logprobs = sample_tokens(logits, uniforms(64), 0.7)
     truth = (logits.double() / 0.7).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs.double(), truth, atol=2e-6, rtol=0)

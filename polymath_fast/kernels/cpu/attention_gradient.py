@@ -23,8 +23,9 @@ from polymath_fast.kernels.cpu.attention_parts import (
     zero,
 )
 from polymath_fast.kernels.cpu.layers import copy_row
+from polymath_fast.kernels.cpu.moves import zip_words
 from polymath_fast.kernels.cpu.scalar import exp, put, value
-from polymath_fast.kernels.cpu.tiles import LANES, square_tile, zip_words
+from polymath_fast.kernels.cpu.tiles import LANES, square_tile
 
 CHUNK = 96
 _FAST = {"reassoc", "nsz", "contract", "arcp"}

@@ -14,8 +14,9 @@ from numba import njit, types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu.layers import copy_row
+from polymath_fast.kernels.cpu.moves import zip_words
 from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, put, words
-from polymath_fast.kernels.cpu.tiles import LANES, narrow_tile, square_tile, zip_words
+from polymath_fast.kernels.cpu.tiles import LANES, narrow_tile, square_tile
 
 ROWS = 6
 PANEL = 64

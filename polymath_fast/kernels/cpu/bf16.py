@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from polymath_fast.kernels.cpu.tiles import COLUMNS, LANES, ROWS, dot_tile, zip_words
+from polymath_fast.kernels.cpu.moves import zip_words
+from polymath_fast.kernels.cpu.tiles import COLUMNS, LANES, ROWS, dot_tile
 
 GROUP = 288
 """rows at most of a weight's gradient that are worked on together: the more, the fewer reads of the

@@ -13,6 +13,7 @@ from polymath_fast.kernels.cpu import tiles
 from polymath_fast.kernels.cpu.attention_parts import PANEL
 from polymath_fast.kernels.cpu.decode_attention import ROWS, attend, place
 from polymath_fast.kernels.cpu.layers import copy_row, rms_norm
+from polymath_fast.kernels.cpu.moves import copy
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 from polymath_fast.kernels.cpu.team import barrier, next_task
 
@@ -128,8 +129,8 @@ def gate_and_up(start, stop, kept, rows, out):
         origin = kept.ctypes.data + rows[i] * kept.strides[1]
         place = out.ctypes.data + i * out.strides[0]
         for _ in range(whole):
-            tiles.copy(origin, place, half)
-            tiles.copy(origin + half, place + step, half)
+            copy(origin, place, half)
+            copy(origin + half, place + step, half)
             origin += kept.strides[0]
             place += half
         if whole < kept.shape[0]:
