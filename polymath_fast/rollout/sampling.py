@@ -54,6 +54,9 @@ def _draw_on_cpu(
     tokens = torch.empty(len(logits), dtype=torch.int64)
     logprobs = torch.empty(len(logits))
     half = logits.dtype == torch.float16
+    kept = recording.kept.exponentials
+    nothing = [kept[:0].to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    pair = (kept, nothing[1]) if kept.dtype == torch.float32 else (nothing[0], kept)
     parallel(
         draw,
         split(len(logits)),
@@ -67,7 +70,7 @@ def _draw_on_cpu(
         logprobs.numpy(),
         recording.count,
         recording.first,
-        bits(recording.kept.exponentials),
+        *map(bits, pair),
         recording.kept.found.numpy(),
     )
     return tokens, logprobs

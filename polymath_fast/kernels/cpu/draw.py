@@ -21,7 +21,7 @@ _FLOOR = np.float32(-100.0)
 @njit(nogil=True, cache=True, error_model="numpy")
 def draw(
     start, stop, logits, vocab, half, scale, greedy, uniforms, tokens, logprobs, kept_rows, first,
-    kept, found,
+    kept, kept_half, found,
 ):  # fmt: skip
     """Rows [start, stop) of logits (B, V + padding), fp32 or (`half`: fp16, else bf16) bits.
 
@@ -29,8 +29,9 @@ def draw(
     logprobs (B,) fp32 under that softmax, at most 0; uniforms (B,) float64 in [0, 1).
 
     Of the first `kept_rows` rows the exponentials of the distances from the largest logit go to
-    rows of kept (..., V + padding), bf16 bits or fp32, from `first` on; and to those of found
-    (..., 4) the log-prob, the entropy, the sum of the exponentials and 1 - the token's probability.
+    rows of kept (..., V + padding), fp32, from `first` on, or of kept_half, bf16 bits, if that has
+    any; and to those of found (..., 4) the log-prob, the entropy, the sum of the exponentials and
+    1 - the token's probability. Both kinds have one kernel: neither changes a bit of a draw.
     """
     row = np.empty(vocab, np.float32)
     masses = np.empty(-(-vocab // BLOCK))
@@ -57,7 +58,10 @@ def draw(
             statistics[1] = max(math.log(total) - moment / total, 0.0)
             statistics[2] = total
             statistics[3] = others / total
-            _keep(row, kept[first + i])
+            if kept_half.shape[0]:
+                _keep(row, kept_half[first + i])
+            else:
+                _keep(row, kept[first + i])
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
