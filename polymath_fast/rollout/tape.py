@@ -2,8 +2,8 @@
 
 A policy that samples and learns with the same weights computes every token of a completion twice:
 once to draw the next one, once to differentiate. Here the first time is the only one. The sampler
-writes what a backward pass needs straight to rows of the tape, token by token; a completion knows
-its rows, see `Recorded`.
+keeps what a backward pass needs in rows of the tape, token by token; a completion knows its rows,
+see `Recorded`.
 
 Legend: L layers, H hidden, Hq / Hkv query and key heads, D head size, I width of the MLP.
 """
@@ -41,7 +41,6 @@ class Activations(NamedTuple):
     @classmethod
     def empty(cls, sizes: DecoderSizes, rows: int) -> Activations:
         """Uninitialised; memory counts from the first write to each row on."""
-
         layers, heads, dtype = sizes.layers, sizes.heads, sizes.dtype
         return cls(
             _empty(dtype, layers + 1, rows, sizes.hidden),

@@ -12,7 +12,6 @@ import torch
 from polymath_fast.kernels.cpu import vocabulary
 from polymath_fast.kernels.cpu.head import Head, odd_lines, rows_that_fit
 from polymath_fast.kernels.cpu.products import bits, padded_rows
-from polymath_fast.kernels.cpu.recorded_head import RecordedHead
 from polymath_fast.kernels.cpu.workspace import buffer, claim
 
 SLOPES_BYTES = 176 * 2**20
@@ -33,7 +32,7 @@ class HeadGradient:
 
     def __init__(
         self,
-        head: Head | RecordedHead,
+        head: Head,
         needs: tuple[bool, bool, bool],
         vocab_tol: float | str = 0.0,
         to_sink: bool = False,

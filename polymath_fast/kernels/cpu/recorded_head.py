@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from polymath_fast.kernels.cpu import rows
-from polymath_fast.kernels.cpu.products import bits, products_for
+from polymath_fast.kernels.cpu.head import Head
+from polymath_fast.kernels.cpu.products import bits
 from polymath_fast.kernels.cpu.threads import parallel, split
 
 _BLOCK = 512
@@ -55,8 +55,8 @@ class RecordedPredictions(NamedTuple):
         return cls(parts[0].kept, rows, parts[0].temperature)
 
 
-class RecordedHead:
-    """As `head.Head`, with all its statistics from the beginning and exponentials for logits."""
+class RecordedHead(Head):
+    """With all its statistics from the beginning, and exponentials in place of logits."""
 
     def __init__(
         self,
@@ -66,25 +66,11 @@ class RecordedHead:
         targets: Tensor,
         recorded: RecordedPredictions,
     ):
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.products = products_for(weight)
-        self.scale = np.float32(1 / recorded.temperature)
-        self.vocab = weight.shape[0]
+        super().__init__(hidden, weight, bias, targets, recorded.temperature)
         self.block = _BLOCK
-        self._targets = np.ascontiguousarray(targets.numpy())
+        self.found = recorded.kept.found[recorded.rows].T.contiguous()  # (4, N)
         self._exponentials = bits(recorded.kept.exponentials)
         self._rows = recorded.rows
-        self.found = recorded.kept.found[recorded.rows].T.contiguous()  # (4, N)
-
-    @property
-    def logprobs(self) -> Tensor:
-        """(N,) fp32"""
-        return self.found[0].float()
-
-    @property
-    def entropy(self) -> Tensor:
-        """(N,) fp32"""
-        return self.found[1].float()
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of every block."""
@@ -111,7 +97,7 @@ class RecordedHead:
             self.vocab,
             self._rows[block].numpy(),
             index.numpy(),
-            self._targets[block],
+            self.targets[block],
             self.scale,
             self.found[:, block].numpy(),
             by_logprob.float().numpy(),

@@ -69,7 +69,7 @@ def linear_grpo_loss(
 
 
 def _terms(
-    head: Head | RecordedHead, batch: PolicyBatch, spec: PolicyLossSpec, start: int, stop: int
+    head: Head, batch: PolicyBatch, spec: PolicyLossSpec, start: int, stop: int
 ) -> PolicyTerms:
     return policy_terms(batch, head.logprobs[start:stop], head.entropy[start:stop], spec)
 
