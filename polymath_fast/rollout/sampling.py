@@ -1,4 +1,4 @@
-"""Drawing one token per row from logits, with the log-prob of what was drawn."""
+"""Drawing tokens from rows of logits, with the log-prob of what was drawn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polymath_fast.kernels.cpu.recorded_head import Predictions, Recording
+from polymath_fast.kernels.cpu.recorded_head import Recording
 
 _BLOCK = 256  # vocabulary columns whose mass is summed before the draw is located inside them
 
@@ -17,25 +17,29 @@ def sample_tokens(
     temperature: float,
     vocab: int | None = None,
     recording: Recording | None = None,
+    branches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw from softmax(logits / temperature) by inverting its distribution function.
+    """Draw C tokens from softmax(logits / temperature) by inverting its distribution function.
 
     One uniform number a row and two short cumulative sums (over blocks of columns, then inside the
     chosen block) replace a random number for every vocabulary entry.
 
     Args:
         logits: (B, V), any float dtype; computed with in float32.
-        uniforms: (B,) float64 in [0, 1); ignored when temperature is 0.
+        uniforms: (C,) float64 in [0, 1); ignored when temperature is 0.
         temperature: 0 takes the largest logit and reports its log-prob at temperature 1.
         vocab: columns from this one on are padding; None = there is none.
         recording: where to keep the distributions, on a CPU.
+        branches: (C,) int64, the row of logits for each draw; None = C is B, and each has its own.
 
     Returns:
-        tokens (B,) int64, logprobs (B,) float32.
+        tokens (C,) int64, logprobs (C,) float32.
     """
     vocab = logits.shape[1] if vocab is None else vocab
     if logits.device.type == "cpu" and logits.dtype != torch.float64:
-        return _draw_on_cpu(logits, uniforms, temperature, vocab, recording or _nowhere())
+        return _draw_on_cpu(logits, uniforms, temperature, vocab, recording, branches)
+    if branches is not None:
+        logits = logits[branches.to(logits.device)]
     logits, greedy = logits[:, :vocab], temperature == 0
     scaled = logits.float() if greedy else logits.float() / temperature
     log_norm = torch.logsumexp(scaled, dim=-1)  # (B,)
@@ -45,16 +49,24 @@ def sample_tokens(
 
 
 def _draw_on_cpu(
-    logits: Tensor, uniforms: Tensor, temperature: float, vocab: int, recording: Recording
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    vocab: int,
+    recording: Recording | None,
+    branches: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from polymath_fast.kernels.cpu.draw import draw
     from polymath_fast.kernels.cpu.products import bits
     from polymath_fast.kernels.cpu.threads import parallel, split
 
-    tokens = torch.empty(len(logits), dtype=torch.int64)
-    logprobs = torch.empty(len(logits))
-    half = logits.dtype == torch.float16
-    kept = recording.kept.exponentials
+    count = len(uniforms)
+    tokens, logprobs = torch.empty(count, dtype=torch.int64), torch.empty(count)
+    branches = torch.arange(count) if branches is None else branches
+    order = branches.argsort(stable=True)
+    bounds = torch.searchsorted(branches[order], torch.arange(len(logits) + 1))
+    recording = recording or Recording.nowhere(count)
+    half, kept = logits.dtype == torch.float16, recording.exponentials
     nothing = [kept[:0].to(dtype) for dtype in (torch.float32, torch.bfloat16)]
     pair = (kept, nothing[1]) if kept.dtype == torch.float32 else (nothing[0], kept)
     parallel(
@@ -65,20 +77,18 @@ def _draw_on_cpu(
         half,
         np.float32(1 / (temperature or 1)),
         temperature == 0,
+        order.numpy(),
+        bounds.numpy(),
         uniforms.contiguous().numpy(),
         tokens.numpy(),
         logprobs.numpy(),
         recording.count,
         recording.first,
         *map(bits, pair),
-        recording.kept.found.numpy(),
+        recording.places.numpy(),
+        recording.found.numpy(),
     )
     return tokens, logprobs
-
-
-def _nowhere() -> Recording:
-    kinds = (torch.bfloat16, torch.float64)
-    return Recording(Predictions(*(torch.empty(0, 0, dtype=kind) for kind in kinds)), 0, 0)
 
 
 def _invert(scaled: Tensor, log_norm: Tensor, uniforms: Tensor) -> Tensor:

@@ -51,8 +51,10 @@ class Tail:
         owner = torch.arange(len(rows)).repeat_interleave(counts)
         first = counts.cumsum(0) - counts
         places = self._wave.lengths[rows][owner] + torch.arange(len(owner)) - first[owner]
+        self._wave.follow(rows, torch.arange(len(rows)))
         logits = self._decoder.block(inputs, counts)
-        drawn, logprobs = self._wave.draw(logits, rows[owner], places)
+        each = torch.arange(len(owner))
+        drawn, logprobs = self._wave.draw(logits, rows[owner], places, each)
         ended: dict[int, str] = {}
         kept = torch.zeros_like(counts)
         for i, drafted in enumerate(drafts):

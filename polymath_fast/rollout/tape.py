@@ -3,7 +3,7 @@
 A policy that samples and learns with the same weights computes every token of a completion twice:
 once to draw the next one, once to differentiate. Here the first time is the only one. The sampler
 keeps what a backward pass needs in rows of the tape, token by token; a completion knows its rows,
-see `Recorded`.
+see `Recorded`. Completions that are still on one branch, see `rollout.branches`, share them.
 
 Legend: L layers, H hidden, Hq / Hkv query and key heads, D head size, I width of the MLP.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from polymath_fast import memory
 from polymath_fast.errors import UserError
 from polymath_fast.kernels.cpu import tiles
-from polymath_fast.kernels.cpu.recorded_head import Predictions, RecordedPredictions, Recording
-from polymath_fast.rollout.tape_room import STATISTICS, DecoderSizes
+from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions, Recording
+from polymath_fast.rollout.tape_room import DecoderSizes
 
 
 class Activations(NamedTuple):
@@ -70,9 +70,9 @@ class Tape:
     def __init__(self, rows: int = 0, *, predictions: bool = True):
         """`predictions`: whether the softmaxes that tokens are drawn from are kept, too."""
         self.rows = rows
-        self.used = self.drawn = 0  # rows of `activations` and of `predictions`
+        self.used = self.drawn = 0  # rows of `activations` and of `exponentials`
         self.activations: Activations | None = None
-        self.predictions: Predictions | None = None
+        self.exponentials: Tensor | None = None  # (rows, V + padding), see `Recording`
         self._keeps_predictions = predictions
         self._on = False
 
@@ -98,10 +98,7 @@ class Tape:
         try:
             self.activations = Activations.empty(sizes, self.rows)
             if self._keeps_predictions:
-                self.predictions = Predictions(
-                    _empty(sizes.dtype, self.rows, sizes.vocab_width),
-                    _empty(torch.float64, self.rows, STATISTICS),
-                )
+                self.exponentials = _empty(sizes.dtype, self.rows, sizes.vocab_width)
         except RuntimeError as error:  # torch has no class of its own for it on a CPU
             row_bytes = sizes.layer_bytes + sizes.head_bytes * self._keeps_predictions
             gib = self.rows * row_bytes / memory.GIB
@@ -120,6 +117,8 @@ class Recorder:
         self._temperature = temperature
         self._rows = torch.full((count, tokens), -1)
         self._drawn = torch.full((count, tokens), -1)
+        self._found = _empty(torch.float64, count * tokens, 4)
+        self._completions = self._branches = torch.empty(0, dtype=torch.int64)
 
     def open(self, sizes: DecoderSizes) -> Activations:
         """A decoder of these sizes is about to begin: where it writes."""
@@ -127,46 +126,69 @@ class Recorder:
             self._tape.open(sizes)
         return self._tape.activations or Activations.empty(sizes, 0)
 
-    def begin(self, completions: Tensor, places: Tensor) -> tuple[int, int]:
-        """How many of the next tokens (R,), at `places` of ascending `completions`, are recorded,
+    def follow(self, completions: Tensor, branches: Tensor) -> None:
+        """From here on the decoder's row of each of the ascending `completions` (C,) is that of
+        `branches` (C,), which are in the order of their first completions."""
+        self._completions, self._branches = completions, branches
+
+    def begin(self, branches: Tensor, places: Tensor) -> tuple[int, int]:
+        """How many of the next tokens (R,), at `places` of ascending `branches`, are recorded,
         which are the first of them, and the row of the activations for the first one."""
-        tape = self._tape
-        count = self._recorded(completions, tape.used)
-        tape.used += count
-        first = tape.used - count
-        self._rows[completions[:count], places[:count]] = torch.arange(first, tape.used)
+        mine = self._completions < self.count
+        completions, followed = self._completions[mine], self._branches[mine]
+        count = int((branches < _end(followed)).sum())
+        first = self._tape.used
+        if not self._fits(first + count):
+            return 0, first
+        self._tape.used += count
+        which, token = (followed[:, None] == branches[:count]).nonzero(as_tuple=True)
+        self._rows[completions[which], places[token]] = first + token
         return count, first
 
-    def predict(self, completions: Tensor, places: Tensor) -> Recording | None:
-        """As `begin`, where tokens (R,) are drawn; None when no predictions are kept."""
+    def predict(self, completions: Tensor, places: Tensor, branches: Tensor) -> Recording | None:
+        """Where to keep what tokens (C,), at `places` of ascending `completions`, are drawn from,
+        rows `branches` (C,) of logits; None when no predictions are kept."""
         tape = self._tape
-        if tape.predictions is None:
+        if tape.exponentials is None:
             return None
-        count = self._recorded(completions, tape.drawn)
+        mine = completions < self.count
+        count, first = _end(branches[mine]), tape.drawn
+        if not self._fits(first + count):
+            return None
         tape.drawn += count
-        first = tape.drawn - count
-        self._drawn[completions[:count], places[:count]] = torch.arange(first, tape.drawn)
-        return Recording(tape.predictions, count, first)
+        self._drawn[completions[mine], places[mine]] = first + branches[mine]
+        rows = torch.where(mine, self._place(completions, places), -1)
+        return Recording(tape.exponentials, count, first, rows, self._found)
 
     def recorded(self, completion: int, length: int, weight_version: int) -> Recorded | None:
         """Of a completion of that many tokens; None unless all of its inputs were recorded."""
         if completion >= len(self._rows) or not length or self._tape.activations is None:
             return None
         rows, drawn = self._rows[completion, : length - 1], self._drawn[completion, :length]
-        kept = self._tape.predictions
+        kept = self._tape.exponentials
         if bool((rows < 0).any()) or (kept is not None and bool((drawn < 0).any())):
             return None
         predictions = None
         if kept is not None:
-            predictions = RecordedPredictions(kept, drawn.clone(), self._temperature)
+            begin = self._place(completion, 0)
+            found = self._found[begin : begin + length]
+            predictions = RecordedPredictions(kept, drawn.clone(), found, self._temperature)
         return Recorded(self._tape.activations, rows.clone(), weight_version, predictions)
 
-    def _recorded(self, completions: Tensor, used: int) -> int:
-        """How many of `completions` are recorded; when there are no rows left, none ever again."""
-        count = int((completions < self.count).sum())
-        if used + count > self._tape.rows:
-            self.count = count = 0
-        return count
+    def _place(self, completions: Tensor | int, places: Tensor | int) -> Tensor | int:
+        """Rows of what was found of tokens at `places` of `completions`."""
+        return completions * self._rows.shape[1] + places
+
+    def _fits(self, rows: int) -> bool:
+        """Whether the tape has so many; when it has not, nothing is recorded ever again."""
+        if rows > self._tape.rows:
+            self.count = 0
+        return rows <= self._tape.rows
+
+
+def _end(branches: Tensor) -> int:
+    """How many branches there are before and among those."""
+    return int(branches.max()) + 1 if len(branches) else 0
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Tensor:

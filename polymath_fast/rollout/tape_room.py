@@ -14,8 +14,6 @@ from polymath_fast.kernels.cpu import tiles
 from polymath_fast.kernels.cpu.head import odd_lines
 
 _DEFAULT_SHARE = 0.25  # of the machine's memory
-STATISTICS = 4
-"""float64 numbers beside the exponentials of a prediction"""
 _IN_TILES = ("llama", "qwen2", "qwen3")  # models that decode in tiles
 
 
@@ -119,7 +117,7 @@ class DecoderSizes(NamedTuple):
     @property
     def head_bytes(self) -> int:
         """What the LM head makes of one token."""
-        return self.dtype.itemsize * self.vocab_width + STATISTICS * 8
+        return self.dtype.itemsize * self.vocab_width
 
     @property
     def layer_bytes(self) -> int:

@@ -57,14 +57,14 @@ class TileDecoder:
         prefilled: Sequence[tuple[PromptCache, Tensor]],
         recorder: Recorder | None = None,
         tokens: int = 1,
+        most: int = 1,
     ):
         """`prefilled[i]` is the prompt that completion i continues and its last hidden state;
         `recorder` keeps what is computed of the completions' own tokens, of which there will
-        probably be `tokens` at most."""
+        probably be `tokens` at most, of at most `most` completions."""
         self.weights = weights
         self._recorder = recorder or Tape().claim(0, 0)
         self._tape = self._recorder.open(weights.sizes)
-        self._members = torch.arange(len(prefilled))  # (B,) numbers among those that began
         self._last = torch.cat([hidden for _, hidden in prefilled])  # (B, H)
         prompts = [prompt for prompt, _ in prefilled]
         self._positions = torch.tensor([prompt.length for prompt in prompts])
@@ -75,7 +75,8 @@ class TileDecoder:
         self._per_word = 4 // self._last.element_size()
         self._prompt_len = self._shared.length if self._shared else 0
         common, longest = _panels(self._prompt_len), int(own.max())
-        self._keys, self._values = self._first_caches(longest + 1, longest + tokens)
+        most = max(most, len(prompts))
+        self._keys, self._values = self._first_caches(most, longest + 1, longest + tokens)
         self._slots = torch.arange(len(prompts))  # (B,) places of the completions in the caches
         self._prompt_keys, self._prompt_values = (x[:, 0] for x in self._caches(1, common))
         if self._shared:
@@ -106,7 +107,7 @@ class TileDecoder:
         cos, sin = weights.rotary(embedded[:, None], positions[:, None])
         rows = self._rows(count)
         rows.hidden[:count] = embedded
-        recorded = self._recorder.begin(self._members[owner], positions - self._begins[owner])
+        recorded = self._recorder.begin(owner, positions - self._begins[owner])
         together(
             decode.step,
             decode.PHASES * len(weights.qkv) + 2,
@@ -147,12 +148,36 @@ class TileDecoder:
         return self
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all completions but `rows` (indices into the present batch); their caches stay where
-        they are until there must be room for more."""
-        self._positions = self._positions[rows]
+        """Go on with `rows` (indices into the present batch) alone; one that is named several times
+        goes on as so many. Caches stay where they are until there must be room for more."""
+        self._positions, self._begins = self._positions[rows], self._begins[rows]
         self._lengths = self._lengths[rows.numpy()]
-        self._slots, self._members = self._slots[rows], self._members[rows]
-        self._begins = self._begins[rows]
+        slots = self._slots[rows]
+        kept, first = np.unique(slots.numpy(), return_index=True)
+        copies = torch.ones(len(slots), dtype=torch.bool)
+        copies[first] = False
+        if copies.any():
+            free = np.setdiff1d(np.arange(self._keys.shape[1]), kept)
+            slots = self._copied(slots, copies, torch.from_numpy(free))
+        self._slots = slots
+
+    def _copied(self, slots: Tensor, copies: Tensor, free: Tensor) -> Tensor:
+        """Caches of `slots` (B,), those marked in `copies` (B,) copied to `free` places."""
+        count = int(copies.sum())
+        missing = count - len(free)
+        if missing > 0:
+            first, panels = self._keys.shape[1], self._keys.shape[3]
+            more = self._caches(max(missing, first // 2), panels)
+            pairs = zip((self._keys, self._values), more, strict=True)
+            self._keys, self._values = (torch.cat(pair, dim=1) for pair in pairs)
+            free = torch.cat([free, torch.arange(first, self._keys.shape[1])])
+        sources, targets = slots[copies], free[:count]
+        used = _panels(int(self._lengths.max()))
+        for cache in (self._keys, self._values):
+            cache[:, targets, :, :used] = cache[:, sources, :, :used]
+        slots = slots.clone()
+        slots[copies] = targets
+        return slots
 
     def _rows(self, count: int) -> _Rows:
         """Scratch memory for so many tokens."""
@@ -181,10 +206,10 @@ class TileDecoder:
             out[:, : weights.vocab] += weights.bias
         return out
 
-    def _first_caches(self, least: int, most: int) -> tuple[Tensor, Tensor]:
-        """With room for `most` positions, in scratch memory, unless that is much at once."""
-        count, panels = len(self._positions), _panels(most)
-        shapes = self._cache_shapes(count, panels)
+    def _first_caches(self, count: int, least: int, most: int) -> tuple[Tensor, Tensor]:
+        """With room for `most` positions of `count` completions, in scratch memory, unless that is
+        much at once."""
+        shapes = self._cache_shapes(count, _panels(most))
         if sum(4 * math.prod(shape) for shape in shapes) > _AT_ONCE:
             return self._caches(count, _panels(least))
         names = ("decoded keys", "decoded values")

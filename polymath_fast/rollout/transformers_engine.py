@@ -13,6 +13,7 @@ from torch import Tensor
 from polymath_fast.kernels.cpu import workspace
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout import tile_decoder, tile_weights
+from polymath_fast.rollout.branches import Branches
 from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
 from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.streaming import Quotas, StreamingEngine, aborted
@@ -38,7 +39,8 @@ class Decoder(Protocol):
         """(B, V or more) logits after one more token (B,) a completion."""
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all completions but `rows` (indices into the present batch)."""
+        """Go on with `rows` (indices into the present batch) alone; one that is named several times
+        goes on as so many."""
 
     def blocks(self) -> BlockDecoder:
         """The same completions, from here on by blocks; this decoder is not used again."""
@@ -89,21 +91,29 @@ class TransformersEngine(StreamingEngine):
             limits = (sampling.max_completion_length, sampling.temperature or 1.0)
             recorder = self._tape.claim(len(needed), *limits)
             wave = Wave(needed, sampling, self.stop_token_ids, vocab, generator, recorder)
-            yield from self._decode(make_decoder(needed, recorder), wave, quotas)
+            yield from self._decode(*make_decoder(needed, recorder), wave, quotas)
             rows = range(len(needed))
             self.speculation.sampled([slot.prompt for slot in needed], map(wave.so_far, rows))
 
-    def _decoders(self, tokens: int) -> Callable[[Sequence[Slot], Recorder], Decoder]:
-        """Makes decoders on the weights as they are now, for completions of at most `tokens`; each
-        prefix is computed once."""
+    def _decoders(
+        self, tokens: int
+    ) -> Callable[[Sequence[Slot], Recorder], tuple[Decoder, Branches]]:
+        """Makes decoders on the weights as they are now, for completions of at most `tokens`, and
+        says which row each of them begins on; each prefix is computed once.
+
+        Only a decoder in tiles has several completions on a row: others would have to copy the
+        caches of all for each one that parts.
+        """
         weights = tile_weights.TileWeights(self.policy) if tile_weights.fits(self.policy) else None
         prefill = lru_cache(self.max_num_seqs)(self._prefill)
 
-        def make(slots: Sequence[Slot], recorder: Recorder) -> Decoder:
-            prefilled = [prefill(slot.prefix) for slot in slots]
-            if weights is not None:
-                return tile_decoder.TileDecoder(weights, prefilled, recorder, tokens)
-            return ModuleDecoder(self.policy, prefilled)
+        def make(slots: Sequence[Slot], recorder: Recorder) -> tuple[Decoder, Branches]:
+            branches = Branches([slot.prefix for slot in slots], apart=weights is None)
+            prefilled = [*map(prefill, branches.starts)]
+            if weights is None:
+                return ModuleDecoder(self.policy, prefilled), branches
+            room = (recorder, tokens, len(slots))
+            return tile_decoder.TileDecoder(weights, prefilled, *room), branches
 
         return make
 
@@ -136,28 +146,30 @@ class TransformersEngine(StreamingEngine):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         return prompt, run_decoder(self.policy, ids, positions, prompt)[:, -1]  # (1, H)
 
-    def _decode(self, decoder: Decoder, wave: Wave, quotas: Quotas) -> Iterator[Drawn]:
+    def _decode(
+        self, decoder: Decoder, branches: Branches, wave: Wave, quotas: Quotas
+    ) -> Iterator[Drawn]:
         """One wave, in lock step until drafts take over."""
-        rows = torch.arange(len(wave.slots))  # which completion each row of the batch is
-        alive = torch.ones(len(rows), dtype=torch.bool)
         logits = decoder.first()
         for step in range(wave.tokens.shape[1]):
-            tokens, logprobs = wave.draw(logits, rows, torch.full_like(rows, step))
-            ended = wave.append(rows[alive], tokens[alive], logprobs[alive])
-            yield from self._settle(wave, rows[alive], ended, quotas)
-            alive &= ~_among(rows, ended)
-            remaining = int(alive.sum())
-            if remaining == 0:
+            rows = branches.completions
+            places = torch.full_like(rows, step)
+            tokens, logprobs = wave.draw(logits, rows, places, branches.rows)
+            ended = wave.append(rows, tokens, logprobs)
+            yield from self._settle(wave, rows, ended, quotas)
+            over = _among(rows, ended)
+            branches.drop(over)
+            if not len(branches.completions):
                 return
-            by_blocks = self.speculation.begins(remaining)
-            if by_blocks or (step and remaining < decoder.shrink_below * len(rows)):
-                kept = alive.nonzero()[:, 0]
-                decoder.keep(kept)
-                rows, tokens, alive = rows[kept], tokens[kept], alive[kept]
-            if by_blocks:
+            if self.speculation.begins(len(branches.completions)):
+                decoder.keep(branches.split())
                 break
-            logits = decoder.next(tokens)
-        tail = Tail(self.speculation, decoder.blocks(), wave, rows)
+            parents, fed = branches.grow(tokens[~over], decoder.shrink_below)
+            if parents is not None:
+                decoder.keep(parents)
+            wave.follow(branches.completions, branches.rows)
+            logits = decoder.next(fed)
+        tail = Tail(self.speculation, decoder.blocks(), wave, branches.completions)
         while len(tail.rows):
             ended = tail.step()
             yield from self._settle(wave, tail.rows, ended, quotas)

@@ -77,14 +77,22 @@ class Wave:
                 count, sampling.stop_repetition, sampling.repetition_period
             )
 
-    def draw(self, logits: Tensor, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probs (R,), on the CPU, of rows (R,) at places (R,) by logits (R, V)."""
+    def draw(
+        self, logits: Tensor, rows: Tensor, places: Tensor, branches: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probs (R,), on the CPU, of rows (R,) at places (R,), each by the row of
+        logits (B, V) that `branches` (R,) says."""
         uniforms = self._uniforms[rows, places].to(logits.device)
-        recording = self._recorder.predict(rows, places) if self._recorder else None
+        recording = self._recorder.predict(rows, places, branches) if self._recorder else None
         tokens, logprobs = sample_tokens(
-            logits, uniforms, self._temperature, self._vocab, recording
+            logits, uniforms, self._temperature, self._vocab, recording, branches
         )
         return tokens.cpu(), logprobs.cpu()
+
+    def follow(self, rows: Tensor, branches: Tensor) -> None:
+        """The decoder's next pass computes `rows` (C,) of the wave in its rows `branches` (C,)."""
+        if self._recorder is not None:
+            self._recorder.follow(rows, branches)
 
     def append(self, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> dict[int, str]:
         """Take in one token of each of `rows`, which are ascending and have drawn as many; those

@@ -12,7 +12,7 @@ from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss
 from polymath_fast.kernels.cpu import head as head_module
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.kernels.cpu.head import odd_lines
-from polymath_fast.kernels.cpu.recorded_head import Predictions, RecordedPredictions, Recording
+from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions, Recording
 from polymath_fast.kernels.linear_grpo_loss.recorded import recorded_grpo_loss
 from polymath_fast.rollout.sampling import sample_tokens
 
@@ -46,21 +46,22 @@ def drawn(head: Head, temperature: float, *, lost: int = 3) -> RecordedPredictio
     count, vocab = len(head.hidden), len(head.weight)
     dtype = head.hidden.dtype
     width = odd_lines(vocab, dtype.itemsize)
-    kept = Predictions(
-        torch.full((count + 9, width), float("nan"), dtype=dtype),
-        torch.full((count + 9, 4), float("nan"), dtype=torch.float64),
-    )
+    kept = torch.full((count + 9, width), float("nan"), dtype=dtype)
+    found = torch.full((count, 4), float("nan"), dtype=torch.float64)
     logits = logits_of(head)
     batch = torch.cat([logits, logits[:1].expand(lost, -1)])
     uniforms = torch.rand(len(batch), dtype=torch.float64, generator=torch.Generator())
-    tokens, logprobs = sample_tokens(batch, uniforms, temperature, vocab, Recording(kept, count, 5))
+    places = torch.cat([torch.arange(count).flip(0), torch.full((lost,), -1)])
+    recording = Recording(kept, count, 5, places, found)
+    tokens, logprobs = sample_tokens(batch, uniforms, temperature, vocab, recording)
     alone = sample_tokens(batch, uniforms, temperature, vocab)
     assert_close((tokens, logprobs), alone, rtol=0, atol=0, equal_nan=True)
-    assert kept.found[:5].isnan().all() and kept.found[5 + count :].isnan().all()
-    recorded = kept.found[5 : 5 + count, 0].float()
+    assert kept[:5].isnan().all() and kept[5 + count :].isnan().all()
+    found = found.flip(0)
+    recorded = found[:, 0].float()
     assert_close(recorded, logprobs[:count], rtol=0, atol=0, equal_nan=True)
     head.targets = tokens[:count]
-    return RecordedPredictions(kept, torch.arange(5, 5 + count), temperature)
+    return RecordedPredictions(kept, torch.arange(5, 5 + count), found, temperature)
 
 
 def inputs_of(head: Head, spec: PolicyLossSpec) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ def test_what_is_left_of_a_confident_row_keeps_its_digits() -> None:
     kept = drawn(head, 1.0)
     exact = logits_of(head).double()
     truth = -torch.expm1(exact.log_softmax(-1).gather(-1, head.targets[:, None])[:, 0])
-    found = kept.kept.found[kept.rows]
+    found = kept.found
     assert truth.median() < 1e-5
     assert ((found[:, 3] - truth).abs() < 1e-4 * truth).all()
     assert ((-found[:, 0] - truth).abs() < 1e-4 * truth).all()

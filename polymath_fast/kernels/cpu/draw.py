@@ -1,4 +1,4 @@
-"""One token a row from logits, with the log-prob of what was drawn: one read of a row.
+"""Tokens from logits, with the log-prob of what was drawn: one read of a row for all its tokens.
 
 The distribution function is inverted: sums over blocks of columns, then a walk inside one block.
 """
@@ -20,44 +20,51 @@ _FLOOR = np.float32(-100.0)
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def draw(
-    start, stop, logits, vocab, half, scale, greedy, uniforms, tokens, logprobs, kept_rows, first,
-    kept, kept_half, found,
+    start, stop, logits, vocab, half, scale, greedy, order, bounds, uniforms, tokens, logprobs,
+    kept_rows, first, kept, kept_half, places, found,
 ):  # fmt: skip
-    """Rows [start, stop) of logits (B, V + padding), fp32 or (`half`: fp16, else bf16) bits.
+    """Rows [start, stop) of logits (B, V + padding), fp32 or (`half`: fp16, else bf16) bits, each
+    for draws order[bounds[row] : bounds[row + 1]] of C.
 
-    tokens (B,) int64 from softmax(logits * scale); `greedy`: the first of the largest.
-    logprobs (B,) fp32 under that softmax, at most 0; uniforms (B,) float64 in [0, 1).
+    tokens (C,) int64 from softmax(logits * scale); `greedy`: the first of the largest.
+    logprobs (C,) fp32 under that softmax, at most 0; uniforms (C,) float64 in [0, 1).
 
     Of the first `kept_rows` rows the exponentials of the distances from the largest logit go to
     rows of kept (..., V + padding), fp32, from `first` on, or of kept_half, bf16 bits, if that has
-    any; and to those of found (..., 4) the log-prob, the entropy, the sum of the exponentials and
-    1 - the token's probability. Both kinds have one kernel: neither changes a bit of a draw.
+    any. Both kinds have one kernel: neither changes a bit of a draw. Of draw i the log-prob, the
+    entropy, the sum of the exponentials and 1 - the token's probability go to row places[i] of
+    found (..., 4), if that is not negative.
     """
     row = np.empty(vocab, np.float32)
     masses = np.empty(-(-vocab // BLOCK))
     for i in range(start, stop):
+        if bounds[i] == bounds[i + 1]:
+            continue
         scalar.load_row(logits[i, :vocab], half, scale, row)
         top = _largest(row)
-        token = _first(row, top) if greedy else -1
+        largest = _first(row, top) if greedy else -1
         total = moment = 0.0
         for block in range(masses.size):
             some = row[block * BLOCK : (block + 1) * BLOCK]
             masses[block], part = _exponentials(some, top)
             total += masses[block]
             moment += part
-        if token < 0:
-            token = _invert(row, masses, uniforms[i] * total)
-        tokens[i] = token
-        mine = np.float64(row[token])
-        others = _without(row, masses, token)
-        logprob = -math.log1p(others / mine) if others < mine else math.log(mine / total)
-        logprobs[i] = logprob
+        entropy = max(math.log(total) - moment / total, 0.0)
+        for at in range(bounds[i], bounds[i + 1]):
+            each = order[at]
+            token = largest if greedy else _invert(row, masses, uniforms[each] * total)
+            mine = np.float64(row[token])
+            others = _without(row, masses, token)
+            logprob = -math.log1p(others / mine) if others < mine else math.log(mine / total)
+            tokens[each] = token
+            logprobs[each] = logprob
+            if places[each] >= 0:
+                statistics = found[places[each]]
+                statistics[0] = logprob
+                statistics[1] = entropy
+                statistics[2] = total
+                statistics[3] = others / total
         if i < kept_rows:
-            statistics = found[first + i]
-            statistics[0] = logprob
-            statistics[1] = max(math.log(total) - moment / total, 0.0)
-            statistics[2] = total
-            statistics[3] = others / total
             if kept_half.shape[0]:
                 _keep(row, kept_half[first + i])
             else:

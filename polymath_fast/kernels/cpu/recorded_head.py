@@ -20,39 +20,43 @@ _BLOCK = 512
 """rows at a time; any number does"""
 
 
-class Predictions(NamedTuple):
-    """The distributions that tokens were drawn from, a row a token."""
+class Recording(NamedTuple):
+    """Where the distributions go that the next C tokens are drawn from, B rows of logits."""
 
     exponentials: Tensor
     """(rows, V + padding) of each logit's distance from the largest one, over the temperature"""
+    count: int
+    """of the first rows of logits; the others go nowhere"""
+    first: int
+    """row of the first one"""
+    places: Tensor
+    """(C,) int64, the row of `found` for each token; negative for none"""
     found: Tensor
     """(rows, 4) float64: log-prob of the token, entropy, sum of the exponentials, 1 - probability
     of the token"""
 
-
-class Recording(NamedTuple):
-    """Where those of the next tokens go."""
-
-    kept: Predictions
-    count: int
-    """of the first of them; the others go nowhere"""
-    first: int
-    """row of the first one"""
+    @classmethod
+    def nowhere(cls, tokens: int) -> Recording:
+        """For a draw of which nothing is kept."""
+        kept, found = (torch.empty(0, 0, dtype=kind) for kind in (torch.bfloat16, torch.float64))
+        return cls(kept, 0, 0, torch.full((tokens,), -1), found)
 
 
 class RecordedPredictions(NamedTuple):
-    """Those of some tokens."""
+    """What was kept of N tokens, see `Recording`."""
 
-    kept: Predictions
+    exponentials: Tensor
     rows: Tensor
-    """(N,) int64, of each token"""
+    """(N,) int64, of `exponentials`; tokens that were drawn from one distribution share a row"""
+    found: Tensor
+    """(N, 4) float64"""
     temperature: float
 
     @classmethod
     def joined(cls, parts: Sequence[RecordedPredictions]) -> RecordedPredictions:
         """Of several completions, sampled with the same weights at one temperature."""
-        rows = torch.cat([part.rows for part in parts])
-        return cls(parts[0].kept, rows, parts[0].temperature)
+        rows, found = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+        return cls(parts[0].exponentials, rows, found, parts[0].temperature)
 
 
 class RecordedHead(Head):
@@ -68,8 +72,8 @@ class RecordedHead(Head):
     ):
         super().__init__(hidden, weight, bias, targets, recorded.temperature)
         self.block = _BLOCK
-        self.found = recorded.kept.found[recorded.rows].T.contiguous()  # (4, N)
-        self._exponentials = bits(recorded.kept.exponentials)
+        self.found = recorded.found.T.contiguous()  # (4, N)
+        self._exponentials = bits(recorded.exponentials)
         self._rows = recorded.rows
 
     def blocks(self) -> Iterator[tuple[int, int]]:
