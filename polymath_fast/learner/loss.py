@@ -56,12 +56,14 @@ def packed_loss(
     spec: PolicyLossSpec,
     vocab_tol: float | str,
     predictions: RecordedPredictions | None = None,
+    states: Tensor | None = None,
 ) -> PolicyLossOutput:
     """The loss of `batch`, whose targets the states `hidden` (N, H) predict through `head`; from
-    `predictions` where there are any, and no logits are computed."""
+    `predictions` where there are any, and no logits are computed, with rows `states` (N,) of
+    `hidden` (S, H)."""
     loss = linear_grpo_loss
     if predictions is not None:
-        loss = partial(recorded_grpo_loss, recorded=predictions)
+        loss = partial(recorded_grpo_loss, recorded=predictions, states=states)
     return loss(
         hidden,
         head.weight,

@@ -153,7 +153,7 @@ class Learner:
             metrics.add_microbatch(self._backward(hidden, batch, spec), batch)
         limit = memory.TAPED_ROWS * self.microbatch_tokens
         for batch, recorded in taped_passes(self.policy, taped, limit, self._tree(taped)):
-            out = self._backward(recorded.hidden(), batch, spec, recorded.predictions(spec))
+            out = self._backward(recorded.hidden(spec), batch, spec, *recorded.predictions(spec))
             recorded.backward()
             metrics.add_microbatch(out, batch, taped=True)
 
@@ -181,10 +181,12 @@ class Learner:
         batch: PackedBatch,
         spec: PolicyLossSpec,
         predictions: RecordedPredictions | None = None,
+        states: Tensor | None = None,
     ) -> PolicyLossOutput:
-        """Loss of a micro-batch with hidden states (N, H), and its gradients."""
+        """Loss of a micro-batch with hidden states (N, H), or (S, H) of `predictions`, and its
+        gradients."""
         tolerance = "auto" if self.config.active_vocabulary == "auto" else 0.0
-        out = packed_loss(self.policy.head, hidden, batch, spec, tolerance, predictions)
+        out = packed_loss(self.policy.head, hidden, batch, spec, tolerance, predictions, states)
         out.loss.backward()
         return out
 

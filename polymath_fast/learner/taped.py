@@ -5,7 +5,7 @@ The prompt is computed here, as for micro-batches, see `SharedPrompt`. Layer by 
 one down, what the sampler kept of the chosen rows is gathered and differentiated; nothing else is
 held, so that many more rows fit into one pass than where activations have to be kept.
 
-Legend: P prompt tokens, R rows of completions, N targets, H hidden.
+Legend: P prompt tokens, R rows of completions, N targets, S states that predict them, H hidden.
 """
 
 from __future__ import annotations
@@ -50,18 +50,26 @@ class TapedPass:
         (place,) = batch.blocks
         given, rows_here = (place.prompt_len, place.cu_seqlens, place.parents), len(self._index)
         (self._block,) = to_blocks([given], rows_here, place.prompt_len + rows_here)
+        self._states = batch.hidden_rows.unique(return_inverse=True)
         self._last = self._kept.hidden[-1].index_select(0, self._index).requires_grad_()
 
-    def hidden(self) -> Tensor:
-        """(N, H) as `Policy.hidden` has them."""
-        return self._prompt.predicting(self._decoder.norm(self._last), self._batch.hidden_rows)
+    def hidden(self, spec: PolicyLossSpec) -> Tensor:
+        """(N, H) as `Policy.hidden` has them, or (S, H) those of `predictions`."""
+        rows = self._states[0] if self._predicts(spec) else self._batch.hidden_rows
+        return self._prompt.predicting(self._decoder.norm(self._last), rows)
 
-    def predictions(self, spec: PolicyLossSpec) -> RecordedPredictions | None:
-        """Of the N targets, if the tape has what the loss needs of them."""
+    def predictions(self, spec: PolicyLossSpec) -> tuple[RecordedPredictions, Tensor] | tuple[()]:
+        """Of the N targets, and which of the S states predicts each; nothing, unless the tape has
+        what the loss needs of them."""
+        if not self._predicts(spec):
+            return ()
+        kept = RecordedPredictions.joined([row.recorded.predictions for row in self._rows])
+        return kept, self._states[1]
+
+    def _predicts(self, spec: PolicyLossSpec) -> bool:
         kept = [row.recorded.predictions for row in self._rows]
-        if spec.entropy_coef or any(p is None or p.temperature != spec.temperature for p in kept):
-            return None
-        return RecordedPredictions.joined(kept)
+        same = all(p is not None and p.temperature == spec.temperature for p in kept)
+        return same and not spec.entropy_coef
 
     @torch.no_grad()
     def backward(self) -> None:

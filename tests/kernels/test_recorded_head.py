@@ -115,6 +115,32 @@ def test_gradients_are_as_near_to_the_truth_as_from_logits(rows, size, vocab, sp
         assert distance(got, true) <= 1.5 * distance(same, true) + spare
 
 
+@pytest.mark.parametrize("spread", [1.0, 8.0], ids=["flat", "sure"])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_targets_of_one_state_are_multiplied_once(spread, dtype):
+    states = torch.tensor([0] * 9 + [1] + [2] * 4 + [3, 3, 5, 4, 5, 0, 3])
+    few, temperature = make_head(6, 24, 300, dtype, bias=True, spread=spread), 0.8
+    kept = torch.empty(6, odd_lines(300, dtype.itemsize), dtype=dtype)
+    found = torch.empty(len(states), 4, dtype=torch.float64)
+    recording = Recording(kept, 6, 0, torch.arange(len(states)), found)
+    uniforms = torch.rand(len(states), dtype=torch.float64, generator=torch.Generator())
+    targets, _ = sample_tokens(logits_of(few), uniforms, temperature, 300, recording, states)
+    assert len(targets[:9].unique()) < 9  # some are equal
+    many = Head(few.hidden[states], few.weight, few.bias, targets)
+    spec = PolicyLossSpec(temperature=temperature)
+    inputs = inputs_of(many, spec)
+    truth, (d_hidden, *others) = plain_loss(many, torch.float64, spec, **inputs)
+    d_states = torch.zeros(6, 24, dtype=torch.float64).index_add_(0, states, d_hidden)
+    few.targets = targets
+    recorded = RecordedPredictions(kept, states, found, temperature)
+    out, ours = from_tape(few, spec, inputs, recorded, states=states)
+    _, usual = run(linear_grpo_loss, many, spec, inputs)
+    assert float(out.loss.detach()) == pytest.approx(float(truth), rel=2e-5, abs=1e-6)
+    usual[0] = torch.zeros(6, 24, dtype=torch.float64).index_add_(0, states, usual[0].double())
+    for got, same, true in zip(ours, usual, (d_states, *others), strict=True):
+        assert distance(got, true) <= 1.5 * distance(same, true) + (1e-6 if dtype == FP32 else 3e-3)
+
+
 def test_no_logits_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     head, spec = make_head(63, 32, 1000), PolicyLossSpec()
     kept = drawn(head, 1.0)

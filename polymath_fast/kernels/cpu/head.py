@@ -63,6 +63,10 @@ class Head:
             self._held = self._logits(start, stop)
             yield start, stop
 
+    def sound(self, start: int, stop: int) -> torch.Tensor:
+        """(stop - start,) which rows have finite log-probs and entropies; others have no slopes."""
+        return self.found[:2, start:stop].isfinite().all(0)
+
     def slopes(
         self,
         start: int,

@@ -70,7 +70,7 @@ class HeadGradient:
         entropies."""
         stop = start + len(by_logprob)
         by_entropy = torch.zeros_like(by_logprob) if by_entropy is None else by_entropy
-        sound = self.head.found[:2, start:stop].isfinite().all(0)
+        sound = self.head.sound(start, stop)
         index = ((by_logprob != 0) | (by_entropy != 0)).logical_and_(sound).nonzero()[:, 0]
         if not len(index):
             return

@@ -1,6 +1,6 @@
-"""The LM head of rows whose softmax a sampler kept: the product that made it is not computed again.
+"""The LM head of states whose softmax a sampler kept: what made it is not computed again.
 
-Legend: N rows, H hidden, V vocabulary.
+Legend: N targets, S states that predict them, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RecordedPredictions(NamedTuple):
 
     exponentials: Tensor
     rows: Tensor
-    """(N,) int64, of `exponentials`; tokens that were drawn from one distribution share a row"""
+    """(N,) int64, of `exponentials`; tokens that were drawn from one distribution may share one"""
     found: Tensor
     """(N, 4) float64"""
     temperature: float
@@ -60,7 +60,10 @@ class RecordedPredictions(NamedTuple):
 
 
 class RecordedHead(Head):
-    """With all its statistics from the beginning, and exponentials in place of logits."""
+    """With all its statistics from the beginning, and exponentials in place of logits.
+
+    Its rows are S states, each of which is multiplied once for all the targets that it predicts.
+    """
 
     def __init__(
         self,
@@ -69,12 +72,31 @@ class RecordedHead(Head):
         bias: Tensor | None,
         targets: Tensor,
         recorded: RecordedPredictions,
+        states: Tensor,
     ):
+        """`hidden` (S, H); targets (N,) are predicted by its rows `states` (N,), each by one at
+        least."""
         super().__init__(hidden, weight, bias, targets, recorded.temperature)
         self.block = _BLOCK
         self.found = recorded.found.T.contiguous()  # (4, N)
         self._exponentials = bits(recorded.exponentials)
-        self._rows = recorded.rows
+        self._states = states
+        self._order = states.argsort(stable=True)
+        self._bounds = torch.searchsorted(states[self._order], torch.arange(len(hidden) + 1))
+        self._firsts = self._order[self._bounds[:-1]]  # (S,) a target of each state
+        self._rows = recorded.rows[self._firsts]
+        self._by_logprob = torch.zeros(len(targets))
+
+    def by_state(self, by_logprob: Tensor) -> Tensor:
+        """Take the loss's derivatives by the log-probs (N,), for `slopes`; (S,) the largest
+        absolute one of each state."""
+        self._by_logprob = by_logprob.float()
+        largest = torch.zeros(len(self._rows))
+        return largest.scatter_reduce_(0, self._states, self._by_logprob.abs(), "amax")
+
+    def sound(self, start: int, stop: int) -> Tensor:
+        """As that of `head.Head`."""
+        return self.found[:2, self._firsts[start:stop]].isfinite().all(0)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of every block."""
@@ -90,21 +112,23 @@ class RecordedHead(Head):
         first: int,
         out: Tensor,
     ) -> None:
-        """As those of `head.Head`; `by_entropy`, which would need logits, must be 0."""
+        """As those of `head.Head`, by what `by_state` was given; `by_entropy`, which would need
+        logits, must be 0."""
         if by_entropy.any():
             raise ValueError("recorded predictions have no gradient of an entropy bonus")
-        block = slice(start, start + len(by_logprob))
         parallel(
             rows.recorded_slopes,
             split(len(index)),
             self._exponentials,
             self.vocab,
-            self._rows[block].numpy(),
-            index.numpy(),
-            self.targets[block],
+            self._rows.numpy(),
+            (index + start).numpy(),
+            self._order.numpy(),
+            self._bounds.numpy(),
+            self.targets,
             self.scale,
-            self.found[:, block].numpy(),
-            by_logprob.float().numpy(),
+            self.found.numpy(),
+            self._by_logprob.numpy(),
             first,
             bits(out),
         )

@@ -62,20 +62,34 @@ def head_slopes(
 
 @njit(nogil=True, cache=True)
 def recorded_slopes(
-    start, stop, kept, vocab, kept_rows, index, targets, scale, found, by_logprob, first, out
-):
-    """As `head_slopes` without entropies, of exponentials: those of row i are in row kept_rows[i]
-    of `kept` (..., V + padding), bf16 bits or fp32. found[2] is their sum, see `draw`."""
+    start, stop, kept, vocab, kept_rows, index, order, bounds, targets, scale, found, by_logprob,
+    first, out,
+):  # fmt: skip
+    """As `head_slopes` without entropies, of exponentials: those of state i are in row kept_rows[i]
+    of `kept` (..., V + padding), bf16 bits or fp32.
+
+    Its targets are order[bounds[i] : bounds[i + 1]] of N, each with by_logprob (N,); found (4, N)
+    is what `draw` found of them, of which found[2] is the sum of the exponentials.
+    """
     for j in range(start, stop):
         i = index[j]
+        members = order[bounds[i] : bounds[i + 1]]
         source, target_row = kept[kept_rows[i]], out[first + j]
-        weight = -by_logprob[i] * scale / np.float32(found[2, i])
+        total = 0.0
+        for each in members:
+            total += np.float64(by_logprob[each])
+        weight = np.float32(-total * scale / found[2, members[0]])
         for v in range(vocab):
             _store(target_row, v, value(source[v]) * weight, False)
         for v in range(vocab, target_row.size):
             _store(target_row, v, np.float32(0), False)
-        mine = np.float32(found[3, i]) * by_logprob[i] * scale
-        _store(target_row, targets[i], mine, False)
+        for each in members:
+            mine = 0.0
+            for other in members:
+                if targets[other] == targets[each]:
+                    mine += np.float64(by_logprob[other])
+            slope = mine * found[3, each] - (total - mine) * math.exp(found[0, each])
+            _store(target_row, targets[each], np.float32(slope * scale), False)
 
 
 @njit(nogil=True, cache=True)

@@ -34,23 +34,26 @@ def linear_grpo_loss(
     spec: PolicyLossSpec,
     vocab_tol: float | str,
     recorded: RecordedPredictions | None = None,
+    states: torch.Tensor | None = None,
 ) -> PolicyLossOutput:
-    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64; `recorded`: see `recorded`."""
+    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64; `recorded`, `states`: see
+    `recorded`."""
     needs = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, weight, bias)
     )
     inputs = (hidden.detach(), weight.detach(), None if bias is None else bias.detach(), targets)
     known = recorded is not None
-    head = RecordedHead(*inputs, recorded) if known else Head(*inputs, spec.temperature)
+    head = RecordedHead(*inputs, recorded, states) if known else Head(*inputs, spec.temperature)
     sink = sink_of(weight)
     how = (needs, vocab_tol, sink is not None)
     everything = (head, batch, spec, 0, len(targets))
     terms = _terms(*everything) if known else None
+    largest = head.by_state(terms.coefficient) if known else None
     gradient = HeadGradient(head, *how) if any(needs) and (known or spec.scope == "token") else None
     for start, stop in head.blocks():
         if gradient is not None and known:
-            gradient.add(start, terms.coefficient[start:stop], None)
+            gradient.add(start, largest[start:stop], None)
         elif gradient is not None:
             some = _terms(head, batch.rows(start, stop), spec, start, stop)
             gradient.add(start, some.coefficient, some.entropy_coefficient)

@@ -17,6 +17,7 @@ def recorded_grpo_loss(
     advantages: torch.Tensor,
     cu_seqlens: torch.Tensor,
     recorded: RecordedPredictions,
+    states: torch.Tensor | None = None,
     *,
     spec: PolicyLossSpec,
     bias: torch.Tensor | None = None,
@@ -27,13 +28,18 @@ def recorded_grpo_loss(
 
     Args:
         recorded: what was kept when `targets` were drawn, at the temperature of `spec`.
+        states: (N,) int64, the row of `hidden` (S, H) that predicts each target, each row at least
+            one; None: `hidden` is (N, H), a row a target.
         of_tokens: old_logprobs, sampling_logprobs and so on, see `linear_grpo_loss`.
 
     Raises:
         ValueError: as `linear_grpo_loss`; another temperature; an entropy bonus, whose gradient
             needs logits.
     """
-    checks.check_head(hidden, weight, targets, bias, checks.MASKED)
+    shown = hidden if states is None else hidden[:1].expand(len(targets), -1)
+    checks.check_head(shown, weight, targets, bias, checks.MASKED)
+    if states is None:
+        states = torch.arange(len(targets))
     if recorded.temperature != spec.temperature or len(recorded.rows) != len(targets):
         raise ValueError(
             f"the predictions are of {len(recorded.rows)} tokens at temperature "
@@ -45,5 +51,5 @@ def recorded_grpo_loss(
     rows = (len(targets), checks.working_dtype(hidden.dtype), hidden.device)
     batch = prepare(spec, *rows, advantages, cu_seqlens, **of_tokens)
     return _cpu.linear_grpo_loss(
-        hidden, weight, targets, bias, batch, spec, vocab_tol, recorded=recorded
+        hidden, weight, targets, bias, batch, spec, vocab_tol, recorded, states
     )
