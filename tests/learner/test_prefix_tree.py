@@ -258,11 +258,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def test_the_rule_follows_the_implementation(monkeypatch):
     rule = tree_rule.rule_for
     assert rule("off", CPU, torch.float32, 64) is None
-    assert rule("on", CPU, torch.float32, 64) == Rule(shortest=8)
+    assert rule("on", CPU, torch.float16, 64) == Rule(shortest=8)
     assert rule("auto", CPU, torch.float16, 64) == Rule(8, price=1 / 16, least=1 / 64)
     monkeypatch.setattr(tiles, "available", lambda dtype: dtype != torch.float16)
     for dtype in (torch.bfloat16, torch.float32):
-        assert rule("auto", CPU, dtype, 64) == Rule(8, price=1 / 256, least=1 / 64)
+        assert rule("auto", CPU, dtype, 64) == Rule(1, price=1 / 256, least=1 / 64)
+        assert rule("on", CPU, dtype, 64) == Rule(shortest=1)
         assert rule("auto", CPU, dtype, 40).price == 1 / 16  # no tiles of that width
 
 
