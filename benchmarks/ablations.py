@@ -40,7 +40,7 @@ def _own_logits(stack: ExitStack) -> None:
     """The learner computes the logits again from which the sampler drew."""
     from polymath_fast.learner.taped import TapedPass
 
-    stack.enter_context(mock.patch.object(TapedPass, "predictions", lambda *_: None))
+    stack.enter_context(mock.patch.object(TapedPass, "_predicts", lambda *_: False))
 
 
 def _torch_attention(stack: ExitStack) -> None:
@@ -112,6 +112,18 @@ def _no_tree(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(step, "plan", lambda *_: None))
 
 
+def _rows_apart(stack: ExitStack) -> None:
+    """The sampler computes every completion in a row of its own from its first token on."""
+    from polymath_fast.rollout import transformers_engine
+
+    branches = transformers_engine.Branches
+
+    def apart(prefixes, **_):
+        return branches(prefixes, apart=True)
+
+    stack.enter_context(mock.patch.object(transformers_engine, "Branches", apart))
+
+
 ABLATIONS: dict[str, Callable[[ExitStack], None]] = {
     "prompt once": _prompt_repeated,
     "the sampler's forward pass": _own_forward_pass,
@@ -122,7 +134,8 @@ ABLATIONS: dict[str, Callable[[ExitStack], None]] = {
     "logits never stored": _whole_logits,
     "no old-log-prob pass": _old_logprobs,
     "duplicates once": _duplicates,
-    "common beginnings once": _no_tree,
+    "common beginnings learned once": _no_tree,
+    "common beginnings sampled once": _rows_apart,
 }
 
 

@@ -17,7 +17,7 @@ from polymath_fast.learner import loss as losses
 from polymath_fast.learner import rows, step
 from polymath_fast.learner.taped import TapedPass
 from polymath_fast.models.random_models import FAMILIES
-from polymath_fast.rollout import tile_weights
+from polymath_fast.rollout import tile_weights, transformers_engine
 from polymath_fast.rollout.tape import Tape
 
 FLAGS = {
@@ -135,6 +135,7 @@ def test_an_idea_is_off_inside_and_on_again_behind(idea: str) -> None:
             tile_weights,
             Tape,
             TapedPass,
+            transformers_engine,
             torch.nn.Module,
         )
         return {f"{o.__name__}.{name}": value for o in owners for name, value in vars(o).items()}
