@@ -96,14 +96,16 @@ def choices() -> Iterator[Fact]:
 
     from polymath_fast import precision, rollout
     from polymath_fast.kernels import dispatch
+    from polymath_fast.kernels.cpu import tiles
 
-    engine, reason = rollout.choose_engine("auto")
-    yield "engine", f"{engine}: {reason}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, why = precision.choose_dtype("auto", device)
+    in_tiles = device == "cpu" and tiles.available(precision.torch_dtype(dtype))
+    engine, reason = rollout.choose_engine("auto", in_tiles=in_tiles)
+    yield "engine", f"{engine}: {reason}{' (Llama, Qwen2, Qwen3)' if in_tiles else ''}"
     yield "weights", f"{dtype}: {why}"
     yield "weight sync", "{}: {}".format(*rollout.choose_weight_sync("auto", engine))
-    if engine == "vllm":
+    if importlib.util.find_spec("vllm") is not None:
         from polymath_fast.rollout.vllm_process import check_version
 
         yield "vLLM", f"{check_version()}, inside the tested range"
@@ -125,6 +127,7 @@ def model_and_memory(model: str) -> Iterator[Fact]:
     from polymath_fast.config.settings import EMBEDDED_MODEL
     from polymath_fast.folders.cache import cache_dir
     from polymath_fast.models import embedded_model, random_models
+    from polymath_fast.rollout import tape_room
 
     yield "cache", str(cache_dir())
     settings = parse(["--model", model])
@@ -144,8 +147,9 @@ def model_and_memory(model: str) -> Iterator[Fact]:
         yield model, "not on this machine; a run would download it"
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    engine, _ = rollout.choose_engine("auto")
     dtype, _ = precision.choose_dtype(settings.dtype, device)
+    in_tiles = tape_room.in_tiles(shape, precision.torch_dtype(dtype))
+    engine, _ = rollout.choose_engine("auto", in_tiles=device == "cpu" and in_tiles)
     parts = memory.estimate(
         shape, settings, engine=engine, prompt_tokens=256, device=device, dtype=dtype
     )

@@ -14,6 +14,7 @@ import torch
 
 from polymath_fast import doctor
 from polymath_fast.kernels import dispatch
+from polymath_fast.kernels.cpu import tiles
 from polymath_fast.run import self_test
 
 
@@ -27,7 +28,10 @@ def test_it_tells_what_is_true_here() -> None:
     assert found["machine"]["cores"].startswith(f"{len(os.sched_getaffinity(0))} usable")
     assert ("GPU" in found["machine"]) == (not torch.cuda.is_available())
     engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    if not torch.cuda.is_available() and tiles.available(torch.float32):
+        engine = "transformers"
     assert found["what runs here"]["engine"].startswith(f"{engine}: ")
+    assert ("vLLM" in found["what runs here"]) == bool(importlib.util.find_spec("vllm"))
     assert set(dispatch.IMPLEMENTATIONS) <= set(found["what runs here"])
     assert found["model and memory"]["parameters"] == "135 million"
     parts = found["model and memory"]

@@ -63,7 +63,8 @@ class SampleSettings:
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
     engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """what samples completions; auto takes vLLM where it is installed"""
+    """what samples completions: transformers is the embedded sampler; auto takes that on a CPU that
+    decodes the model in tiles, else vLLM where it is installed"""
     kv_cache_gib: Annotated[float, Range(gt=0, le=65536, works=2)] | None = None
     """memory for vLLM's KV cache in GiB; when left out 1 on a CPU, and on a GPU what completions of
     full length fill"""

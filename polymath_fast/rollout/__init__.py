@@ -52,13 +52,18 @@ class Engine(Protocol):
         """Free everything; the engine is not used again."""
 
 
-def choose_engine(name: str, kv_cache_gib: float | None = None) -> tuple[str, str]:
+def choose_engine(
+    name: str, kv_cache_gib: float | None = None, *, in_tiles: bool = False
+) -> tuple[str, str]:
     """The engine that `--engine name` means on this machine, and why.
 
-    Raises UserError when it has no KV cache of a given size but one was asked for.
+    `in_tiles`: the embedded sampler would decode the model in tiles, on a CPU, and nothing else was
+    asked of vLLM. Raises UserError when it has no KV cache of a given size but one was asked for.
     """
     if name != "auto":
         chosen, reason = name, f"asked for by --engine {name}"
+    elif in_tiles and kv_cache_gib is None:
+        chosen, reason = "transformers", "embedded; on a CPU it draws one prompt faster than vLLM"
     elif find_spec("vllm") is not None:
         chosen, reason = "vllm", "vLLM is installed"
     else:

@@ -71,13 +71,17 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         from polymath_fast.learner.offload import require_gpu
 
         require_gpu(device)
-    engine_name, engine_reason = rollout.choose_engine(config.engine, config.kv_cache_gib)
+    model_dir = models.resolve_model(config.model, config.revision, notify)
+    engine_name, engine_reason = rollout.choose_engine(
+        config.engine,
+        config.kv_cache_gib,
+        in_tiles=_decodes_in_tiles(config, models.read_config(model_dir), device, dtype),
+    )
     if engine_name == "vllm":
         from polymath_fast.rollout.vllm_process import check_version, require_dtype
 
         check_version()
         require_dtype(dtype, device)
-    model_dir = models.resolve_model(config.model, config.revision, notify)
     if config.release_kv_cache:
         _check_release(engine_name, device)
     sync_name, sync_reason = rollout.choose_weight_sync(
@@ -129,6 +133,14 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         dtype=dtype,
         dtype_reason=dtype_reason,
     )
+
+
+def _decodes_in_tiles(config: Config, shape: dict[str, Any], device: str, dtype: str) -> bool:
+    """Whether the embedded sampler would, and no setting is for vLLM alone."""
+    from polymath_fast.rollout.tape_room import in_tiles
+
+    asked = config.weight_sync != "auto" or config.reuse_kv_cache or config.release_kv_cache
+    return device == "cpu" and not asked and in_tiles(shape, precision.torch_dtype(dtype))
 
 
 def _check_release(engine: str, device: str) -> None:
