@@ -38,7 +38,7 @@ def sample_tokens(
     vocab = logits.shape[1] if vocab is None else vocab
     if logits.device.type == "cpu" and logits.dtype != torch.float64:
         return _draw_on_cpu(logits, uniforms, temperature, vocab, recording, branches)
-    if branches is not None:
+    if branches is not None and not torch.equal(branches, torch.arange(len(logits))):
         logits = logits[branches.to(logits.device)]
     logits, greedy = logits[:, :vocab], temperature == 0
     scaled = logits.float() if greedy else logits.float() / temperature
