@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -48,3 +52,36 @@ def test_the_ends_of_the_unit_interval_never_draw_the_impossible(u):
     tokens, logprobs = sample_tokens(logits, torch.tensor([u], dtype=torch.float64), 1.0)
     assert tokens.item() in (3, 299, 520)
     assert logprobs.isfinite().all()
+
+
+_DRAW = """
+import torch
+from polymath_fast.kernels.cpu.recorded_head import Recording
+from polymath_fast.rollout.sampling import sample_tokens
+
+generator = torch.Generator().manual_seed(0)
+logits = 4 * torch.randn(16, 20_000, generator=generator)
+found = torch.empty(16, 4, dtype=torch.float64)
+places = torch.arange(16)
+recording = Recording(torch.empty(16, 20_000), 0, 0, places, found)
+uniforms = torch.rand(16, dtype=torch.float64, generator=generator)
+sample_tokens(logits, uniforms, 0.6, None, recording)
+print(found.sum(0).tolist(), flush=True)
+"""
+
+
+def test_a_process_that_compiles_finds_the_bits_of_one_that_loads(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", _DRAW],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert found[0] == found[1] != ""
+    assert any(tmp_path.rglob("draw.draw*.nbc"))

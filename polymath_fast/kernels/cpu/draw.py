@@ -15,6 +15,9 @@ from polymath_fast.kernels.cpu.scalar import exp, maximum, put
 
 BLOCK = 512
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
+# A process that compiles has a helper twice, by itself and inside `draw`, and runs whichever came
+# first; one that loads has the second alone. The two may add in another order, so there is one.
+_INLINED = {"forceinline": True, "fastmath": _FAST}
 _FLOOR = np.float32(-100.0)
 
 
@@ -71,7 +74,7 @@ def draw(
                 _keep(row, kept[first + i])
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, **_INLINED)
 def _largest(row):
     top = np.float32(-np.inf)
     for v in range(row.size):
@@ -79,7 +82,7 @@ def _largest(row):
     return top
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, **_INLINED)
 def _exponentials(row, top):
     """exp(x) of x = row - top, in place; the sums of exp(x) and of exp(x) x."""
     total = np.float32(0)
