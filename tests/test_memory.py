@@ -146,7 +146,7 @@ def test_a_tape_takes_the_place_of_activations(monkeypatch: pytest.MonkeyPatch) 
     layers = 30 * (2 * (4 * 576 + 2 * 192 + 2 * 1536) + 4 * 9) + 2 * 576
     assert row_bytes(shape, Config(entropy_coef=0.1), dtype) == layers
     row = row_bytes(shape, Config(), dtype)
-    assert row == layers + 2 * (49152 + 32) + 4 * 8
+    assert row == layers + 2 * (49152 + 32)
     plain = estimate("transformers", "cpu", tape_gib=0, **settings)
     taped = estimate("transformers", "cpu", tape_gib=2, **settings)
     assert taped["tape of 2064 tokens"] == pytest.approx(2064 * row / 2**30)
