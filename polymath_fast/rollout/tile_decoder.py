@@ -148,8 +148,7 @@ class TileDecoder:
         return self
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with `rows` (indices into the present batch) alone; one that is named several times
-        goes on as so many. Caches stay where they are until there must be room for more."""
+        """See `transformers_engine.Decoder`; caches stay where they are while there is room."""
         self._positions, self._begins = self._positions[rows], self._begins[rows]
         self._lengths = self._lengths[rows.numpy()]
         slots = self._slots[rows]
@@ -163,7 +162,7 @@ class TileDecoder:
 
     def _copied(self, slots: Tensor, copies: Tensor, free: Tensor) -> Tensor:
         """Caches of `slots` (B,), those marked in `copies` (B,) copied to `free` places."""
-        count = int(copies.sum())
+        count, used = int(copies.sum()), _panels(int(self._lengths.max()))
         missing = count - len(free)
         if missing > 0:
             first, panels = self._keys.shape[1], self._keys.shape[3]
@@ -172,12 +171,10 @@ class TileDecoder:
             self._keys, self._values = (torch.cat(pair, dim=1) for pair in pairs)
             free = torch.cat([free, torch.arange(first, self._keys.shape[1])])
         sources, targets = slots[copies], free[:count]
-        used = _panels(int(self._lengths.max()))
         for cache in (self._keys, self._values):
             cache[:, targets, :, :used] = cache[:, sources, :, :used]
-        slots = slots.clone()
-        slots[copies] = targets
-        return slots
+        self._values[:, targets, :, used:] = 0  # 0 times what a completion left might be NaN
+        return slots.masked_scatter(copies, targets)
 
     def _rows(self, count: int) -> _Rows:
         """Scratch memory for so many tokens."""

@@ -141,6 +141,24 @@ def test_what_was_begun_alike_goes_on_as_one(rows, monkeypatch):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_completion_left_in_its_place_reaches_nobody(dtype):
+    policy = Policy(resolve_model("random:tiny", notify=lambda text: None), dtype=dtype)
+    prefilled = [TransformersEngine(policy, stop_token_ids=[2])._prefill((3, 4, 5))]
+    weights = tile_decoder.TileWeights(policy)
+    found = []
+    for left in (0.0, float("nan")):
+        decoder = tile_decoder.TileDecoder(weights, prefilled, tokens=90, most=2)
+        decoder._values[:, 1].view(dtype).fill_(left)
+        for step in range(75):
+            if step == 5:
+                decoder.keep(torch.tensor([0, 0]))
+            logits = decoder.next(torch.full((1 + (step >= 5),), 7 + step))
+        found.append(logits[:, :256].clone())
+    assert found[0].isfinite().all() and torch.equal(*found)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("lengths", [[9], [70, 3]])
 def test_rows_part_beyond_the_room_they_began_with(lengths):
     """A copy goes on as the original would, whatever becomes of that."""
