@@ -255,12 +255,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
 
 def test_the_tape_saves_the_forward_pass_and_changes_nothing_else(flags, tmp_path):
     taped, plain, little = (tmp_path / name for name in ("taped", "plain", "little"))
+    # small steps: AdamW makes whole ones of rounding, and one drawn token more that differs
+    flags = [*flags, "--dtype", "float32", "--max-steps", "3", "--learning-rate", "1e-5"]
     for folder, more in (
         (taped, []),
         (plain, ["--tape-gib", "0"]),
         (little, ["--tape-gib", "5e-4"]),
     ):
-        run_here([*flags, "--dtype", "float32", "--max-steps", "3", *more], folder)
+        run_here([*flags, *more], folder)
     found, truth, some = (metrics(folder) for folder in (taped, plain, little))
     assert all(row["packing/taped_ratio"] == 1 for row in found)
     assert all(row["packing/taped_ratio"] == 0 for row in truth)
