@@ -65,7 +65,7 @@ def _draw_on_cpu(
     branches = torch.arange(count) if branches is None else branches
     order = branches.argsort(stable=True)
     bounds = torch.searchsorted(branches[order], torch.arange(len(logits) + 1))
-    recording = recording or Recording.nowhere(count)
+    recording = recording or Recording.nowhere(len(logits), count)
     half, kept = logits.dtype == torch.float16, recording.exponentials
     nothing = [kept[:0].to(dtype) for dtype in (torch.float32, torch.bfloat16)]
     pair = (kept, nothing[1]) if kept.dtype == torch.float32 else (nothing[0], kept)
@@ -82,8 +82,7 @@ def _draw_on_cpu(
         uniforms.contiguous().numpy(),
         tokens.numpy(),
         logprobs.numpy(),
-        recording.count,
-        recording.first,
+        recording.kept.numpy(),
         *map(bits, pair),
         recording.places.numpy(),
         recording.found.numpy(),

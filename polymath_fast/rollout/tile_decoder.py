@@ -25,7 +25,8 @@ from polymath_fast.kernels.cpu.products import bits, padded_rows
 from polymath_fast.kernels.cpu.team import together
 from polymath_fast.kernels.cpu.workspace import buffer, claim
 from polymath_fast.rollout.decode import PromptCache
-from polymath_fast.rollout.tape import Recorder, Tape
+from polymath_fast.rollout.recorder import Recorder
+from polymath_fast.rollout.tape import Tape
 from polymath_fast.rollout.tile_weights import TileWeights
 
 _AT_ONCE = 2**28
@@ -63,7 +64,7 @@ class TileDecoder:
         `recorder` keeps what is computed of the completions' own tokens, of which there will
         probably be `tokens` at most, of at most `most` completions."""
         self.weights = weights
-        self._recorder = recorder or Tape().claim(0, 0)
+        self._recorder = recorder or Recorder(Tape(), 0, 0)
         self._tape = self._recorder.open(weights.sizes)
         self._last = torch.cat([hidden for _, hidden in prefilled])  # (B, H)
         prompts = [prompt for prompt, _ in prefilled]
@@ -133,7 +134,7 @@ class TileDecoder:
             self._words(self._prompt_values),
             weights.scale,
             *(bits(each) for each in rows),
-            *recorded,
+            recorded,
             *(bits(each) for each in self._tape),
         )
         return self._logits(rows.out[:count])

@@ -15,10 +15,11 @@ from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout import tile_decoder, tile_weights
 from polymath_fast.rollout.branches import Branches
 from polymath_fast.rollout.decode import ModuleDecoder, PromptCache, run_decoder
+from polymath_fast.rollout.recorder import Recorder
 from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.streaming import Quotas, StreamingEngine, aborted
 from polymath_fast.rollout.tail import BlockDecoder, Tail
-from polymath_fast.rollout.tape import Recorder, Tape
+from polymath_fast.rollout.tape import Tape
 from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
 from polymath_fast.rollout.wave import Slot, Wave, slots_of
 from polymath_fast.rollout.weights import IdentitySync
@@ -89,7 +90,7 @@ class TransformersEngine(StreamingEngine):
             if not needed:
                 continue
             limits = (sampling.max_completion_length, sampling.temperature or 1.0)
-            recorder = self._tape.claim(len(needed), *limits)
+            recorder = Recorder(self._tape, len(needed), *limits)
             wave = Wave(needed, sampling, self.stop_token_ids, vocab, generator, recorder)
             yield from self._decode(*make_decoder(needed, recorder), wave, quotas)
             rows = range(len(needed))

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from polymath_fast.rollout.recorder import Recorder
 from polymath_fast.rollout.repetition import RepetitionWatch
 from polymath_fast.rollout.sampling import sample_tokens
-from polymath_fast.rollout.tape import Recorder
+from polymath_fast.rollout.tape import Tape
 from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
 
 
@@ -58,7 +59,8 @@ class Wave:
         generator: torch.Generator,
         recorder: Recorder | None = None,
     ) -> None:
-        """`vocab`: logits from this column on are padding. `recorder`: of the decoder's passes."""
+        """`vocab`: logits from this column on are padding. `recorder`: of the decoder's passes, as
+        far as completions begin here: what came before was computed by another pass."""
         count, limit = len(slots), sampling.max_completion_length
         self.slots = slots
         self.lengths = torch.zeros(count, dtype=torch.int64)
@@ -70,7 +72,10 @@ class Wave:
         self._limits = limit - torch.tensor(begun)  # (W,) tokens that may still be drawn
         self._stop = torch.tensor(sorted(stop_token_ids))
         self._temperature, self._vocab = sampling.temperature, vocab
-        self._recorder = recorder
+        self._recorder = recorder or Recorder(Tape(), 0, 0)
+        for row, slot in enumerate(slots):
+            if slot.begun is not None:
+                self._recorder.drop(row)
         self._watch = None
         if sampling.stop_repetition:
             self._watch = RepetitionWatch(
@@ -83,7 +88,7 @@ class Wave:
         """Tokens and log-probs (R,), on the CPU, of rows (R,) at places (R,), each by the row of
         logits (B, V) that `branches` (R,) says."""
         uniforms = self._uniforms[rows, places].to(logits.device)
-        recording = self._recorder.predict(rows, places, branches) if self._recorder else None
+        recording = self._recorder.predict(rows, places, branches, len(logits))
         tokens, logprobs = sample_tokens(
             logits, uniforms, self._temperature, self._vocab, recording, branches
         )
@@ -91,8 +96,7 @@ class Wave:
 
     def follow(self, rows: Tensor, branches: Tensor) -> None:
         """The decoder's next pass computes `rows` (C,) of the wave in its rows `branches` (C,)."""
-        if self._recorder is not None:
-            self._recorder.follow(rows, branches)
+        self._recorder.follow(rows, branches)
 
     def append(self, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> dict[int, str]:
         """Take in one token of each of `rows`, which are ascending and have drawn as many; those
@@ -126,15 +130,14 @@ class Wave:
     def drawn(self, row: int, finish_reason: str, weight_version: int) -> Drawn:
         """What a row has drawn, after what it began with."""
         slot, length = self.slots[row], int(self.lengths[row])
-        recorded = None
-        if self._recorder is not None and slot.begun is None and finish_reason != "aborted":
-            recorded = self._recorder.recorded(row, length, weight_version)
+        if finish_reason == "aborted":
+            self._recorder.drop(row)
         completion = Completion(
             token_ids=self.tokens[row, :length].tolist(),
             sampling_logprobs=self._logprobs[row, :length].tolist(),
             finish_reason=finish_reason,
             weight_version=weight_version,
-            recorded=recorded,
+            recorded=self._recorder.recorded(row, length, weight_version),
         )
         if slot.begun is not None:
             completion = slot.begun.extended(completion)

@@ -42,7 +42,9 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
 
 def _tape(rows: int, rollouts: int, config: Config) -> str:
     fitting = min(rollouts, rows // config.max_completion_length)
-    some = "all completions" if fitting == rollouts else f"{fitting} of {rollouts} completions"
+    some = "all completions"
+    if fitting < rollouts:
+        some = f"as many of {rollouts} completions as fit, {fitting} at full length,"
     return f"the sampler's forward passes of {some} are kept; the learner needs none for them"
 
 

@@ -52,7 +52,8 @@ def drawn(head: Head, temperature: float, *, lost: int = 3) -> RecordedPredictio
     batch = torch.cat([logits, logits[:1].expand(lost, -1)])
     uniforms = torch.rand(len(batch), dtype=torch.float64, generator=torch.Generator())
     places = torch.cat([torch.arange(count).flip(0), torch.full((lost,), -1)])
-    recording = Recording(kept, count, 5, places, found)
+    rows = torch.cat([torch.arange(5, 5 + count), torch.full((lost,), -1)])
+    recording = Recording(kept, rows, places, found)
     tokens, logprobs = sample_tokens(batch, uniforms, temperature, vocab, recording)
     alone = sample_tokens(batch, uniforms, temperature, vocab)
     assert_close((tokens, logprobs), alone, rtol=0, atol=0, equal_nan=True)
@@ -122,7 +123,7 @@ def test_targets_of_one_state_are_multiplied_once(spread, dtype):
     few, temperature = make_head(6, 24, 300, dtype, bias=True, spread=spread), 0.8
     kept = torch.empty(6, odd_lines(300, dtype.itemsize), dtype=dtype)
     found = torch.empty(len(states), 4, dtype=torch.float64)
-    recording = Recording(kept, 6, 0, torch.arange(len(states)), found)
+    recording = Recording(kept, torch.arange(6), torch.arange(len(states)), found)
     uniforms = torch.rand(len(states), dtype=torch.float64, generator=torch.Generator())
     targets, _ = sample_tokens(logits_of(few), uniforms, temperature, 300, recording, states)
     assert len(targets[:9].unique()) < 9  # some are equal

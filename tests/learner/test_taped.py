@@ -185,30 +185,37 @@ def test_greedy_completions_are_one_row_of_the_tape(passes):
     assert passes == [1]
 
 
-def test_completions_beyond_the_tape_are_computed_as_ever(passes):
-    policy = policy_of("random:tiny", torch.float32)
-    truth = sampled(policy, Tape())
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_completions_beyond_the_tape_are_computed_as_ever(share, passes):
+    """What is recorded fills the tape, however short completions turn out to be."""
+    policy, options = policy_of("random:tiny", torch.float32), {"prompts": PROMPTS[:1], "n": 48}
+    truth = sampled(policy, Tape(), **options)
     assert not any(row.recorded for row in truth)
-    rows = sampled(policy, recording(29 * 30))
+    large = recording(2000)
+    sampled(policy, large, **options)
+    tape = recording(int(share * large.draws.taken))
+    rows = sampled(policy, tape, **options)
     assert [row.token_ids for row in rows] == [row.token_ids for row in truth]
-    assert 24 < sum(row.recorded is not None for row in rows) < len(rows)
+    kept = [row for row in rows if row.recorded is not None]
+    assert 0 < len(kept) < len(rows) and tape.draws.left < 30
+    held = {int(place) for row in kept for place in row.recorded.predictions.rows}
+    assert len(held) == tape.draws.taken
     assert error(update(policy, rows)[1], update(policy, truth)[1]) < 1e-5
-    assert sum(passes) == sum(row.recorded is not None for row in rows)
+    assert sum(passes) == len(merge_duplicates(kept))
 
 
 def test_waves_share_a_tape_that_is_just_large_enough(passes):
     """Each completion draws one more token than it reads."""
     policy = policy_of("random:tiny", torch.float32)
     options = {"length": 6, "stop": (), "n": 16, "max_num_seqs": 16}
-    rows = sampled(policy, recording(2 * 16 * 6), **options)
+    large = recording(2 * 16 * 6)
+    rows = sampled(policy, large, **options)
     assert {len(row.token_ids) for row in rows} == {6} and all(row.recorded for row in rows)
     assert error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
-    first = recording(1000)
-    sampled(policy, first, prompts=PROMPTS[:1], **options)
-    assert first.drawn < 16 * 6  # completions that begin alike share rows
-    least = first.drawn + 16 * 6
-    for rows, lost in ((least, 0), (least - 1, 1)):
-        some = sampled(policy, recording(rows), **options)
+    least = large.draws.taken
+    assert large.inputs.taken < least < 2 * 16 * 6  # completions that begin alike share rows
+    for size, lost in ((least, 0), (least - 1, 1)):
+        some = sampled(policy, recording(size), **options)
         assert sum(row.recorded is None for row in some) == lost
 
 
@@ -283,13 +290,15 @@ def test_nothing_is_recorded_between_steps():
     assert not any(row.recorded for row in sampled(policy, tape, n=3))
     tape.start_step()
     first = sampled(policy, tape, n=3)
-    used = tape.used
+    used = tape.inputs.taken
     assert all(row.recorded for row in first) and used > 0
     tape.end_step()
     assert not any(row.recorded for row in sampled(policy, tape, n=3))
     tape.start_step()
     again = sampled(policy, tape, n=3)
-    assert tape.used == used and again[0].recorded.activations is first[0].recorded.activations
+    assert (
+        tape.inputs.taken == used and again[0].recorded.activations is first[0].recorded.activations
+    )
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "random:tiny-gemma"])
@@ -315,14 +324,16 @@ def test_no_room_for_the_tape_names_the_setting():
 
 
 def test_an_aborted_completion_is_not_recorded():
-    policy = policy_of("random:tiny", torch.float32)
-    engine = TransformersEngine(policy, stop_token_ids=STOP, tape=recording(2000))
+    policy, tape = policy_of("random:tiny", torch.float32), recording(2000)
+    engine = TransformersEngine(policy, stop_token_ids=STOP, tape=tape)
     request = Request(prompt_ids=PROMPTS[0], n=24, needed=6)
     sampling = SamplingOptions(max_completion_length=30, seed=3)
     found = [done for _, _, done in engine.stream([request], sampling)]
     aborted = [done for done in found if done.finish_reason == "aborted"]
     assert aborted and not any(done.recorded for done in aborted)
-    assert all(done.recorded for done in found if done.finish_reason != "aborted")
+    kept = [done.recorded for done in found if done.finish_reason != "aborted"]
+    held = {int(place) for recorded in kept for place in recorded.predictions.rows}
+    assert tape.draws.taken == len(held)  # others may have those of the aborted ones
 
 
 def test_a_continued_completion_is_not_recorded():

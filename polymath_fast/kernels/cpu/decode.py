@@ -26,7 +26,7 @@ _LOWEST = np.float32(-80.0)
 def step(
     threads, counters, count, norms, head_norms, biases, qkv, output, gate_up, down, heads, cos,
     sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values, scale,
-    hidden, stacked, attended, lse, between, normed, active, out, kept_rows, first, kept_hidden,
+    hidden, stacked, attended, lse, between, normed, active, out, kept_rows, kept_hidden,
     kept_stacked, kept_attended, kept_lse, kept_between, kept_gate_up,
 ):  # fmt: skip
     """All layers for more tokens of every completion; `PHASES` phases a layer, see `team`.
@@ -41,10 +41,10 @@ def step(
 
     hidden (R, H) is the input; out (R, H) the result, after the last norm. Each layer overwrites
     hidden, stacked (R, Hq + 2 Hkv, D) before norm and rotation, attended (R, Hq D), lse (R, Hq) and
-    between (R, H) after attention; normed (R, H) and active (R, I) are scratch. Of the first
-    `kept_rows` rows they go to rows from `first` on of kept_..., of which there is one a layer (and
-    of kept_hidden one more, for what the last norm reads); kept_gate_up is (L, panels, rows, 96):
-    48 columns of gate, then the same ones of up.
+    between (R, H) after attention; normed (R, H) and active (R, I) are scratch. Row i of them goes
+    to row kept_rows[i] of kept_..., of which there is one a layer (and of kept_hidden one more, for
+    what the last norm reads), nowhere if that is negative, or if kept_rows is (0,), not (count,);
+    kept_gate_up is (L, panels, rows, 96): 48 columns of gate, then the same ones of up.
     """
     key_heads, size = keys.shape[2], stacked.shape[2]
     group = heads // key_heads
@@ -92,30 +92,29 @@ def step(
         _norm_rows(threads, counters, phase + 4, between, count, last, eps, normed)
         while True:
             top = next_task(counters, phase + 5) * tiles.ROWS
-            if top >= kept_rows:
+            if top >= kept_rows.size:
                 break  # no barrier: nobody overwrites these before the next one
-            bottom = min(top + tiles.ROWS, kept_rows)
-            _keep(top, bottom, hidden, first, kept_hidden[layer])
-            _keep(top, bottom, projected, first, kept_projected[layer])
-            _keep(top, bottom, attended, first, kept_attended[layer])
-            _keep(top, bottom, lse, first, kept_lse[layer])
-            _keep(top, bottom, between, first, kept_between[layer])
+            rows = kept_rows[top : top + tiles.ROWS]
+            _keep(top, hidden, rows, kept_hidden[layer])
+            _keep(top, projected, rows, kept_projected[layer])
+            _keep(top, attended, rows, kept_attended[layer])
+            _keep(top, lse, rows, kept_lse[layer])
+            _keep(top, between, rows, kept_between[layer])
         while True:
             panel = next_task(counters, phase + 6)
             if panel >= gate_up.shape[1] // 2:
                 break
             weights = gate_up[layer, 2 * panel :]
             kept = kept_gate_up[layer, panel]
-            _activate(normed, count, weights, panel, tile, active, kept_rows, first, kept)
+            _activate(normed, count, weights, panel, tile, active, kept_rows, kept)
         barrier(threads, counters, phase + 6)
         _add_projection(
             threads, counters, phase + 7, active, count, down[layer], tile, between, hidden
         )
     end = PHASES * keys.shape[0]
     _norm_rows(threads, counters, end, hidden, count, norms[-1], eps, out)
-    top = next_task(counters, end + 1) * kept_rows
-    if top < kept_rows:
-        _keep(0, kept_rows, hidden, first, kept_hidden[keys.shape[0]])
+    if next_task(counters, end + 1) == 0:
+        _keep(0, hidden, kept_rows, kept_hidden[keys.shape[0]])
     barrier(threads, counters, end + 1)
 
 
@@ -140,9 +139,10 @@ def gate_and_up(start, stop, kept, rows, out):
 
 
 @njit(nogil=True, cache=True)
-def _keep(top, bottom, source, first, kept):
-    for i in range(top, bottom):
-        copy_row(source[i], kept[first + i])
+def _keep(top, source, rows, kept):
+    for i in range(rows.size):
+        if rows[i] >= 0:
+            copy_row(source[top + i], kept[rows[i]])
 
 
 @njit(nogil=True, cache=True)
@@ -185,7 +185,7 @@ def _project(x, count, packed, panel, tile, bias, out):
 
 
 @njit(nogil=True, cache=True)
-def _activate(x, count, packed, panel, tile, out, kept_rows, first, kept):
+def _activate(x, count, packed, panel, tile, out, kept_rows, kept):
     """One panel of silu(gate) * up; packed[0] holds the gate's columns, packed[1] those of up.
     Both go to rows of kept (rows, 96) as well."""
     left = panel * tiles.COLUMNS
@@ -196,8 +196,8 @@ def _activate(x, count, packed, panel, tile, out, kept_rows, first, kept):
         for r in range(min(tiles.ROWS, count - top)):
             gate, up = tile[r], tile[tiles.ROWS + r]
             _silu_times(gate, up, out[top + r, left:right])
-            if top + r < kept_rows:
-                row = kept[first + top + r]
+            if top + r < kept_rows.size and kept_rows[top + r] >= 0:
+                row = kept[kept_rows[top + r]]
                 _round(gate, row[: tiles.COLUMNS])
                 _round(up, row[tiles.COLUMNS :])
 

@@ -24,7 +24,7 @@ _FLOOR = np.float32(-100.0)
 @njit(nogil=True, cache=True, error_model="numpy")
 def draw(
     start, stop, logits, vocab, half, scale, greedy, order, bounds, uniforms, tokens, logprobs,
-    kept_rows, first, kept, kept_half, places, found,
+    kept_rows, kept, kept_half, places, found,
 ):  # fmt: skip
     """Rows [start, stop) of logits (B, V + padding), fp32 or (`half`: fp16, else bf16) bits, each
     for draws order[bounds[row] : bounds[row + 1]] of C.
@@ -32,10 +32,10 @@ def draw(
     tokens (C,) int64 from softmax(logits * scale); `greedy`: the first of the largest.
     logprobs (C,) fp32 under that softmax, at most 0; uniforms (C,) float64 in [0, 1).
 
-    Of the first `kept_rows` rows the exponentials of the distances from the largest logit go to
-    rows of kept (..., V + padding), fp32, from `first` on, or of kept_half, bf16 bits, if that has
-    any. Both kinds have one kernel: neither changes a bit of a draw. Of draw i the log-prob, the
-    entropy, the sum of the exponentials and 1 - the token's probability go to row places[i] of
+    The exponentials of the distances from the largest logit of a row go to row kept_rows[row] of
+    kept (..., V + padding), fp32, or of kept_half, bf16 bits, if that has any; nowhere if that is
+    negative. Both kinds have one kernel: neither changes a bit of a draw. Of draw i the log-prob,
+    the entropy, the sum of the exponentials and 1 - the token's probability go to row places[i] of
     found (..., 4), if that is not negative.
     """
     row = np.empty(vocab, np.float32)
@@ -67,11 +67,11 @@ def draw(
                 statistics[1] = entropy
                 statistics[2] = total
                 statistics[3] = others / total
-        if i < kept_rows:
+        if kept_rows[i] >= 0:
             if kept_half.shape[0]:
-                _keep(row, kept_half[first + i])
+                _keep(row, kept_half[kept_rows[i]])
             else:
-                _keep(row, kept[first + i])
+                _keep(row, kept[kept_rows[i]])
 
 
 @njit(nogil=True, cache=True, **_INLINED)

@@ -25,10 +25,8 @@ class Recording(NamedTuple):
 
     exponentials: Tensor
     """(rows, V + padding) of each logit's distance from the largest one, over the temperature"""
-    count: int
-    """of the first rows of logits; the others go nowhere"""
-    first: int
-    """row of the first one"""
+    kept: Tensor
+    """(B,) int64, the row of `exponentials` for each row of logits; negative for none"""
     places: Tensor
     """(C,) int64, the row of `found` for each token; negative for none"""
     found: Tensor
@@ -36,10 +34,10 @@ class Recording(NamedTuple):
     of the token"""
 
     @classmethod
-    def nowhere(cls, tokens: int) -> Recording:
+    def nowhere(cls, rows: int, tokens: int) -> Recording:
         """For a draw of which nothing is kept."""
         kept, found = (torch.empty(0, 0, dtype=kind) for kind in (torch.bfloat16, torch.float64))
-        return cls(kept, 0, 0, torch.full((tokens,), -1), found)
+        return cls(kept, torch.full((rows,), -1), torch.full((tokens,), -1), found)
 
 
 class RecordedPredictions(NamedTuple):
