@@ -9,6 +9,7 @@ from polymath_fast.config import Config
 from polymath_fast.errors import OutOfMemory
 from polymath_fast.learner.packing import TrainingRow, pack, split_rows
 from polymath_fast.learner.prefix_tree import PrefixTree, Rule, plan
+from polymath_fast.memory import TAPED_ROWS
 
 
 @contextmanager
@@ -43,25 +44,31 @@ def advice(
 ) -> str:
     """What did not fit, the knob, and a value for it."""
     tree = None if rule is None else plan(rows, rule)
-    largest = max(
-        _model_rows([rows[index] for index in part], tree)
-        for parts in split_rows(rows, tokens, tree)
-        for part in parts
-    )
+    taped = [row for row in rows if row.recorded is not None]
+    others = [row for row in rows if row.recorded is None]
+    many, some = _largest(taped, TAPED_ROWS * tokens, tree), _largest(others, tokens, tree)
+    largest, times = (many, TAPED_ROWS) if many > some else (some, 1)
     smallest = max(len(row.prompt_ids) for row in rows) + config.max_completion_length
-    knobs = ["--tape-gib 0"] if any(row.recorded is not None for row in rows) else []
-    if largest > smallest:
-        knobs.append(f"--tokens-per-microbatch {max(smallest, largest // 2)}")
+    knobs = ["--tape-gib 0"] if taped else []
+    if largest > smallest * times:
+        knobs.append(f"--tokens-per-microbatch {max(smallest, largest // times // 2)}")
     if not config.gradient_checkpointing:
         knobs.append("--gradient-checkpointing")
     if not knobs:
         knobs.append(f"--max-completion-length {max(1, config.max_completion_length // 2)}")
+    more = f", {times} times that from the tape" if times > 1 else ""
     return (
         f"out of memory: {largest} tokens were learned from at once (--tokens-per-microbatch is "
-        f"{tokens}); go on with {' or '.join(knobs)}"
+        f"{tokens}{more}); go on with {' or '.join(knobs)}"
     )
 
 
-def _model_rows(rows: Sequence[TrainingRow], tree: PrefixTree | None) -> int:
-    """Tokens that enter the model for one micro-batch, its prompts once each."""
-    return pack(rows, tree=tree).input_ids.numel()
+def _largest(rows: Sequence[TrainingRow], tokens: int, tree: PrefixTree | None) -> int:
+    """Tokens that enter the model, or are read from the tape, in the largest pass over `rows`;
+    prompts once each."""
+    sizes = [
+        pack([rows[index] for index in part], tree=tree).input_ids.numel()
+        for parts in split_rows(rows, tokens, tree)
+        for part in parts
+    ]
+    return max(sizes, default=0)
