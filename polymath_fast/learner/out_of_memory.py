@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from polymath_fast.config import Config
 from polymath_fast.errors import OutOfMemory
-from polymath_fast.learner.packing import TrainingRow, pack, split_rows
+from polymath_fast.learner.microbatches import split_rows
+from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.prefix_tree import PrefixTree, Rule, plan
 from polymath_fast.memory import TAPED_ROWS
 

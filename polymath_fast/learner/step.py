@@ -25,6 +25,7 @@ from polymath_fast.learner import out_of_memory
 from polymath_fast.learner.flat_storage import FlatStorage
 from polymath_fast.learner.loss import Divisors, loss_spec, packed_loss
 from polymath_fast.learner.metrics import UpdateMetrics
+from polymath_fast.learner.microbatches import split_rows
 from polymath_fast.learner.optimizer import FlatAdamW, learning_rate_at
 from polymath_fast.learner.packing import (
     PackedBatch,
@@ -32,7 +33,6 @@ from polymath_fast.learner.packing import (
     merge_duplicates,
     pack,
     shared_token_ratio,
-    split_rows,
 )
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.prefix_tree import PrefixTree, plan

@@ -26,7 +26,8 @@ from polymath_fast.kernels.prefix_attention import tiles
 from polymath_fast.kernels.prefix_attention.blocks import to_blocks
 from polymath_fast.learner import layer_passes
 from polymath_fast.learner.layer_passes import Mlp, Projections, Rotation
-from polymath_fast.learner.packing import PackedBatch, TrainingRow, pack, split_rows
+from polymath_fast.learner.microbatches import split_rows
+from polymath_fast.learner.packing import PackedBatch, TrainingRow, pack
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.prefix_tree import PrefixTree
 from polymath_fast.learner.shared_prompt import SharedPrompt

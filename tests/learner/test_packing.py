@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from polymath_fast.learner.microbatches import split_rows
 from polymath_fast.learner.packing import (
     TrainingRow,
     merge_duplicates,
     pack,
     shared_token_ratio,
-    split_rows,
 )
 
 

@@ -15,7 +15,8 @@ from polymath_fast.errors import UserError
 from polymath_fast.kernels import dispatch
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.learner import tree_rule
-from polymath_fast.learner.packing import TrainingRow, pack, shared_token_ratio, split_rows
+from polymath_fast.learner.microbatches import split_rows
+from polymath_fast.learner.packing import TrainingRow, pack, shared_token_ratio
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.prefix_tree import Rule, common_length, plan
 from polymath_fast.learner.step import Learner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from polymath_fast.kernels.triton import gradient_kernels
+from polymath_fast.kernels.triton import gradient_kernels, vocabulary_kernels
 from polymath_fast.kernels.triton.aot import Variant
 from polymath_fast.kernels.triton.tiles import LIVE_STEP
 
@@ -49,7 +49,7 @@ def _of_dtype(dtype: str) -> Iterator[Variant]:
         "count": "i32",
     }
     out = {"out_ptr": f"*{dtype}:16"}
-    kernels = gradient_kernels
+    kernels, choice = gradient_kernels, vocabulary_kernels
     yield Variant(f"bonus-{dtype}", kernels.bonus_kernel, types, {"BLOCK": 4096}, 8)
     rows_of = {"BLOCK": 1024}
     yield Variant(f"scaled-rows-{dtype}", kernels.scaled_rows_kernel, types | out, rows_of)
@@ -59,18 +59,18 @@ def _of_dtype(dtype: str) -> Iterator[Variant]:
     )
     masses = {"norms_ptr": _FP32, "peak_ptr": _FP32, "mass_ptr": _FP32, "lengths_ptr": _FP32}
     masses |= types | {"out_ptr": _FP32}
-    yield Variant(f"column-masses-{dtype}", kernels.column_masses_kernel, masses, sums)
+    yield Variant(f"column-masses-{dtype}", choice.column_masses_kernel, masses, sums)
     tile = {"ROWS": 8, "BLOCK": 256}
-    yield Variant(f"row-masses-{dtype}", kernels.row_masses_kernel, masses, tile)
+    yield Variant(f"row-masses-{dtype}", choice.row_masses_kernel, masses, tile)
     if dtype == "fp32":
         yield Variant("hidden-rows-fp32", kernels.hidden_rows_kernel, types | out, rows_of)
         return
     step = {"STEP": LIVE_STEP}
     columns = {"BLOCK": 512} | step
-    yield Variant(f"some-columns-{dtype}", kernels.some_columns_kernel, types | out, columns)
-    yield Variant(f"some-rows-{dtype}", kernels.some_rows_kernel, types | out, rows_of | step)
+    yield Variant(f"some-columns-{dtype}", choice.some_columns_kernel, types | out, columns)
+    yield Variant(f"some-rows-{dtype}", choice.some_rows_kernel, types | out, rows_of | step)
     if dtype == "bf16":
-        yield Variant("add-rows", kernels.add_rows_kernel, types | {"out_ptr": _FP32}, rows_of)
+        yield Variant("add-rows", choice.add_rows_kernel, types | {"out_ptr": _FP32}, rows_of)
 
 
 def _target_sums(bias: bool) -> Variant:

@@ -6,7 +6,6 @@ import torch
 
 from polymath_fast.kernels.scratch import Scratch
 from polymath_fast.kernels.triton.gradient_kernels import (
-    add_rows_kernel,
     bonus_kernel,
     column_sums_kernel,
     hidden_rows_kernel,
@@ -20,6 +19,7 @@ from polymath_fast.kernels.triton.products import (
     weight_product,
 )
 from polymath_fast.kernels.triton.vocabulary import Columns, Vocabulary
+from polymath_fast.kernels.triton.vocabulary_kernels import add_rows_kernel
 
 BLOCK = 1024
 

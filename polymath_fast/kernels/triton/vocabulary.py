@@ -18,15 +18,15 @@ import torch
 
 from polymath_fast.kernels.scratch import Scratch
 from polymath_fast.kernels.triton.budget import room_for
-from polymath_fast.kernels.triton.gradient_kernels import (
+from polymath_fast.kernels.triton.head import Chunk
+from polymath_fast.kernels.triton.products import product
+from polymath_fast.kernels.triton.tiles import LIVE_STEP
+from polymath_fast.kernels.triton.vocabulary_kernels import (
     column_masses_kernel,
     row_masses_kernel,
     some_columns_kernel,
     some_rows_kernel,
 )
-from polymath_fast.kernels.triton.head import Chunk
-from polymath_fast.kernels.triton.products import product
-from polymath_fast.kernels.triton.tiles import LIVE_STEP
 
 ROUNDING = 2.6e-3
 """relative error that rounding a gradient to bf16 makes anyway"""
