@@ -81,7 +81,13 @@ class SharedRows(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
-        return total.index_add_(0, rows, grad.to(wide)).to(grad.dtype), None
+        if (
+            total.is_cuda
+        ):  # sorts, where the other one adds in an order that differs from run to run
+            total.index_put_((rows,), grad.to(wide), accumulate=True)
+        else:
+            total.index_add_(0, rows, grad.to(wide))
+        return total.to(grad.dtype), None
 
 
 def _adder(total: Tensor):

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from polymath_fast.errors import EngineError
@@ -117,6 +118,7 @@ class RemoteEngine(StreamingEngine):
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self._channel = Channel(ours, timeout=None)
+        self._makes_room = bool(settings.get("release_kv_cache"))
         try:
             settings |= {"model_dir": str(model_dir), "device": device}
             self._ask("ready", "start", settings=settings)
@@ -132,6 +134,7 @@ class RemoteEngine(StreamingEngine):
         takes the next request.
         """
         asked = [encode_request(request) for request in requests]
+        self._make_room()
         with self._channel.request():
             self._channel.send("stream", requests=asked, sampling=asdict(sampling))
             try:
@@ -148,6 +151,7 @@ class RemoteEngine(StreamingEngine):
 
     def wake(self) -> None:
         """Be ready to sample again."""
+        self._make_room()
         self._ask("done", "wake")
 
     def close(self) -> None:
@@ -162,6 +166,12 @@ class RemoteEngine(StreamingEngine):
                 self._process.kill()
         self._process.wait()
         self._channel.close()
+
+    def _make_room(self) -> None:
+        """An engine that took no memory while it slept needs it now: what torch keeps of this
+        process's update has to be the device's again, for the other process cannot ask for it."""
+        if self._makes_room:
+            torch.cuda.empty_cache()
 
     def _ask(self, answer: str, kind: str, **content: Any) -> dict[str, Any]:
         with self._channel.request():

@@ -22,6 +22,8 @@ def prepare(device: str, kv_cache_gib: float | None, threads: int | None) -> Non
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        # the other one, vLLM's choice on a GPU, divides logits by the temperature in bfloat16
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
     if device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[: threads or None]

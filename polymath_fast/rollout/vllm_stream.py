@@ -30,11 +30,14 @@ def stream(
         engine: vLLM's LLMEngine, in this process and with nothing else to do.
         stopped: asked after every step of the engine; True aborts what is left without a word.
     """
+    import numpy as np
     import torch
 
     # The sampler draws from torch's global generator; a seed per request would cost a generator
-    # and a kernel launch for every row of every step.
+    # and a kernel launch for every row of every step. vLLM's second model runner, which a user may
+    # ask for, makes seeds of its own, with numpy's.
     torch.manual_seed(sampling.seed)
+    np.random.seed(sampling.seed % 2**32)
     running = _Running(engine, requests, weight_version)
     quotas = Quotas(requests)
     try:

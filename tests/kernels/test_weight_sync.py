@@ -10,6 +10,14 @@ from weight_sync_cases import BF16, FP32, PAIRS, check, hard_values, layouts, sa
 from polymath_fast.kernels import SegmentTable, dispatch, weight_sync
 from polymath_fast.kernels.weight_sync.table import ROW, chunks
 
+COMPILED = dispatch.library_path("weight_sync").is_file()
+ON_A_GPU = pytest.mark.parametrize(
+    "impl",
+    [
+        pytest.param("cuda", marks=pytest.mark.skipif(not COMPILED, reason="needs csrc compiled")),
+        "triton",
+    ],
+)
 DTYPES = pytest.mark.parametrize(("src", "dst"), PAIRS, ids=str)
 
 
@@ -21,13 +29,13 @@ def test_on_a_cpu(impl: str, src: torch.dtype, dst: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @DTYPES
-@pytest.mark.parametrize("impl", ["cuda", "triton"])
+@ON_A_GPU
 def test_on_a_gpu(impl: str, src: torch.dtype, dst: torch.dtype) -> None:
     check(lambda table: weight_sync(table, impl=impl), layouts(src, dst, "cuda"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["cuda", "triton"])
+@ON_A_GPU
 def test_a_large_model_and_another_stream(impl: str) -> None:
     """More than 2^31 elements in one segment, and order by stream alone."""
     count = 2**31 + 12_345
@@ -43,7 +51,7 @@ def test_a_large_model_and_another_stream(impl: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["cuda", "triton"])
+@ON_A_GPU
 def test_inside_a_cuda_graph(impl: str) -> None:
     source = hard_values(100_000, FP32, "cuda")
     target = torch.zeros(100_000, dtype=BF16, device="cuda")

@@ -98,6 +98,18 @@ def test_a_gpu_says_the_same(family):
         assert error < 3e-5, f"{name}: {error:.1e}"
 
 
+@pytest.mark.gpu
+def test_two_passes_on_a_gpu_are_equal_bit_for_bit(tiny_model):
+    """Also where many targets read one row: duplicates, and the first tokens of all."""
+    many = [row for row in rows(PROMPTS[:1]) for _ in range(50)]
+    found = []
+    for _ in range(2):
+        policy = Policy(tiny_model, dtype=torch.bfloat16, device="cuda")
+        packed_loss(policy, many)[0].backward()
+        found.append([p.grad for p in policy.model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_saved_folder_loads_in_plain_transformers(tmp_path, tiny_model):
     policy = Policy(tiny_model, dtype=torch.bfloat16)
     policy.save(tmp_path / "model")

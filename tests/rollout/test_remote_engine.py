@@ -95,6 +95,7 @@ class Running:
         self.remote = RemoteEngine.__new__(RemoteEngine)
         self.remote._channel = Channel(ours, 20)
         self.remote._process = self
+        self.remote._makes_room = False
 
     def start(self, max_num_seqs: int = 4) -> RemoteEngine:
         settings = {"device": "cpu", "max_num_seqs": max_num_seqs}
@@ -149,6 +150,24 @@ def test_completions_come_back_as_they_were(running: Running) -> None:
     assert running.engines[0].asleep
     engine.wake()
     assert not running.engines[0].asleep
+
+
+def test_an_engine_that_wakes_finds_the_memory_that_an_update_left(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's allocator keeps it in this process, where the other one cannot ask for it."""
+    engine, emptied = running.start(), []
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: emptied.append(running.engines[0].asleep)
+    )
+    engine.sleep()
+    engine.wake()
+    assert not emptied
+    engine._makes_room = True
+    engine.sleep()
+    engine.wake()
+    engine.generate([7], 1, SAMPLING)
+    assert emptied == [True, False]
 
 
 def test_requests_and_unfinished_completions_travel_whole(running: Running) -> None:

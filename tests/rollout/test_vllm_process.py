@@ -60,6 +60,7 @@ def test_the_users_own_variables_win_and_ours_follow_the_engine(monkeypatch):
         vllm_process.prepare("cpu", asked, 1)
         assert environment["VLLM_CPU_KVCACHE_SPACE"] == expected
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
 
 
 def test_the_cache_of_a_cpu_engine_is_not_released():
