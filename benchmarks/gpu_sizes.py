@@ -70,6 +70,8 @@ class Sizes:
     checked_model: str = "qwen2.5-0.5b"
     small_model: str = "qwen2.5-1.5b"
     large_model: str = "qwen2.5-7b"
+    vllm_model: str = "embedded:smollm2"
+    vllm_large_model: str = "random:qwen2.5-1.5b"
 
 
 SIZES = Sizes()

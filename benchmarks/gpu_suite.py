@@ -32,6 +32,7 @@ from benchmarks import (
     gpu_report,
     gpu_sections,
     gpu_timing,
+    gpu_vllm,
     gpu_weights,
 )
 from benchmarks.run import RESULTS, machine_name
@@ -73,7 +74,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "other gpu tests": gpu_pytest.other_gpu_tests,
     "tiles": gpu_products.time_tiles,
     "attention tiles": gpu_attention.time_tiles,
-}
+} | gpu_vllm.sections()
 """what matters most, for its time, comes first: a run that is cut off has it"""
 NEEDS = {
     "weight_sync 1.5B": "correct: weights",

@@ -24,6 +24,7 @@ from benchmarks import (
     gpu_sections,
     gpu_sizes,
     gpu_suite,
+    gpu_vllm,
 )
 from polymath_fast.kernels.flat_adamw import _triton as adamw
 from polymath_fast.kernels.token_logprobs import _triton as logprobs
@@ -112,6 +113,8 @@ def main() -> int:
     gpu_attention.WAYS = {kernel: ways[-1:] for kernel, ways in gpu_attention.WAYS.items()}
     # of ten shapes of tiles the first, and the last, a persistent one
     gpu_products.TILES = gpu_products.TILES[:: len(gpu_products.TILES) - 1]
+    for section in gpu_vllm.sections():  # those have a test of their own, with the real engine
+        del gpu_suite.SECTIONS[section]
     folder = str(Path(os.environ["REHEARSAL_TESTS"]))
     gpu_pytest.KERNEL_TESTS = gpu_pytest.OTHER_TESTS = (folder,)
     for fault in filter(None, os.environ.get("REHEARSAL_FAULTS", "").split(",")):
