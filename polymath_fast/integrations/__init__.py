@@ -7,6 +7,10 @@ nothing, and nothing is patched by an import.
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def require(package: str, tested: str, accepted: tuple[str, ...], install: str) -> str:
@@ -32,3 +36,12 @@ def require(package: str, tested: str, accepted: tuple[str, ...], install: str) 
             f"tested with {package} {tested}: {install}"
         )
     return found
+
+
+def check_labels(labels: Tensor, states: Tensor, name: str) -> None:
+    """Raise ValueError unless labels (...) are one for each row of `states` (..., n)."""
+    if labels.shape != states.shape[:-1]:
+        raise ValueError(
+            f"labels are {tuple(labels.shape)}, {name} {tuple(states.shape)}: want one label a "
+            f"row, {tuple(states.shape[:-1])}"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from polymath_fast.integrations import require
+from polymath_fast.integrations import check_labels, require
 from polymath_fast.integrations.rebinding import Patch, check_replaceable, ours
 from polymath_fast.kernels import linear_logprobs, token_logprobs
 
@@ -60,6 +60,7 @@ def linear_log_probs(
     Raises:
         ValueError: shapes, dtypes or devices that differ, labels out of range.
     """
+    check_labels(labels, hidden, "hidden")
     rows = hidden.reshape(-1, hidden.shape[-1])
     found = linear_logprobs(rows, weight, labels.reshape(-1), bias=bias, temperature=temperature)
     return found[0].view(labels.shape), found[1].view(labels.shape)
@@ -89,6 +90,7 @@ def patch_openrlhf() -> Patch:
 def _rows(
     logits: torch.Tensor, labels: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_labels(labels, logits, "logits")
     rows = logits.reshape(-1, logits.shape[-1])
     found = token_logprobs(rows, labels.reshape(-1), temperature=temperature)
     return found[0].view(labels.shape), found[1].view(labels.shape)

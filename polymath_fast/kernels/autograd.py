@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -29,6 +29,12 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *incoming)
 
     return call
+
+
+def note_written(tensors: Iterable[torch.Tensor]) -> None:
+    """Kernels have written `tensors` where autograd does not see it: a backward pass that needs
+    what they held is to fail, as after torch's own operators."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def gradients_of(

@@ -104,8 +104,9 @@ def check_targets(
 
 def check_temperature(temperature: float) -> None:
     """A finite number above 0."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: must be a finite number above 0")
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not (number and 0 < temperature < float("inf")):
+        raise ValueError(f"temperature={temperature!r}: must be a finite number above 0")
 
 
 def check_vocab_tol(vocab_tol: float | str) -> None:

@@ -53,7 +53,7 @@ def use(impl: str) -> Iterator[None]:
 
     An operator that has no such implementation keeps choosing for itself.
     """
-    _check_name(impl, "kernels.use")
+    check_name(impl, "kernels.use")
     token = _default.set(impl)
     try:
         yield
@@ -90,7 +90,7 @@ def choose(
     """
     device = torch.device(device)
     existing = IMPLEMENTATIONS[op]
-    _check_name(impl, "impl")
+    check_name(impl, "impl")
     asked = impl
 
     def refuse(name: str) -> str | None:
@@ -144,7 +144,7 @@ def choose_here(
     """`choose` with the defaults and the device of this process."""
     default = _default.get() or os.environ.get(ENVIRONMENT) or None
     if default is not None:
-        _check_name(default, ENVIRONMENT)
+        check_name(default, ENVIRONMENT)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return choose(
         op, device, dtype, impl=impl, default=default, capability=capability, unable=unable
@@ -224,7 +224,8 @@ def _has_flash_attn() -> bool:
     return find_spec("flash_attn") is not None
 
 
-def _check_name(impl: str, where: str) -> None:
+def check_name(impl: str, where: str) -> None:
+    """Raise ValueError unless `impl` is "auto" or names an implementation; `where` it stands."""
     if impl != "auto" and impl not in FILES:
         raise ValueError(f"{where}={impl!r}: must be one of auto, {', '.join(FILES)}")
 

@@ -21,7 +21,7 @@ class FlatGradient:
     """
 
     def __init__(self, elements: int, device: torch.device):
-        self._flat = torch.zeros(elements, device=device)
+        self._flat = torch.zeros(elements, device=device, dtype=torch.float32)
         self._parts: list[Tensor] = []
         self._stale: set[int] = set()
 

@@ -137,7 +137,7 @@ def projections_gradient(
     queries, keys, values = of.counts(size)
     slopes = buffer("stacked_gradient", (rows, queries + keys + values, size), x.dtype)
     ranges, slots = _ranges(rows, slopes.numel())
-    d_norms = torch.zeros(len(ranges), queries + keys, size)
+    d_norms = torch.zeros(len(ranges), queries + keys, size, dtype=torch.float32)
     parallel(
         layers.rotate_gradient, ranges, bits(slopes if raw is None else raw), queries + keys,
         *rotation.bits(), of.norms_by_head(size), np.float32(of.eps),
@@ -197,7 +197,7 @@ def norm_gradient(
     """residual + gradient of x (N, H), and that of the norm's weight (H,)."""
     out = torch.empty_like(x)
     ranges, slots = _ranges(len(x), x.numel())
-    d_weight = torch.zeros(len(ranges), x.shape[1])
+    d_weight = torch.zeros(len(ranges), x.shape[1], dtype=torch.float32)
     parallel(
         layers.rms_norm_gradient, ranges, bits(x), bits(weight), np.float32(eps),
         bits(upstream.contiguous()), bits(residual), bits(out), slots, d_weight.numpy(),

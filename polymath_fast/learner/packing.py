@@ -183,7 +183,7 @@ def pack(
 def token_counts(cu_seqlens: Tensor, multiplicity: Tensor | None, count: int) -> Tensor:
     """(count,) float32: how many completions of the batch each token stands for."""
     if multiplicity is None:
-        return torch.ones(count, device=cu_seqlens.device)
+        return torch.ones(count, device=cu_seqlens.device, dtype=torch.float32)
     return multiplicity.repeat_interleave(cu_seqlens.diff(), output_size=count)
 
 

@@ -67,6 +67,27 @@ def test_from_logits(head) -> None:
     assert torch.equal(logits, before)
 
 
+def test_labels_of_another_shape_are_refused(head) -> None:
+    hidden, weight, labels = head
+    with pytest.raises(ValueError, match=r"labels are .*logits .*: want one label a row"):
+        openrlhf.log_probs_from_logits(hidden @ weight.T, labels.T)
+    with pytest.raises(ValueError, match=r"labels are .*hidden .*: want one label a row"):
+        openrlhf.linear_log_probs(hidden, weight, labels.T)
+
+
+def test_a_token_that_never_comes_keeps_no_gradient_from_the_entropy() -> None:
+    """Also where it is the one that the operator is asked about for want of a label."""
+    logits = torch.randn(3, 7, dtype=torch.float64).float()
+    logits[:, 0] = -torch.inf
+    leaf = logits.clone().requires_grad_()
+    openrlhf.compute_entropy(leaf).sum().backward()
+    truth = logits.double().requires_grad_()
+    p = truth[:, 1:].softmax(-1)
+    (-(p * p.log()).sum()).backward()
+    assert_close(leaf.grad[:, 1:].double(), truth.grad[:, 1:], rtol=1e-5, atol=1e-7)
+    assert not leaf.grad[:, 0].any()
+
+
 def test_from_the_head(head) -> None:
     hidden, weight, labels = head
     bias = torch.linspace(-1, 1, 33).requires_grad_()

@@ -12,7 +12,9 @@ pytest.importorskip("trl")
 from trl import GRPOTrainer  # noqa: E402
 from trl_runs import Run, assert_same_run, rollouts, train  # noqa: E402
 
+from polymath_fast.errors import UserError  # noqa: E402
 from polymath_fast.integrations.trl import FastGRPOTrainer  # noqa: E402
+from polymath_fast.integrations.trl.head import FusedHead  # noqa: E402
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 HIGH = {"cispo": {"epsilon_high": 1.05}}
@@ -46,6 +48,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "tools": {"run_name": "tools", "beta": 0.1},
     "truncated left out": {"mask_truncated_completions": True, "loss_type": "grpo"},
+    "as many tokens as completions": {
+        "mask_truncated_completions": True,
+        "sampled_by_vllm": True,
+        "few": True,
+        "vllm_importance_sampling_mode": "token_truncate",
+        "vllm_importance_sampling_clip_max": 20.0,
+    },
     "temperature, no scaling": {"temperature": 0.7, "scale_rewards": "none"},
     "head in float32": {"cast_lm_head_to_fp32": True},
     "padded to 16": {"pad_to_multiple_of": 16},
@@ -69,15 +78,32 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def _both(model: Any, folder: Path, vocab: int, eos: int, **options: Any) -> tuple[Run, Run]:
-    without_sampler = options.pop("without_sampler", False)
+    without_sampler, few = options.pop("without_sampler", False), options.pop("few", False)
     runs = []
     for trainer in (FastGRPOTrainer, GRPOTrainer):
         generate = rollouts(vocab, eos)
+        if few:
+            generate = _few_tokens(eos)
         if without_sampler:
             generate = _without_logprobs(generate)
         here = model() if callable(model) else model
         runs.append(train(trainer, here, folder, rollout_func=generate, **options))
     return runs[0], runs[1]
+
+
+def _few_tokens(eos: int) -> Any:
+    """Of four completions one has one token, one has three, and two are cut."""
+    ids = [[eos], [11, 12, eos], [13] * 8, [14] * 8]
+
+    def generate(prompts: list, trainer: Any) -> dict[str, Any]:
+        chosen = [ids[(i + i // 4) % 4] for i in range(len(prompts))]
+        return {
+            "prompt_ids": [[5, 6, 7] for _ in prompts],
+            "completion_ids": chosen,
+            "logprobs": [[-4.0 - place for place in range(len(each))] for each in chosen],
+        }
+
+    return generate
 
 
 def _without_logprobs(generate: Any) -> Any:
@@ -92,6 +118,27 @@ def test_every_loss_type(tiny_model: Path, tmp_path: Path, loss_type: str, beta:
     assert_same_run(ours, theirs)
     if loss_type in ("grpo", "dapo"):
         assert ours.history[1]["clip_ratio/region_mean"] > 0
+
+
+def test_two_trainers_of_one_model_are_told_apart(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    second = []
+
+    def generate(prompts: list, trainer: Any) -> dict[str, Any]:
+        if not second:
+            second.append(FusedHead(model, temperature=1.0, in_float32=False))
+        return rollouts(320, 2)(prompts, trainer)
+
+    with pytest.raises(UserError, match="belongs to another FastGRPOTrainer"):
+        train(FastGRPOTrainer, model, tmp_path, rollout_func=generate)
+
+
+@pytest.mark.parametrize("wrong", [{"vocab_tol": 2.0}, {"impl": "fast"}])
+def test_options_are_checked_at_construction(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        FastGRPOTrainer(**wrong)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())

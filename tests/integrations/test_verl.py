@@ -208,6 +208,19 @@ def test_steps_over_several_ranks(batch: Batch, mode: str, how: str) -> None:
     assert_close(gradient, torch.autograd.grad(expected, batch.log_prob)[0])
 
 
+def test_values_of_tokens_stay_theirs_where_there_are_as_many_completions() -> None:
+    """Four tokens of four completions, two of which are masked out."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]).bool()
+    advantages = torch.tensor([1.0, -1.0, 0.0, 0.0], dtype=torch.float64)[:, None].expand(4, 3)
+    log_prob = torch.full((4, 3), -1.0, dtype=torch.float64).requires_grad_()
+    loss, _ = policy_loss_fn("vanilla")(
+        log_prob.detach(), log_prob, advantages, mask, config=Config()
+    )
+    loss.backward()
+    assert_close(loss.detach(), torch.tensor(-0.5, dtype=torch.float64))
+    assert_close(log_prob.grad, torch.where(mask, -advantages / 4, 0))
+
+
 def test_metrics_have_verls_names_and_meaning(batch: Batch) -> None:
     metrics = _run(policy_loss_fn("vanilla"), "token-mean", batch, Config(), False)[2]
     ratio = (batch.log_prob - batch.old).detach().exp()[batch.mask]
@@ -290,6 +303,12 @@ def test_both_interfaces_of_the_head(head) -> None:
         (gradient,) = torch.autograd.grad((found[0] + 0.3 * found[1]).sum(), weight)
         assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
     assert_close(linear_cross_entropy(hidden, weight, labels, 0.7, "mean")[0], picked.mean())
+
+
+def test_labels_of_another_shape_are_refused(head) -> None:
+    hidden, weight, labels = head
+    with pytest.raises(ValueError, match=r"labels are \(4, 2\), hidden \(2, 4, 8\)"):
+        FusedLinearForPPO()(hidden, weight, labels.T)
 
 
 def test_a_split_vocabulary_is_refused(head) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from trl import GRPOTrainer
 
+from polymath_fast.errors import UserError
 from polymath_fast.integrations.trl.head import FusedHead, Objective
 from polymath_fast.integrations.trl.settings import (
     batch_spec,
@@ -15,6 +16,8 @@ from polymath_fast.integrations.trl.settings import (
     logit_scale,
     policy_spec,
 )
+from polymath_fast.kernels import dispatch
+from polymath_fast.kernels.checks import check_vocab_tol
 
 
 class FastGRPOTrainer(GRPOTrainer):
@@ -28,7 +31,9 @@ class FastGRPOTrainer(GRPOTrainer):
         impl: see `linear_grpo_loss`.
 
     Raises:
-        UserError: at construction, a setting or model that the operators do not cover.
+        UserError: at construction, a setting or model that the operators do not cover; later, a
+            model that was given to another one since.
+        ValueError: `vocab_tol` or `impl` that there is not.
     """
 
     def __init__(
@@ -38,6 +43,8 @@ class FastGRPOTrainer(GRPOTrainer):
         impl: str = "auto",
         **kwargs: Any,
     ) -> None:
+        check_vocab_tol(vocab_tol)
+        dispatch.check_name(impl, "impl")
         super().__init__(*args, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
         model = getattr(unwrapped, "get_base_model", lambda: unwrapped)()
@@ -58,6 +65,11 @@ class FastGRPOTrainer(GRPOTrainer):
             super()._compute_loss(model, inputs)
         finally:
             self._fused_head.objective = None
+        if objective.output is None:
+            raise UserError(
+                "the model's head belongs to another FastGRPOTrainer, which was made with the same "
+                "model after this one: give each of them a model of its own, or use the last one"
+            )
         mode = "train" if self.model.training else "eval"
         for name, value in objective.output.metrics.items():
             if name.startswith("vocab/"):
@@ -84,31 +96,35 @@ class FastGRPOTrainer(GRPOTrainer):
             value = inputs.get(name)
             return None if value is None else value[completion]
 
+        # completions without a token are left out, so that a value a token is never taken for one
+        # a completion; the spec's divisors count them
+        some = completion.any(1)
         advantages = inputs["advantages"]
         old, sampling = packed("old_per_token_logps"), None
         if spec.off_policy_mask_threshold is not None:
             sampling = packed("sampling_per_token_logps")
             if old is None and sampling is None:  # on-policy: no completion has drifted
                 spec = replace(spec, off_policy_mask_threshold=None)
+        offsets = torch.nn.functional.pad(completion[some].sum(1).cumsum(0), (1, 0))
         return Objective(
             inputs={
-                "advantages": advantages if advantages.ndim == 1 else advantages[completion],
-                "cu_seqlens": torch.nn.functional.pad(completion.sum(1).cumsum(0), (1, 0)).int(),
+                "advantages": advantages[some if advantages.ndim == 1 else completion],
+                "cu_seqlens": offsets.int(),
                 "old_logprobs": old,
                 "ref_logprobs": packed("ref_per_token_logps") if spec.beta else None,
                 "sampling_logprobs": sampling,
-                "importance_weights": self._importance_weights(inputs, completion),
+                "importance_weights": self._importance_weights(inputs, completion, some),
                 "mask": trained[completion],
             },
             spec=spec,
         )
 
     def _importance_weights(
-        self, inputs: dict[str, Any], completion: torch.Tensor
+        self, inputs: dict[str, Any], completion: torch.Tensor, some: torch.Tensor
     ) -> torch.Tensor | None:
         """(B,) or (N,): TRL's correction for having sampled with vLLM."""
         if not (self.use_vllm and self.vllm_importance_sampling_correction):
             return None
         weights = inputs["importance_sampling_ratio"]  # (B, 1) or (B, T)
         by_sequence = self.vllm_importance_sampling_mode.startswith("sequence")
-        return weights.squeeze(1) if by_sequence else weights[completion]
+        return weights.squeeze(1)[some] if by_sequence else weights[completion]

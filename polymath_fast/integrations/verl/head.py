@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from polymath_fast.integrations import check_labels
 from polymath_fast.kernels import linear_logprobs
 
 
@@ -27,7 +28,8 @@ def linear_cross_entropy(
         log-probs (N,), or 0-d, and entropies (N,), fp32 and differentiable.
 
     Raises:
-        ValueError: a vocabulary that is split over processes; another reduction.
+        ValueError: a vocabulary that is split over processes; another reduction; labels that are
+            not one a state.
     """
     if dist_process_group is not None:
         raise ValueError(
@@ -36,6 +38,8 @@ def linear_cross_entropy(
         )
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction={reduction!r}: must be 'none', 'sum' or 'mean'")
+    if labels.ndim > 1:
+        check_labels(labels, hidden, "hidden")
     logprobs, entropy = linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature
     )

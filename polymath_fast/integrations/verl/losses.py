@@ -59,9 +59,13 @@ def policy_loss_fn(mode: str) -> PolicyLossFn:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         mask = response_mask.bool()
         spec = loss_spec(mode, loss_agg_mode, config, mask)
+        # completions without a token are left out, so that a value a token is never taken for one
+        # a completion; the spec's divisor counts what verl counts
+        lengths = mask.sum(-1)
+        lengths = lengths[lengths > 0]
         inputs = {
             "advantages": advantages[mask],
-            "cu_seqlens": torch.nn.functional.pad(mask.sum(-1).cumsum(0), (1, 0)).int(),
+            "cu_seqlens": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
             "old_logprobs": old_log_prob[mask],
         }
         if rollout_is_weights is not None:

@@ -40,7 +40,7 @@ class Head:
         self.scale = np.float32(1 / temperature)
         self.targets = np.ascontiguousarray(targets.numpy())
         self.vocab = weight.shape[0]
-        self._bias = (torch.empty(0) if bias is None else bias.float().contiguous()).numpy()
+        self._bias = (hidden.new_empty(0) if bias is None else bias).float().contiguous().numpy()
         count = hidden.shape[0]
         self.found = torch.empty(4, count, dtype=torch.float64)
         self.block = rows_that_fit(LOGITS_BYTES, 4 * self.vocab, count)
@@ -64,8 +64,9 @@ class Head:
             yield start, stop
 
     def sound(self, start: int, stop: int) -> torch.Tensor:
-        """(stop - start,) which rows have finite log-probs and entropies; others have no slopes."""
-        return self.found[:2, start:stop].isfinite().all(0)
+        """(2, stop - start) which rows have a finite log-prob, and which a finite entropy; by
+        others there are no slopes."""
+        return self.found[:2, start:stop].isfinite()
 
     def slopes(
         self,

@@ -48,7 +48,7 @@ class HeadGradient:
             self._d_weight = torch.empty_like(weight)  # the sum is the result
         elif needs[1]:
             self._d_weight = claim("weight_gradient", tuple(weight.shape), torch.float32)
-        self._d_bias = torch.zeros(head.vocab) if needs[2] else None
+        self._d_bias = torch.zeros(head.vocab, dtype=torch.float32) if needs[2] else None
         self._live: list[torch.Tensor] = []
         self._count = 0
         self._largest = 0.0
@@ -70,8 +70,13 @@ class HeadGradient:
         entropies."""
         stop = start + len(by_logprob)
         by_entropy = torch.zeros_like(by_logprob) if by_entropy is None else by_entropy
-        sound = self.head.sound(start, stop)
-        index = ((by_logprob != 0) | (by_entropy != 0)).logical_and_(sound).nonzero()[:, 0]
+        by_logprob, by_entropy = (
+            torch.where(sound, slope, 0)
+            for sound, slope in zip(
+                self.head.sound(start, stop), (by_logprob, by_entropy), strict=True
+            )
+        )
+        index = ((by_logprob != 0) | (by_entropy != 0)).nonzero()[:, 0]
         if not len(index):
             return
         if self._count + len(index) > self._capacity:

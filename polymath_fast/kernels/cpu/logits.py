@@ -48,9 +48,10 @@ class LogitRows:
             # the compiled pass walks both with one step
             source = source.contiguous()
             out = torch.empty_like(source)
-        sound = self.found[:2].isfinite().all(0)
+        # an excluded target has no log-prob to speak of, but its row may have an entropy
         by_logprob, by_entropy = (
-            torch.where(sound, slope, 0).float() for slope in (by_logprob, by_entropy)
+            torch.where(found.isfinite(), slope, 0).float()
+            for found, slope in zip(self.found[:2], (by_logprob, by_entropy), strict=True)
         )
         parallel(
             rows.logits_slopes,

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -17,6 +19,7 @@ from polymath_fast.kernels.cpu import bf16, tiles
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 
+_precision_lock = threading.RLock()
 _CHAIN = 256
 """hidden entries that one fp32 sum of torch's products runs over"""
 
@@ -190,16 +193,27 @@ def _add_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add
 def _fp32_products(precision: str) -> Iterator[None]:
     """How oneDNN multiplies fp32 matrices: "ieee", or "bf16" factors with fp32 sums.
 
-    Autocast, which would round the factors and the result, does not reach inside.
+    Autocast, which would round the factors and the result, does not reach inside. The setting is
+    the whole process's: one thread at a time has it changed.
     """
     settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = precision
-    try:
-        with torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        settings.fp32_precision = before
+    with _precision_lock:
+        before = settings.fp32_precision
+        settings.fp32_precision = precision
+        try:
+            with torch.autocast("cpu", enabled=False):
+                yield
+        finally:
+            settings.fp32_precision = before
+
+
+def _renew_lock() -> None:
+    """A forked child has a lock of its own: its parent's may be held by a thread it lacks."""
+    global _precision_lock
+    _precision_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def pack_layers(name: str, *stacks: list[torch.Tensor]) -> np.ndarray:

@@ -83,18 +83,18 @@ class RecordedHead(Head):
         self._bounds = torch.searchsorted(states[self._order], torch.arange(len(hidden) + 1))
         self._firsts = self._order[self._bounds[:-1]]  # (S,) a target of each state
         self._rows = recorded.rows[self._firsts]
-        self._by_logprob = torch.zeros(len(targets))
+        self._by_logprob = torch.zeros(len(targets), dtype=torch.float32)
 
     def by_state(self, by_logprob: Tensor) -> Tensor:
         """Take the loss's derivatives by the log-probs (N,), for `slopes`; (S,) the largest
         absolute one of each state."""
         self._by_logprob = by_logprob.float()
-        largest = torch.zeros(len(self._rows))
+        largest = torch.zeros(len(self._rows), dtype=torch.float32)
         return largest.scatter_reduce_(0, self._states, self._by_logprob.abs(), "amax")
 
     def sound(self, start: int, stop: int) -> Tensor:
         """As that of `head.Head`."""
-        return self.found[:2, self._firsts[start:stop]].isfinite().all(0)
+        return self.found[:2, self._firsts[start:stop]].isfinite()
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of every block."""

@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import scalar
-from polymath_fast.kernels.cpu.scalar import exp, maximum, value
+from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, value
 
 BLOCK = 1024
 _FLOOR = np.float32(-100.0)
@@ -178,15 +178,16 @@ def _slopes(row, target, scale, found, by_logprob, by_entropy, out, half):
     d logprob / d row = scale (onehot - p); d entropy / d row = -scale p (log p + entropy)
     """
     shift = np.float32(found[2])
+    rest = np.float32(found[2] - shift)  # what rounding took off, much where logits are large
     entropy = np.float32(found[1])
     weight = -by_logprob * scale
     bonus = by_entropy * scale
     if bonus == 0:
         for v in range(row.size):
-            _store(out, v, exp(row[v] * scale - shift) * weight, half)
+            _store(out, v, exp(fma(row[v], scale, -shift) - rest) * weight, half)
     else:
         for v in range(row.size):
-            x = maximum(row[v] * scale - shift, _FLOOR)
+            x = maximum(fma(row[v], scale, -shift) - rest, _FLOOR)
             _store(out, v, exp(x) * (weight - bonus * (x + entropy)), half)
     logprob = np.float32(found[0])
     mine = np.float32(found[3]) * by_logprob * scale

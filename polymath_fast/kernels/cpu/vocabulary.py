@@ -63,7 +63,7 @@ class VocabReport:
             "vocab/dropped_mass": self.dropped / self.mass if self.mass else 0.0,
             "vocab/error_bound": self.bound,
         }
-        return {name: torch.tensor(number) for name, number in values.items()}
+        return {name: torch.tensor(number, dtype=torch.float32) for name, number in values.items()}
 
 
 @dataclass
@@ -112,9 +112,9 @@ def _expected_norm(
     slopes: torch.Tensor, size: int, lengths: torch.Tensor, products: Products
 ) -> float:
     """Norm of d_hidden, from its ratio to sum |slope| |weight| on a sample of rows."""
-    rows = torch.linspace(0, len(slopes) - 1, min(_SAMPLE, len(slopes))).long()
+    rows = torch.arange(min(_SAMPLE, len(slopes))) * len(slopes) // min(_SAMPLE, len(slopes))
     sample = torch.nn.functional.pad(slopes[rows], (0, 0, 0, -len(rows) % 8))
-    exact = torch.empty(len(rows), size)
+    exact = torch.empty(len(rows), size, dtype=torch.float32)
     products.d_hidden(sample, len(rows), None, exact)
     masses = _row_masses(bits(slopes), lengths)
     return float(exact.double().norm() / masses[rows].norm() * masses.norm())
@@ -122,7 +122,9 @@ def _expected_norm(
 
 def weight_lengths(weight: torch.Tensor) -> torch.Tensor:
     """(V,) fp32 norms of the rows of `weight` (V, H)."""
-    out = torch.empty(weight.shape[0])
+    if weight.dtype == torch.float16:  # of which compiled code has no numbers
+        weight = weight.float()
+    out = torch.empty(weight.shape[0], dtype=torch.float32)
     parallel(_norms, split(len(out)), bits(weight.contiguous()), out.numpy())
     return out
 
@@ -144,7 +146,7 @@ def _sums_of_columns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(V,) largest |slope| and (V,) sum over rows of |slope| |hidden|."""
     norms = hidden.float().norm(dim=1)
-    peak, mass = torch.empty(vocab), torch.empty(vocab)
+    peak, mass = torch.empty(2, vocab, dtype=torch.float32)
     parallel(_column_sums, split(vocab, 64), slopes, norms.numpy(), peak.numpy(), mass.numpy())
     return peak, mass
 

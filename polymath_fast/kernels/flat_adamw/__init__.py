@@ -7,6 +7,7 @@ import math
 import torch
 
 from polymath_fast.kernels import dispatch
+from polymath_fast.kernels.autograd import note_written
 from polymath_fast.kernels.flat_adamw.segments import Segments
 
 __all__ = ["Segments", "flat_adamw", "grad_norm"]
@@ -32,7 +33,7 @@ def grad_norm(grad: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
         ValueError: wrong shape, dtype or strides.
     """
     _check_flat("grad", grad, grad, _STATE)
-    return dispatch.resolve("flat_adamw", grad, impl).grad_norm(grad)
+    return dispatch.resolve("flat_adamw", grad, impl).grad_norm(grad.detach())
 
 
 @dispatch.untraced
@@ -93,6 +94,13 @@ def flat_adamw(
     """
     _check_tensors(live, master, exp_avg, exp_avg_sq, grad, norm, step)
     _check_numbers(learning_rate, (beta1, beta2), eps, weight_decay, max_grad_norm, abs(grad_scale))
+    written = [live, master, exp_avg, exp_avg_sq] + [grad] * zero_grad
+    live, master, exp_avg, exp_avg_sq, grad = (
+        tensor.detach() for tensor in (live, master, exp_avg, exp_avg_sq, grad)
+    )
+    if segments is not None and not isinstance(segments, Segments):
+        kind = type(segments).__name__
+        raise ValueError(f"segments is a {kind}: must be Segments.of([(start, stop, decays), ...])")
     if segments is None:
         segments = Segments.of([(0, len(live), True)] if len(live) else [], live.device)
     if segments.end > len(live) or segments.table.device != live.device:
@@ -116,6 +124,7 @@ def flat_adamw(
         eps,
         zero_grad,
     )
+    note_written(written)
 
 
 def _coefficients(

@@ -15,6 +15,7 @@ from polymath_fast.kernels.policy_loss import (
     policy_terms,
     summarize,
 )
+from polymath_fast.kernels.policy_loss.packed import steady_sum
 
 
 def grpo_loss(
@@ -31,7 +32,14 @@ def grpo_loss(
     by_entropy = terms.entropy_coefficient
     by_entropy = torch.zeros_like(logprobs) if by_entropy is None else by_entropy
     loss = _WithRows.apply(
-        terms.loss.sum(), logits, targets, rows.found, terms.coefficient, by_entropy, spec, inplace
+        steady_sum(terms.loss),
+        logits,
+        targets,
+        rows.found,
+        terms.coefficient,
+        by_entropy,
+        spec,
+        inplace,
     )
     metrics = summarize(batch, terms, logprobs, entropy)
     return PolicyLossOutput(loss, logprobs, entropy, metrics)

@@ -23,6 +23,7 @@ from polymath_fast.kernels.policy_loss import (
     policy_terms,
     summarize,
 )
+from polymath_fast.kernels.policy_loss.packed import steady_sum
 
 
 def linear_grpo_loss(
@@ -64,7 +65,7 @@ def linear_grpo_loss(
     elif any(needs):
         slopes = (terms.coefficient, terms.entropy_coefficient)
         gradients, report = head_gradients(*inputs, spec.temperature, *slopes, *how)
-    loss = _WithGradients.apply(terms.loss.sum(), hidden, weight, bias, sink, *gradients)
+    loss = _WithGradients.apply(steady_sum(terms.loss), hidden, weight, bias, sink, *gradients)
     metrics = summarize(batch, terms, head.logprobs, head.entropy)
     if vocab_tol and report is not None:
         metrics |= report.metrics()

@@ -46,7 +46,7 @@ def linear_grpo_loss(
     values = (None if tensor is None else tensor.detach() for tensor in inputs)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = Head(*values, targets, spec.temperature)
-        found = torch.empty(2, len(targets), device=hidden.device)
+        found = torch.empty(2, len(targets), device=hidden.device, dtype=torch.float32)
         gradients = (None, None, None)
         if any(needs):
             gradient = HeadGradient(head, needs, _unit(batch, spec), vocab_tol)

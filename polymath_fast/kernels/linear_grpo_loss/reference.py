@@ -30,7 +30,7 @@ def linear_grpo_loss(
     out = differentiable_loss(batch, logprobs, entropy, spec)
     if not (vocab_tol and dispatch.wants_gradient(hidden, weight, bias)):
         return out
-    nothing = torch.zeros((), device=hidden.device)
+    nothing = torch.zeros((), device=hidden.device, dtype=torch.float32)
     kept = {"vocab/live_share": torch.ones_like(nothing)}
     kept |= {"vocab/dropped_mass": nothing, "vocab/error_bound": nothing.clone()}
     return replace(out, metrics=out.metrics | kept)

@@ -87,7 +87,7 @@ class _LinearLogprobs(torch.autograd.Function):
             chunk = _only_chunk(head)
             ctx.kept = head, chunk
             return chunk.found[0].clone(), chunk.found[1].clone()
-        found = torch.empty(2, count, device=hidden.device)
+        found = torch.empty(2, count, device=hidden.device, dtype=torch.float32)
         for chunk in all_chunks(head):
             found[:, chunk.index] = chunk.found[:2]
         head.release()

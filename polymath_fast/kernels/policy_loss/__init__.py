@@ -15,9 +15,10 @@ import torch
 from polymath_fast.kernels import checks, dispatch
 from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.policy_loss import compiled
-from polymath_fast.kernels.policy_loss.batch import PolicyBatch, check_logprobs, prepare
+from polymath_fast.kernels.policy_loss.batch import PolicyBatch, check_logprobs, check_spec, prepare
 from polymath_fast.kernels.policy_loss.corrections import importance_weights
 from polymath_fast.kernels.policy_loss.output import PolicyLossOutput
+from polymath_fast.kernels.policy_loss.packed import steady_sum
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
 from polymath_fast.kernels.policy_loss.terms import PolicyTerms, policy_terms, summarize
 
@@ -68,6 +69,7 @@ def policy_loss(
         ValueError: wrong shapes, dtypes or devices; a term of the spec whose input is missing.
     """
     spec = PolicyLossSpec() if spec is None else spec
+    check_spec(spec)
     check_logprobs(logprobs, entropy, spec)
     dtype = checks.working_dtype(logprobs.dtype)
     batch = prepare(
@@ -98,7 +100,7 @@ def differentiable_loss(
     terms = policy_terms(batch, values, entropies, spec)
     bonus = entropy if spec.entropy_coef else None
     loss = _WithSlopes.apply(
-        terms.loss.sum(), logprobs, terms.coefficient, bonus, terms.entropy_coefficient
+        steady_sum(terms.loss), logprobs, terms.coefficient, bonus, terms.entropy_coefficient
     )
     return PolicyLossOutput(loss, values, entropies, summarize(batch, terms, values, entropies))
 

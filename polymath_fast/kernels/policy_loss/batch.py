@@ -101,13 +101,12 @@ def prepare(
         value = value.detach().to(dtype)
         return value[ids] if spread and value.shape == (completions,) else value
 
-    if multiplicity is not None and multiplicity.shape != (completions,):
-        raise ValueError(
-            f"multiplicity must be ({completions},), got {tuple(multiplicity.shape)}; "
-            "one number a completion"
-        )
+    if multiplicity is not None:
+        _check_multiplicity(multiplicity, completions)
     by_token = spec.formula != "vespo"
     multiplicity = per_token("multiplicity", multiplicity, True)
+    if multiplicity is not None:
+        mask = mask & (multiplicity > 0)
     weights, entropy_weights = _all_weights(spec, mask, cu_seqlens, ids, dtype, multiplicity)
     if sound is not None:
         weights = weights * sound
@@ -125,6 +124,24 @@ def prepare(
     )
 
 
+def _check_multiplicity(multiplicity: torch.Tensor, completions: int) -> None:
+    check_tensor("multiplicity", multiplicity)
+    if multiplicity.shape != (completions,):
+        raise ValueError(
+            f"multiplicity must be ({completions},), got {tuple(multiplicity.shape)}; "
+            "one number a completion"
+        )
+    on_cpu = multiplicity.device.type == "cpu"
+    if on_cpu and not torch.equal(multiplicity, multiplicity.round().abs()):
+        raise ValueError("multiplicity must be whole numbers from 0 on: how often each one counts")
+
+
+def check_spec(spec: object) -> None:
+    """Raise ValueError for options in any other form."""
+    if not isinstance(spec, PolicyLossSpec):
+        raise ValueError(f"spec is a {type(spec).__name__}: must be a PolicyLossSpec(...)")
+
+
 def check_logprobs(
     logprobs: torch.Tensor, entropy: torch.Tensor | None, spec: PolicyLossSpec
 ) -> None:
@@ -133,6 +150,9 @@ def check_logprobs(
     Raises:
         ValueError: naming what is wrong.
     """
+    check_tensor("logprobs", logprobs)
+    if entropy is not None:
+        check_tensor("entropy", entropy)
     if logprobs.ndim != 1 or not logprobs.is_floating_point():
         raise ValueError(f"logprobs must be float (N,), got {tuple(logprobs.shape)}")
     if entropy is not None and entropy.shape != logprobs.shape:

@@ -15,6 +15,7 @@ from torch import Tensor
 from polymath_fast.kernels import checks
 from polymath_fast.kernels.policy_loss.batch import check_logprobs, prepare
 from polymath_fast.kernels.policy_loss.output import PolicyLossOutput
+from polymath_fast.kernels.policy_loss.packed import steady_sum
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
 from polymath_fast.kernels.policy_loss.terms import metric_names, policy_terms, summarize
 
@@ -140,7 +141,7 @@ def _policy_loss(
     slopes = [terms.coefficient]
     if terms.entropy_coefficient is not None:
         slopes.append(terms.entropy_coefficient)
-    return [terms.loss.sum(), *slopes, *metrics.values()]
+    return [steady_sum(terms.loss), *slopes, *metrics.values()]
 
 
 @_policy_loss.register_fake

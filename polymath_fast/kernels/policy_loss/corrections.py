@@ -6,9 +6,16 @@ import math
 
 import torch
 
+from polymath_fast.kernels.checks import working_dtype
 from polymath_fast.kernels.policy_loss.batch import check_cu_seqlens
-from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_mean, sequence_sum
+from polymath_fast.kernels.policy_loss.packed import (
+    either,
+    sequence_ids,
+    sequence_mean,
+    sequence_sum,
+)
 from polymath_fast.kernels.policy_loss.spec import CORRECTIONS, PolicyLossSpec
+from polymath_fast.kernels.policy_loss.spec_checks import check_bounds
 
 _LOWEST = math.log(1e-8)
 _HIGHEST = 20.0
@@ -37,10 +44,12 @@ def importance_weights(
             "*_truncate": clamped to [clip_min, clip_max]; "*_mask": 0 outside of it (IcePop).
 
     Returns:
-        (N,) for token modes, (B,) for sequence modes, detached; TRL's and verl's definitions.
+        (N,) for token modes, (B,) for sequence modes, fp32 (fp64 for fp64), detached; TRL's and
+        verl's definitions.
 
     Raises:
-        ValueError: unknown mode, shapes that differ, offsets that do not fit.
+        ValueError: unknown mode, shapes that differ, offsets that do not fit, bounds that are not
+            above 0 or the wrong way round.
 
     Source: Your Efficient RL Framework Secretly Brings You Off-Policy RL Training (2025).
     """
@@ -51,10 +60,17 @@ def importance_weights(
             f"logprobs {tuple(logprobs.shape)} and sampling_logprobs "
             f"{tuple(sampling_logprobs.shape)} must both be (N,)"
         )
+    for name, value in (("logprobs", logprobs), ("sampling_logprobs", sampling_logprobs)):
+        if not value.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype}: must be float (N,), such as float32")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != logprobs.shape):
+        raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}: must be bool like logprobs")
+    check_bounds("clip_min", clip_min, "clip_max", clip_max)
     offsets, sound = check_cu_seqlens(cu_seqlens, len(logprobs), logprobs.device)
+    dtype = working_dtype(logprobs.dtype)
     weights = correction_weights(
-        logprobs,
-        sampling_logprobs,
+        logprobs.to(dtype),
+        sampling_logprobs.to(dtype),
         offsets,
         mask=mask,
         mode=mode,
@@ -110,7 +126,7 @@ def high_entropy_mask(entropy: torch.Tensor, mask: torch.Tensor, share: float) -
         return mask
     # Untrained tokens go to the end of the order, so that the quantile never waits for a count.
     ordered = torch.where(mask, entropy, torch.inf).sort().values
-    last = (mask.sum() - 1).clamp(min=0)
+    last = (mask.sum() - 1).clamp(min=0).to(entropy.dtype)
     position = last * (1 - share)
     # indexing by a 0-d tensor would wait for a GPU
     ends = torch.stack([position.floor(), position.ceil()]).long()
@@ -137,7 +153,7 @@ def gamma_weights(
     total = sequence_sum(torch.where(mask, total, 0), cu_seqlens).clamp(_LOWEST, _HIGHEST)
     total = total[sequence_ids(cu_seqlens, log_ratio.numel())]
     good = advantages >= 0
-    shape = torch.where(good, spec.vespo_k_pos, spec.vespo_k_neg)
-    rate = torch.where(good, spec.vespo_lambda_pos, spec.vespo_lambda_neg)
+    shape = either(good, spec.vespo_k_pos, spec.vespo_k_neg, total)
+    rate = either(good, spec.vespo_lambda_pos, spec.vespo_lambda_neg, total)
     weight = (rate + shape * total - rate * total.exp()).exp()
     return weight.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

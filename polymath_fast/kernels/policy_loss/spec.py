@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -212,8 +213,8 @@ def _pack(spec: PolicyLossSpec) -> str:
         elif value is None or isinstance(value, bool | int):
             parts.append(f"{field.name}={value}")
         else:
-            # NumPy's numbers print their type as well
-            parts.append(f"{field.name}={float(value)!r}")
+            # NumPy's numbers print their type as well, and infinity is no literal
+            parts.append(f"{field.name}={'1e999' if value == math.inf else repr(float(value))}")
     return ";".join(parts)
 
 

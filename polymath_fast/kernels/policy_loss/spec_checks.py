@@ -97,12 +97,23 @@ def _check_numbers(spec: PolicyLossSpec) -> None:
             f"top_entropy_quantile={spec.top_entropy_quantile}: must be above 0 and at most 1, "
             "for example 0.2"
         )
+    low, high = "importance_sampling_clip_min", "importance_sampling_clip_max"
+    check_bounds(low, getattr(spec, low), high, getattr(spec, high))
     for name in ("delta", "clip_ratio_c"):
         bound = getattr(spec, name)
         if bound is not None and not bound > spec.clip_low:
             raise ValueError(
                 f"{name}={bound}: must be above the lower clip {spec.clip_low}, for example 3.0"
             )
+
+
+def check_bounds(low: str, least: float | None, high: str, most: float | None) -> None:
+    """Raise ValueError unless both, where given, are above 0, and in their order."""
+    for name, value in ((low, least), (high, most)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value}: must be above 0, or None, for example 0.5 or 3.0")
+    if least is not None and most is not None and least > most:
+        raise ValueError(f"{low}={least} is above {high}={most}; for example 0.5 and 3.0")
 
 
 def _check_combinations(spec: PolicyLossSpec) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from polymath_fast.kernels.policy_loss.packed import either
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
 
 
@@ -60,7 +61,9 @@ def clip(x: TokenInputs, spec: PolicyLossSpec) -> TokenLoss:
     # A = 0 decides by itself: an overflowed ratio times it must not become NaN
     free = ~low & ~high & (advantages != 0)
     if spec.delta is not None:
-        free = free & (ratio <= spec.delta)
+        # where A < 0 the larger of the two bounds is the one that counts
+        above = max(spec.delta, spec.clip_high)
+        free = free & (ratio <= either(advantages < 0, above, spec.delta, ratio))
     if spec.clip_ratio_c is not None:
         ceiling = torch.where(advantages < 0, -spec.clip_ratio_c * advantages, torch.inf)
         free = free & (loss <= ceiling)
@@ -86,7 +89,7 @@ def cispo_two_sided(x: TokenInputs, spec: PolicyLossSpec) -> TokenLoss:
 def sapo(x: TokenInputs, spec: PolicyLossSpec) -> TokenLoss:
     """SAPO (arXiv 2511.20347): -(4 / t) sigmoid(t (ratio - 1)) A."""
     positive = x.advantages > 0
-    sharpness = torch.where(positive, spec.sapo_temperature_pos, spec.sapo_temperature_neg)
+    sharpness = either(positive, spec.sapo_temperature_pos, spec.sapo_temperature_neg, x.ratio)
     gate = torch.sigmoid(sharpness * (x.ratio - 1))
     return TokenLoss(
         -gate * 4 / sharpness * x.advantages,

@@ -9,7 +9,7 @@ import torch
 from polymath_fast.kernels.policy_loss import corrections
 from polymath_fast.kernels.policy_loss.batch import PolicyBatch
 from polymath_fast.kernels.policy_loss.kl import kl_penalty
-from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_mean
+from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_mean, steady_sum
 from polymath_fast.kernels.policy_loss.spec import TOKEN_MEAN, PolicyLossSpec
 from polymath_fast.kernels.policy_loss.table import (
     CLIPPING,
@@ -195,7 +195,7 @@ def _entropy_weights(
     weights = torch.where(high_entropy, batch.entropy_weights, 0)
     if spec.entropy_aggregation == TOKEN_MEAN:
         # the mean runs over the tokens that are left; divisors count all trained tokens
-        weights = weights * (batch.mask.sum() / high_entropy.sum().clamp(min=1))
+        weights = weights * (batch.mask.sum().to(weights) / high_entropy.sum().clamp(min=1))
     return weights
 
 
@@ -215,7 +215,7 @@ def summarize(
 
     def mean(values: torch.Tensor) -> torch.Tensor:
         values = torch.where(mask, values.to(logprobs.dtype), 0)
-        return (values * counted).sum() / tokens.clamp(min=1)
+        return steady_sum(values * counted) / tokens.clamp(min=1)
 
     def largest(values: torch.Tensor) -> torch.Tensor:
         return values.max() if values.numel() else values.new_zeros(())

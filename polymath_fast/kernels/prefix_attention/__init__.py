@@ -94,6 +94,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want (T, Hq, D), "
             "(T, Hkv, D), (T, Hkv, D) with the same D"
         )
+    if q.dtype not in checks.FLOATS or 0 in (q.shape[2], q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"q is {q.dtype} {tuple(q.shape)}, k {tuple(k.shape)}: want bf16, fp16, fp32 or fp64, "
+            "and at least one head of at least one entry"
+        )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if not (q.dtype == k.dtype == v.dtype) or not (q.device == k.device == v.device):

@@ -106,7 +106,7 @@ class PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scale: float):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[1], q.shape[0], device=q.device)
+        lse = torch.empty(q.shape[1], q.shape[0], device=q.device, dtype=torch.float32)
         for piece in layout.own:
             rows = piece.queries
             out[rows], lse[:, rows] = _forward(piece, q, k, v, scale, causal=True)

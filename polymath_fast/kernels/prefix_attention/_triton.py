@@ -86,7 +86,7 @@ class PrefixAttention(torch.autograd.Function):
         q, k, v = (_rows_in_one_piece(x) for x in (q, k, v))
         rows, heads, depth = q.shape
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(heads, rows, device=q.device)  # base 2
+        lse = torch.empty(heads, rows, device=q.device, dtype=torch.float32)  # base 2
         way = tables.tiles.forward
         with torch.cuda.device_of(q):
             attention_kernel[(len(tables.queries) * heads,)](
@@ -127,7 +127,7 @@ def prefix_attention(
 
 def _delta(out: Tensor, grad: Tensor) -> Tensor:
     rows, heads, depth = out.shape
-    delta = torch.empty(heads, rows, device=out.device)
+    delta = torch.empty(heads, rows, device=out.device, dtype=torch.float32)
     delta_kernel[(triton.cdiv(rows, DELTA_ROWS) * heads,)](
         out, grad, delta, rows, heads, *grad.stride()[:2],
         DEPTH=depth, WIDTH=width_of(depth), QUERIES=DELTA_ROWS, num_warps=4,
@@ -159,7 +159,8 @@ def _key_gradient(
     heads, depth = k.shape[1:]
     d_k, d_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     way = tables.tiles.key
-    slots = torch.empty(tables.slots, heads, 2, way.keys, depth, device=k.device)
+    sizes = (tables.slots, heads, 2, way.keys, depth)
+    slots = torch.empty(sizes, device=k.device, dtype=torch.float32)
     key_gradient_kernel[(len(tables.units) * heads,)](
         q, k, v, grad, lse, delta, d_k, d_v, slots, tables.last, tables.units,
         len(q), heads, q.shape[1] // heads, scale * LOG2E, scale,

@@ -92,7 +92,7 @@ class TileAttention(torch.autograd.Function):
         keys, _ = _packed("keys", k, block.prompt_len)
         _, values = _packed("values", v, block.prompt_len)
         out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty(q.shape[:2])
+        lse = torch.empty(q.shape[:2], dtype=torch.float32)
         parallel(
             attention.forward, work.ranges, bits(q), bits(k), bits(v), work.table, work.runs,
             block.prompt_len, keys, values, np.float32(scale), work.most, bits(out), lse.numpy(),

@@ -108,8 +108,8 @@ class Head:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         count, tiles = len(hidden), triton.cdiv(self.vocab, self.tiles.n)
         # apart: halves of one tensor would be aligned for some counts only, and compile twice
-        y_target = torch.empty(count, device=hidden.device)
-        offset = torch.empty(count, device=hidden.device)
+        y_target = torch.empty(count, device=hidden.device, dtype=torch.float32)
+        offset = torch.empty_like(y_target)
         target_logits_kernel[(count,)](
             hidden,
             self.weight,
@@ -135,7 +135,7 @@ class Head:
         if live is not None:
             exps = self._scratch.buffer("exps", count * self.width, hidden.dtype)
             exps = exps.view(count, self.width)
-        found = torch.empty(4, count, device=hidden.device)
+        found = torch.empty(4, count, device=hidden.device, dtype=torch.float32)
         for repeat in (False, True):
             marks = (again, any_again if repeat else None)
             self._product(hidden, targets, offset, *marks, live, exps, partial, others)

@@ -50,8 +50,10 @@ class HeadGradient:
             self.d_hidden = None
         self._scratch = Scratch(device)
         self._d_weight = self._zeros_like_weight() if needs[1] else None
-        self._d_bias = torch.zeros(head.vocab, device=device) if needs[2] else None
-        self._by_target = torch.zeros(len(hidden), device=device)
+        self._d_bias = (
+            torch.zeros(head.vocab, device=device, dtype=torch.float32) if needs[2] else None
+        )
+        self._by_target = torch.zeros(len(hidden), device=device, dtype=torch.float32)
         # where columns are chosen, the weight's gradient has some rows' targets already
         self._by_target_left = torch.zeros_like(self._by_target) if self._chooses else None
 
@@ -168,7 +170,7 @@ class HeadGradient:
     def _add_hidden(self, chunk: Chunk, a: torch.Tensor, b: torch.Tensor) -> None:
         """Writes the chunk's rows of the gradient of hidden."""
         out, depth, weight = self.d_hidden, self.head.depth, self.head.weight
-        summed = torch.empty(len(a), depth, device=a.device)
+        summed = torch.empty(len(a), depth, device=a.device, dtype=torch.float32)
         product(chunk.exps, weight, summed)
         hidden_rows_kernel[(len(a),)](
             summed,
@@ -246,7 +248,7 @@ class HeadGradient:
         """(V, H) fp32; scratch memory where `_results` converts it, as fp32 it is the result."""
         weight = self.head.weight
         if weight.dtype == torch.float32:
-            return torch.zeros(weight.shape, device=weight.device)
+            return torch.zeros(weight.shape, device=weight.device, dtype=torch.float32)
         held = self._scratch.buffer("weight_gradient", weight.numel(), torch.float32)
         return held.view(weight.shape).zero_()
 

@@ -61,7 +61,7 @@ class Vocabulary:
         self._lengths = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
         self.room = room_for(len(weight), weight.dtype)
         """columns there can be in a choice; 0: there is none"""
-        self._account = torch.zeros(5, device=weight.device)
+        self._account = torch.zeros(5, device=weight.device, dtype=torch.float32)
         self._scratch = Scratch(weight.device)
 
     def choose(self, chunk: Chunk, a: torch.Tensor, largest: torch.Tensor) -> Columns:
@@ -190,7 +190,7 @@ class Vocabulary:
         masses = self._row_masses(chunk, a, torch.where(choices, 0, self._lengths[:, None]))
         count = min(_SAMPLE, len(a))
         rows = torch.arange(count, device=a.device) * chunk.live.long() // count
-        exact = torch.empty(count, self.weight.shape[1], device=a.device)
+        exact = torch.empty(count, self.weight.shape[1], device=a.device, dtype=torch.float32)
         product(chunk.exps[rows], self.weight, exact)
         exact *= a[rows, None]
         expected = exact.norm() / masses[rows, 0].norm() * masses[:, 0].norm()
@@ -201,7 +201,7 @@ class Vocabulary:
 
     def _row_masses(self, chunk: Chunk, a: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(C, K) sums over columns of |slope| lengths (V, K)."""
-        out = torch.empty(len(a), lengths.shape[1], device=a.device)
+        out = torch.empty(len(a), lengths.shape[1], device=a.device, dtype=torch.float32)
         row_masses_kernel[(lengths.shape[1], -(-len(a) // 8))](
             chunk.exps,
             a,
@@ -222,7 +222,7 @@ class Vocabulary:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(V,) largest |slope| and (V,) sum over rows of |slope| |hidden|."""
         vocab = len(self.weight)
-        peak, mass = torch.empty(2, vocab, device=a.device)
+        peak, mass = torch.empty(2, vocab, device=a.device, dtype=torch.float32)
         column_masses_kernel[(-(-vocab // 128),)](
             chunk.exps,
             a,

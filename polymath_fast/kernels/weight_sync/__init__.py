@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from polymath_fast.kernels import dispatch
+from polymath_fast.kernels.autograd import note_written
 from polymath_fast.kernels.weight_sync.table import SegmentTable
 
 __all__ = ["SegmentTable", "weight_sync"]
@@ -27,3 +28,4 @@ def weight_sync(table: SegmentTable, *, impl: str = "auto") -> None:
     """
     if table.segments:
         dispatch.resolve("weight_sync", table.segments[0].src, impl).weight_sync(table)
+        note_written(table.destinations)

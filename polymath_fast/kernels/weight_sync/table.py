@@ -72,6 +72,7 @@ class SegmentTable:
         pairs = list(zip(sources, destinations, strict=True))
         found = [segment for pair in pairs for segment in _segments(*map(Tensor.detach, pair))]
         _check_device(found)
+        self.destinations = tuple(destinations)
         self.segments = tuple(_merged(sorted(found, key=_order)))
         self.groups = tuple(
             Group(tuple(group)) for _, group in groupby(self.segments, lambda s: s.dtypes)
