@@ -274,6 +274,9 @@ def main() -> int:
     environment.prepare()  # before torch: it sets how threads wait
     import torch
 
+    if len(sys.argv) != 3 or sys.argv[1] not in CONTENDERS:
+        print(f"{__doc__}\nNAME is one of: {', '.join(CONTENDERS)}")
+        return 2
     name, text = sys.argv[1:]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     job = Job(**json.loads(text))

@@ -126,6 +126,7 @@ def model_and_memory(model: str) -> Iterator[Fact]:
     from polymath_fast.config.command_line import parse
     from polymath_fast.config.settings import EMBEDDED_MODEL
     from polymath_fast.folders.cache import cache_dir
+    from polymath_fast.learner.families import check_shape
     from polymath_fast.models import embedded_model, random_models
     from polymath_fast.rollout import tape_room
 
@@ -140,6 +141,7 @@ def model_and_memory(model: str) -> Iterator[Fact]:
         shape = random_models.shape_of(model.removeprefix("random:"))
     elif local.is_dir():
         shape = models.read_config(models.check_folder(local))
+        check_shape(local, shape)
     elif ":" in model or model.startswith((".", "/", "~")) or local.exists():
         models.resolve_model(model)  # says what is wrong with it
         return

@@ -30,6 +30,9 @@ from polymath_fast.monitor.console import print_error
 from polymath_fast.samples import Sample, load_tokenizer, prompts, sources
 
 _COMPLETIONS_AT_ONCE = 2048
+_OF_GRADING = (
+    *("result_path", "open_ended_sources", "mcp_sources", "reward_timeout", "output_dir"),
+)
 
 
 def evaluate(settings: EvalSettings) -> dict[str, EvalResult]:
@@ -73,7 +76,10 @@ def _regrade(settings: EvalSettings, grading: Grading) -> dict[str, EvalResult]:
     folder = result_folder.new_folder(settings.output_dir)
     for result in results.values():
         result_folder.write_rows(folder / result_folder.COMPLETIONS, result.rows)
-    result_folder.write_result(folder, asdict(settings), results, regraded_from=path)
+    # the completions are the earlier evaluation's: of the settings only those of grading are new
+    grading_alone = {name: getattr(settings, name) for name in _OF_GRADING}
+    made_with = result_folder.settings_of(path) | grading_alone
+    result_folder.write_result(folder, made_with, results, regraded_from=path)
     print(f"{table(results)}\n{folder / result_folder.RESULT}")
     return results
 

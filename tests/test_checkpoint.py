@@ -521,6 +521,17 @@ def test_going_back_to_a_checkpoint_leaves_the_later_ones(tmp_path):
     assert resuming.resume("auto", run, on_skip=lambda *_: None).step == 5
 
 
+def test_a_torn_checkpoint_is_set_aside_and_takes_no_good_one_s_place(tmp_path):
+    run = tmp_path / "run"
+    paths = {step: save(run, step, keep=2) for step in (5, 10)}
+    (paths[10] / "model.safetensors").write_bytes(b"other bytes")
+    step_folders.set_aside(paths[10])
+    assert (paths[10].parent / "torn_step_000010_1").is_dir()
+    save(run, 10, keep=2)
+    assert [step for step, _ in step_folders.steps(run / "checkpoints")] == [5, 10]
+    assert checkpoint.sweep(run) == []
+
+
 def test_import_is_light():
     code = (
         "import sys, polymath_fast.checkpoint, polymath_fast.monitor, polymath_fast.report.page\n"

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from polymath_fast import doctor
+from polymath_fast import doctor, kernels
+from polymath_fast.config import Config
+from polymath_fast.errors import UserError
 from polymath_fast.kernels import dispatch
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.run import self_test
+from polymath_fast.run.inputs import read_inputs
 
 
 def facts(model: str = "embedded:smollm2") -> dict[str, dict[str, str]]:
@@ -113,6 +119,39 @@ def test_the_self_test_notices_a_wrong_sampler(monkeypatch: pytest.MonkeyPatch) 
     assert any(name == "reward" and result.startswith("ok") for name, result in results.items())
 
 
-def test_the_self_test_notices_a_wrong_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_test, "_distance", lambda ours, truth: 0.1)
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_the_self_test_notices_a_wrong_operator(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = kernels.linear_grpo_loss
+
+    def loss(*given, impl: str, **more):
+        out = right(*given, impl=impl, **more)
+        if impl == "auto":
+            value, slope = out.loss.detach(), 10 * (out.loss - out.loss.detach())
+            out = replace(out, loss=value + slope if wrong == "gradient" else 2 * out.loss)
+        return out
+
+    monkeypatch.setattr(kernels, "linear_grpo_loss", loss)
     assert "FAILED operators" in dict(self_test.run())
+
+
+def test_a_model_that_cannot_be_trained_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    shape = json.loads((tiny_model / "config.json").read_text())
+    for changes, said in (
+        ({"model_type": "gpt2"}, "model family 'gpt2' is not supported"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1; it must be a whole number from 1"),
+    ):
+        folder = tmp_path / str(changes)
+        shutil.copytree(tiny_model, folder)
+        (folder / "config.json").write_text(json.dumps(shape | changes))
+        found = doctor.report(str(folder), self_test=False)["model and memory"]
+        assert said in str(found)
+        with pytest.raises(UserError, match=said):
+            read_inputs(Config(model=str(folder), question="q", answer="1"))
+
+
+def test_an_implementation_that_there_is_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "nope")
+    with pytest.raises(UserError, match="POLYMATH_FAST_IMPL='nope': must be one of auto"):
+        read_inputs(Config(model="random:tiny", question="q", answer="1"))

@@ -315,6 +315,9 @@ def test_grading_again_needs_no_model(file_of, scripted, tmp_path, monkeypatch):
     again = json.loads((second / "result.json").read_text())
     assert again["results"]["gpqa"]["correct"] == 1
     assert again["regraded_from"] == str(first / "result.json")
+    made_with = json.loads((first / "result.json").read_text())["settings"]
+    assert again["settings"]["dataset"] == made_with["dataset"] == [path]
+    assert again["settings"]["mcp_sources"] == ["gpqa"]
     third = tmp_path / "third"
     flags = ["--result-path", str(second), "--output-dir", str(third)]
     assert evaluate.main([*flags, "--open-ended-sources", "gpqa"]) == 0
@@ -386,6 +389,17 @@ def test_an_unknown_flag_names_the_nearest():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--temperature" in done.stdout + done.stderr
+
+
+def test_completions_that_went_missing_are_noticed(file_of, scripted, tmp_path, capsys):
+    path = file_of("f", {"problem": "1", "answer": "2"}, {"problem": "3", "answer": "4"})
+    out = tmp_path / "out"
+    assert scripted(lambda *_: "2", "--dataset", path, "--output-dir", str(out)) == 0
+    rows = (out / "completions.jsonl").read_text().splitlines()
+    (out / "completions.jsonl").write_text(rows[0] + "\n")
+    flags = ["--result-path", str(out), "--output-dir", str(tmp_path / "again")]
+    assert evaluate.main(flags) == 2
+    assert "has 1 completions" in (said := capsys.readouterr().err) and "counts 2" in said
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"source": "f"}', '{"source": 1}'])

@@ -487,3 +487,10 @@ def test_peak_memory_sees_what_was_touched():
     assert 0.005 < before < 0.5
     assert 0.09 < held - before < 0.3
     assert after >= held
+
+
+def test_a_terminal_of_no_width_is_one_of_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    assert view.make_console().width == 80
+    monkeypatch.setenv("COLUMNS", "33")
+    assert view.make_console().width == 33

@@ -48,6 +48,10 @@ def _check_sample(config: Config) -> None:
                 "--question needs the right answer, which the reward compares with; "
                 "add it: --answer 42"
             )
+        if (config.max_samples or 1) > 1:
+            raise UserError(
+                f"--max-samples is {config.max_samples}, but --question is one sample; leave it out"
+            )
         if config.dataset is not None:
             raise UserError(
                 f"--question and --dataset {config.dataset} are both given; "
@@ -109,6 +113,12 @@ def _check_rollouts(config: Config) -> None:
         raise UserError(
             "--reuse-kv-cache works in the KV cache between rollouts, and --release-kv-cache "
             "gives that memory away; leave one of them out"
+        )
+    completions = config.num_generations * config.groups_per_step
+    if config.updates_per_batch > completions:
+        raise UserError(
+            f"--updates-per-batch is {config.updates_per_batch}, but a batch has {completions} "
+            f"completions; {completions} works, 1 is usual"
         )
     if config.tape_gib and config.updates_per_batch > 1:
         raise UserError(

@@ -87,7 +87,7 @@ class RolloutSettings:
     a batch or --gradient-checkpointing; 0 is off"""
     num_generations: Annotated[int, Range(ge=2, le=1_000_000, works=8)] = 64
     """completions per group; advantages compare the members of a group"""
-    num_train_generations: Annotated[int, Range(ge=2, le=1_000_000, works=8)] | None = None
+    num_train_generations: Annotated[int, Range(ge=2, le=1_000_000, works=2)] | None = None
     """train on that many completions of each group only, those whose rewards differ most (PODS); on
     all when left out"""
     groups_per_step: Annotated[int, Range(ge=1, le=1_000_000, works=1)] = 8

@@ -152,6 +152,13 @@ def regrade(result_path: Path, grading: Grading, score: RewardSet) -> dict[str, 
     }
 
 
+def settings_of(result_path: Path) -> dict[str, Any]:
+    """What an earlier evaluation was made with; nothing where its result does not say."""
+    path = result_path / RESULT if result_path.is_dir() else result_path
+    found = json.loads(path.read_text(encoding="utf-8")).get("settings")
+    return dict(found) if isinstance(found, dict) else {}
+
+
 def _regrade_source(
     source: str, rows: Sequence[dict[str, Any]], grading: Grading, score: RewardSet
 ) -> EvalResult:
@@ -191,6 +198,12 @@ def _read_rows(result_path: Path) -> Iterable[dict[str, Any]]:
         ) from None
     if not lines:
         raise UserError(f"{completions} is empty: there is nothing to grade")
+    counted = sum(each.get("completions", 0) for each in result.get("results", {}).values())
+    if counted and counted != len(lines):
+        raise UserError(
+            f"{completions} has {len(lines)} completions, {path} counts {counted}: some are "
+            'missing; to grade those that are there, take "results" out of the latter'
+        )
     for number, line in enumerate(lines, start=1):
         yield _checked_row(f"{completions}:{number}", line)
 

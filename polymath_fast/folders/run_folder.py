@@ -116,6 +116,7 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
     """
     run_dir = Path(output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))
     try:
+        run_dir = run_dir.expanduser()
         if output_dir is None:
             return _make_new(run_dir)
         if run_dir.exists() and not run_dir.is_dir():
@@ -125,11 +126,12 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
             )
         run_dir.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in run_dir.iterdir()}
+        _check_kinds(run_dir)
         empty = {name for name in names & _ROWS if not (run_dir / name).stat().st_size}
         empty |= {name for name in names if name.startswith(".config.toml.")}  # of a killed start
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last of ~ without a home
         raise _unusable(run_dir, error) from error
     if reason := _taken(run_dir, names, empty, resume):
         name = shlex.quote(str(_free_name(run_dir)))
@@ -137,6 +139,15 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise _unusable(run_dir, PermissionError(errno.EACCES, "Permission denied"))
     return run_dir
+
+
+def _check_kinds(run_dir: Path) -> None:
+    """What a run is going to write there must not be something else: it would be noticed last."""
+    for name, folder in (*dict.fromkeys(_ROWS, False).items(), ("checkpoints", True)):
+        path = run_dir / name
+        if path.exists() and path.is_dir() != folder:
+            kind = "file" if folder else "folder"
+            raise UserError(f"{path} is a {kind}: move it, or choose another --output-dir")
 
 
 def _make_new(run_dir: Path) -> Path:
@@ -158,7 +169,7 @@ def _taken(run_dir: Path, names: set[str], empty: set[str], resume: str | None) 
         return None
     if resume is None:
         return f"{folder} holds an earlier run; add --resume auto to continue it, or"
-    if not Path(resume).resolve().is_relative_to(run_dir.resolve()):
+    if not Path(resume).expanduser().resolve().is_relative_to(run_dir.resolve()):
         return f"{folder} holds another run than --resume {resume}, which would replace it;"
     return None
 
@@ -200,7 +211,7 @@ def _in_use(run_dir: Path, owner: bytes) -> str:
     )
 
 
-def _unusable(run_dir: Path, error: OSError | ValueError) -> UserError:
+def _unusable(run_dir: Path, error: OSError | ValueError | RuntimeError) -> UserError:
     reason = getattr(error, "strerror", None) or str(error)
     return UserError(
         f"--output-dir {str(run_dir)!r} cannot be written ({reason}); it must be a folder where "

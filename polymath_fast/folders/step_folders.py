@@ -64,6 +64,16 @@ def forget_after(root: Path, step: int) -> None:
             _remove(folder)
 
 
+def set_aside(folder: Path) -> None:
+    """A torn checkpoint keeps what it holds under a name that counts for nothing: what is found
+    out by reading all of it would else be forgotten, and the last good one go in its favour."""
+    number = 1
+    while (free := folder.with_name(f"torn_{folder.name}_{number}")).exists():
+        number += 1
+    with contextlib.suppress(OSError):
+        folder.rename(free)
+
+
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; a kill in the middle must not leave half of one under its name."""
     doomed = folder.with_name(f"tmp_{folder.name}_{uuid.uuid4().hex[:8]}")

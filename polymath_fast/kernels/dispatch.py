@@ -142,13 +142,19 @@ def choose_here(
     unable: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str, str]:
     """`choose` with the defaults and the device of this process."""
-    default = _default.get() or os.environ.get(ENVIRONMENT) or None
-    if default is not None:
-        check_name(default, ENVIRONMENT)
+    default = default_implementation()
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return choose(
         op, device, dtype, impl=impl, default=default, capability=capability, unable=unable
     )
+
+
+def default_implementation() -> str | None:
+    """What `use` or POLYMATH_FAST_IMPL asks for, if anything. Raises ValueError for no name."""
+    default = _default.get() or os.environ.get(ENVIRONMENT) or None
+    if default is not None:
+        check_name(default, ENVIRONMENT)
+    return default
 
 
 def library_path(op: str) -> Path:

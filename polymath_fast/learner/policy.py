@@ -96,10 +96,18 @@ class Policy:
         _register_attention()
         check_supported(AutoConfig.from_pretrained(model_dir))
         dtype = dtype or default_dtype(device)
-        with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True
-            )
+        try:
+            with no_progress_bars():
+                model = AutoModelForCausalLM.from_pretrained(
+                    model_dir, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True
+                )
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise UserError(
+                f"{model_dir}: its weights have other shapes than its config.json says; both must "
+                "be of one model, as save_pretrained writes them"
+            ) from error
         self._take(model.to(device), torch.device(device), gradient_checkpointing)
         self.model_dir = Path(model_dir)
 

@@ -101,9 +101,15 @@ class SafeStream:
             os.close(null)
 
 
+_NARROWEST = 20  # columns
+
+
 def make_console() -> Console:
     """A rich console on stdout that survives a closed terminal or pipe."""
-    return Console(file=SafeStream(sys.stdout), highlight=False)  # type: ignore[arg-type]
+    console = Console(file=SafeStream(sys.stdout), highlight=False)  # type: ignore[arg-type]
+    if console.width < _NARROWEST:  # COLUMNS=0 and the like: nothing would be shown at all
+        console.width = 80
+    return console
 
 
 def completions_table(step: int, picks: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -18,6 +19,16 @@ _MAX_REPLY = 64 * 2**20
 _KEPT_OUTPUT = 4000
 
 
+def _above_the_standard_ones(descriptor: int) -> int:
+    """Where this process has no stdin, stdout or stderr, a pipe takes their numbers, on which the
+    child would get its own ones."""
+    if descriptor > 2:
+        return descriptor
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(descriptor)
+    return moved
+
+
 class WorkerProcess:
     """A child interpreter in a session of its own: Ctrl-C at the terminal does not reach it, and
     killing its group takes what it forked along. It holds none of this process's descriptors."""
@@ -29,7 +40,7 @@ class WorkerProcess:
             setup: service, options, limits, as JSON.
             deadline: time.monotonic() by which the caller wants the greeting.
         """
-        lifeline, self._lifeline = os.pipe()
+        lifeline, self._lifeline = (_above_the_standard_ones(end) for end in os.pipe())
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", _WORKER, str(lifeline)],

@@ -41,6 +41,7 @@ class UserReward:
         self.asked = name
         self.timeout = timeout
         module, _, function = name.rpartition(":")
+        module = os.path.expanduser(module)
         # in metrics and tables a path would be noise, and its slashes would nest
         self.name = f"{Path(module).name}:{function}"
         if not module or not function.isidentifier():

@@ -12,7 +12,7 @@ from typing import Any
 from polymath_fast import checkpoint, memory, models, precision, rollout
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
-from polymath_fast.folders import run_folder
+from polymath_fast.folders import run_folder, step_folders
 from polymath_fast.monitor import Monitor
 from polymath_fast.rollout.partial import NOTHING, Pending
 from polymath_fast.run import resuming
@@ -151,11 +151,18 @@ def build(config: Config) -> Iterator[Parts]:
 def _find_checkpoint(config: Config, run_dir: Path, identity: dict[str, Any]):
     if config.resume is None:
         return None
-    found = resuming.resume(
-        config.resume, run_dir, on_skip=lambda path, why: print(f"skipped {path}: {why}")
-    )
+    torn = []
+
+    def skip(path: Path, why: str) -> None:
+        print(f"skipped {path}: {why}")
+        torn.append(path)
+
+    found = resuming.resume(config.resume, run_dir, on_skip=skip)
     if found is None:
         return None
+    for path in torn:
+        if path.parent.resolve() == (run_dir / checkpoint.FOLDER).resolve():
+            step_folders.set_aside(path)
     found.require_model(identity)
     if found.step >= config.max_steps:
         raise UserError(

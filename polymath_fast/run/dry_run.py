@@ -43,6 +43,11 @@ def _reward_facts(inputs: Inputs) -> dict[str, str]:
                 f"the wrong one {found.wrong_completion} of {sample.problem!r}; correct the "
                 "sample's answer, e.g. --answer 42, or the reward"
             )
+    for name, held_out in inputs.held_out.items():
+        try:
+            inputs.rewards.check(held_out[0])
+        except UserError as error:
+            raise UserError(f"evaluation set {name!r} (--eval-dataset): {error}") from None
     return facts
 
 

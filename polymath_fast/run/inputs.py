@@ -10,6 +10,8 @@ from typing import Any
 from polymath_fast import environment, models, precision, rewards, rollout, samples
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
+from polymath_fast.kernels import dispatch
+from polymath_fast.learner.families import check_shape
 from polymath_fast.rewards import RewardSet
 from polymath_fast.run import resuming
 from polymath_fast.samples import Sample, sources
@@ -60,6 +62,10 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
     """Model folder, tokenizer, samples, rewards and engine choice; raises UserError."""
     resuming.require_something(config.resume)
     environment.prepare()
+    try:
+        dispatch.default_implementation()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     device = _device(config.device)
     dtype, dtype_reason = precision.choose_dtype(config.dtype, device)
     if config.master_weights == "remainder" and dtype != "bfloat16":
@@ -72,6 +78,7 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
 
         require_gpu(device)
     model_dir = models.resolve_model(config.model, config.revision, notify)
+    check_shape(model_dir, models.read_config(model_dir))
     engine_name, engine_reason = rollout.choose_engine(
         config.engine,
         config.kv_cache_gib,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def resume(
     none yet; anything else is the path of a run folder or of one checkpoint, which must exist."""
     if option == "auto":
         return find(run_dir, on_skip=on_skip)
-    found = find(option, on_skip=on_skip)
+    found = find(_path(option), on_skip=on_skip)
     if found is None:
         raise _nothing_to_resume(option)
     return found
@@ -26,7 +27,7 @@ def resume(
 
 def require_something(option: str | None) -> None:
     """Raise UserError if --resume names no place of a checkpoint, before anything is written."""
-    if option not in (None, "auto") and not _candidates(Path(option)):
+    if option not in (None, "auto") and not _candidates(_path(option)):
         raise _nothing_to_resume(option)
 
 
@@ -41,10 +42,14 @@ def _nothing_to_resume(option: str) -> UserError:
 def go_back(option: str, run_dir: Path, found: Checkpoint) -> None:
     """Where --resume names one checkpoint of the run's own folder, delete the later ones: a future
     that it leaves, whose rows of metrics go, too. Else the next `--resume auto` would take them."""
-    if found.path.resolve() == Path(option).resolve():
+    if found.path.resolve() == _path(option).resolve():
         root = Path(run_dir) / FOLDER
         if found.path.resolve().parent == root.resolve():
             step_folders.forget_after(root, found.step)
+
+
+def _path(option: str) -> Path:
+    return Path(os.path.expanduser(option))
 
 
 def find(path: Path | str, *, on_skip: Callable[[Path, str], None]) -> Checkpoint | None:

@@ -44,7 +44,7 @@ def operators() -> str:
     targets = torch.randint(300, (24,), generator=generator)
     results = []
     for impl in ("auto", "reference"):
-        leaves = [x.to(_device()).requires_grad_() for x in (hidden, weight)]
+        leaves = [x.to(_device()).clone().requires_grad_() for x in (hidden, weight)]
         loss = linear_grpo_loss(
             *leaves,
             targets.to(_device()),

@@ -39,11 +39,11 @@ def _open(dataset: str, split: str, asked: str) -> Iterator[Row]:
     if dataset.startswith("shipped:"):
         return _shipped(dataset.removeprefix("shipped:"), asked)
     path = Path(dataset).expanduser()
-    if path.suffix in (".jsonl", ".parquet"):
+    if path.suffix.lower() in (".jsonl", ".parquet"):
         if not path.is_file():
             what = "a folder" if path.is_dir() else "not there"
             raise UserError(f"{asked} is {what}; give a .jsonl or .parquet file")
-        return _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
+        return _jsonl(path) if path.suffix.lower() == ".jsonl" else _parquet(path)
     raise UserError(
         f"{asked}: not a .jsonl or .parquet file; save it as jsonl with one "
         '{"problem": ..., "answer": ...} a line'
@@ -53,7 +53,8 @@ def _open(dataset: str, split: str, asked: str) -> Iterator[Row]:
 def on_hub(dataset: str) -> bool:
     """Whether this is the id of a data set on the hub, which has splits."""
     path = Path(dataset).expanduser()
-    local = dataset.startswith(("shipped:", ".", "/", "~")) or path.suffix in (".jsonl", ".parquet")
+    file = path.suffix.lower() in (".jsonl", ".parquet")
+    local = file or dataset.startswith(("shipped:", ".", "/", "~"))
     return not local and not path.exists()
 
 

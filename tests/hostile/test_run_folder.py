@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,29 @@ def test_new_folder_of_any_name(tmp_path, name):
     assert words[:3] == ["python", "-m", "polymath_fast.train"]
     assert words[words.index("--output-dir") + 1] == str(run_dir)
     assert words[words.index("--config") + 1] == str(run_dir / "config.toml")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Shells leave it alone in --output-dir=~/run, and nobody expands it in a TOML file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run_dir = prepare("~/run", resume=None)
+    assert run_dir == tmp_path / "run" and run_dir.is_dir() and not (tmp_path / "~").exists()
+    earlier_run(run_dir)
+    assert prepare("~/run", resume="~/run") == run_dir
+
+
+@pytest.mark.parametrize(("name", "folder"), [("checkpoints", False), ("metrics.jsonl", True)])
+def test_what_a_run_will_write_must_not_be_something_else(tmp_path, name, folder):
+    earlier_run(tmp_path / "run")
+    path = tmp_path / "run" / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.mkdir() if folder else path.write_text("")
+    kind = "folder" if folder else "file"
+    with pytest.raises(UserError, match=f"{name} is a {kind}: move it, or choose another"):
+        prepare(str(tmp_path / "run"), resume="auto")
 
 
 def test_a_default_name_that_is_taken_gets_a_number(tmp_path, monkeypatch):

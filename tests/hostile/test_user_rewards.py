@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import subprocess
+import sys
 import textwrap
 import time
 
@@ -36,6 +38,20 @@ def score(reward_set, completions=TEN, **columns):
     size = len(completions)
     columns = {"answer": ["5"] * size, **columns}
     return reward_set.score(["p"] * size, completions, [[1, 2]] * size, columns)
+
+
+def test_a_process_without_standard_streams_has_rewards(tmp_path):
+    """The numbers of its streams are free, and a pipe takes them."""
+    (tmp_path / "mine.py").write_text("def reward(completions, **_):\n    return [1.0]\n")
+    code = (
+        "import os, sys\nfor number in (0, 1):\n    os.close(number)\n"
+        "from polymath_fast import rewards\n"
+        f"built = rewards.build(['{tmp_path}/mine.py:reward'])\n"
+        "found = built.score(['p'], ['c'], [[1]], {'answer': ['5']}).total\n"
+        "built.close()\nsys.exit(found != [1.0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_signature_is_trls(reward_of):
