@@ -35,6 +35,10 @@ _DEGREES = re.compile(r"\^\{?\s*\\circ\s*\}?|\\degree\b|\xb0|\\deg\b")
 _SHORT_FRACTION = re.compile(r"\\frac\s*([0-9a-z])\s*([0-9a-z])|\\frac\s*([0-9a-z])\s*\{")
 _HALF_SHORT_FRACTION = re.compile(r"\\frac\{([^{}]*)\}\s*([0-9a-z])")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-z])")
+_MIXED = re.compile(
+    r"([-+]?)([0-9]{1,15})(?:\s+([0-9]{1,15})/([0-9]{1,15})"
+    r"|\s*\\frac\{([0-9]{1,15})\}\{([0-9]{1,15})\})"
+)
 _THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _ASSIGNMENT = re.compile(r"[a-z]\w{0,2}(?:_\{?\w\}?)?(?:\([a-z]\))?=")
 _DECIMAL = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
@@ -61,7 +65,8 @@ def unwrap(text: str) -> str:
 
 def normalise(answer: str) -> str:
     """`answer` with spelling that carries no value removed:
-    spacing, delimiters, units after a number, thousands separators, short fractions, case."""
+    spacing, delimiters, units after a number, thousands separators, short fractions, mixed numbers,
+    case."""
     text = unwrap(answer).rstrip(".,; ")
     text = text.replace(r"\$", "").replace("$", "").replace("\\dfrac", "\\frac")
     text = text.replace("\\tfrac", "\\frac").replace("\\%", "%").replace("\u03c0", "\\pi ")
@@ -75,6 +80,7 @@ def normalise(answer: str) -> str:
     text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
     if _THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
+    text = _MIXED.sub(_improper, text) if _MIXED.fullmatch(text) else text
     return "".join(text.split()).rstrip(".").casefold()
 
 
@@ -82,6 +88,13 @@ def _spell_fraction(match: re.Match[str]) -> str:
     if match.group(3) is not None:
         return f"\\frac{{{match.group(3)}}}{{"
     return f"\\frac{{{match.group(1)}}}{{{match.group(2)}}}"
+
+
+def _improper(match: re.Match[str]) -> str:
+    """One and a half is three halves."""
+    sign, whole = match.group(1), int(match.group(2))
+    top, bottom = (int(match.group(i) or match.group(i + 2)) for i in (3, 4))
+    return f"{sign}\\frac{{{whole * bottom + top}}}{{{bottom}}}"
 
 
 def number(text: str) -> float | None:

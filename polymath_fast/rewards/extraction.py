@@ -7,10 +7,18 @@ in the text: no nested quantifiers, no recursion, no conversion of digits.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import deque
 
 _TIDY = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
-_TIDY |= {0x2212: "-", 0x2013: "-", 0x3000: " ", 0x00A0: " ", 0x2009: " ", 0x202F: " "}
+# digits of Arabic, Persian, Devanagari, Bengali and Thai
+_TIDY |= {zero + n: str(n) for zero in (0x660, 0x6F0, 0x966, 0x9E6, 0xE50) for n in range(10)}
+# a blank before, since 2\u00bd is two and a half
+_TIDY |= {
+    ord(fraction): f" {unicodedata.normalize('NFKC', fraction).replace(chr(0x2044), '/')}"
+    for fraction in map(chr, (*range(0xBC, 0xBF), *range(0x2150, 0x215F)))
+}
+_TIDY |= {0x2044: "/", 0x2212: "-", 0x2013: "-", 0x3000: " ", 0x00A0: " ", 0x2009: " ", 0x202F: " "}
 # NUL, zero-width and direction controls: invisible, so they must not decide a comparison
 _TIDY |= dict.fromkeys([0, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F)])
 _TIDY |= dict.fromkeys(range(0x2066, 0x206A))
@@ -31,7 +39,8 @@ _MAX_PHRASE = 300
 
 
 def tidy(text: str) -> str:
-    """`text` with full-width forms and Unicode minus as ASCII and invisible controls removed."""
+    """`text` with full-width forms, other scripts' digits, fractions of one character and Unicode
+    minus as ASCII, and invisible controls removed."""
     return text.translate(_TIDY) if "\0" in text or not text.isascii() else text
 
 
