@@ -11,8 +11,6 @@ import unicodedata
 from collections import deque
 
 _TIDY = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width forms
-# digits of Arabic, Persian, Devanagari, Bengali and Thai
-_TIDY |= {zero + n: str(n) for zero in (0x660, 0x6F0, 0x966, 0x9E6, 0xE50) for n in range(10)}
 # a blank before, since 2\u00bd is two and a half
 _TIDY |= {
     ord(fraction): f" {unicodedata.normalize('NFKC', fraction).replace(chr(0x2044), '/')}"
@@ -39,8 +37,8 @@ _MAX_PHRASE = 300
 
 
 def tidy(text: str) -> str:
-    """`text` with full-width forms, other scripts' digits, fractions of one character and Unicode
-    minus as ASCII, and invisible controls removed."""
+    """`text` with full-width forms, fractions of one character and Unicode minus as ASCII, and
+    invisible controls removed."""
     return text.translate(_TIDY) if "\0" in text or not text.isascii() else text
 
 
