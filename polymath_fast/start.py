@@ -21,16 +21,25 @@ def run(module: str) -> NoReturn:
     What main() makes of Ctrl-C itself comes first.
     """
     try:
-        code = _imported(module).main()
-        sys.stdout.flush()
+        code = _ended(module)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         _say_stopped()
         code = _INTERRUPTED
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # or Python would complain at its end
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # or Python complains too
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = _UNREAD
     sys.exit(code)
+
+
+def _ended(module: str) -> object:
+    """What main() returned, or left with, as --help does."""
+    try:
+        return _imported(module).main()
+    except SystemExit as leaving:
+        return leaving.code
 
 
 def _imported(module: str) -> ModuleType:

@@ -86,7 +86,11 @@ def test_main_gets_interrupts_as_ever(command) -> None:
     assert (out, err, child.returncode) == ("saved\n", "stopped\n", 130)
 
 
-@pytest.mark.parametrize("text", ["print('x' * 100_000)", "print('x')"], ids=["much", "little"])
+@pytest.mark.parametrize(
+    "text",
+    ["print('x' * 100_000)", "print('x')", "print('x'); raise SystemExit(0)"],
+    ids=["much", "little", "help"],
+)
 def test_a_reader_that_has_gone_away_is_no_error(command, text) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -94,3 +98,18 @@ def test_a_reader_that_has_gone_away_is_no_error(command, text) -> None:
     os.close(write)
     _, err = child.communicate(timeout=60)
     assert (err, child.returncode) == ("", 141)
+
+
+def test_there_may_be_no_output_at_all(command) -> None:
+    child = command(
+        """
+        import sys
+        def main():
+            assert sys.stdout is None
+            return 3
+        """,
+        preexec_fn=lambda: os.close(1),
+        stdout=None,
+    )
+    _, err = child.communicate(timeout=60)
+    assert (err, child.returncode) == ("", 3)
