@@ -114,9 +114,11 @@ def save(
         reason = _disk_failure(error)
         if reason is None:
             raise
+        left = "earlier checkpoints are intact; " if step_folders.steps(root) else ""
+        after = "go on with --resume auto" if left else "start again"
         raise UserError(
-            f"checkpoint of step {step} could not be written to {root} ({reason}); earlier "
-            "checkpoints are intact; make room or repair the disk, then go on with --resume auto"
+            f"checkpoint of step {step} could not be written to {root} ({reason}); {left}make room "
+            f"or repair the disk, then {after}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

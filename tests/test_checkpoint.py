@@ -532,6 +532,17 @@ def test_a_torn_checkpoint_is_set_aside_and_takes_no_good_one_s_place(tmp_path):
     assert checkpoint.sweep(run) == []
 
 
+def test_a_full_disk_speaks_of_earlier_checkpoints_only_where_there_are(tmp_path):
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=r"\(No space left on device\); make room .* start again"):
+        save(tmp_path, 5, model_files=full)
+    save(tmp_path, 5)
+    with pytest.raises(UserError, match="earlier checkpoints are intact; .*--resume auto"):
+        save(tmp_path, 10, model_files=full)
+
+
 def test_import_is_light():
     code = (
         "import sys, polymath_fast.checkpoint, polymath_fast.monitor, polymath_fast.report.page\n"
