@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +37,11 @@ def other_gpu_tests() -> dict[str, Any]:
 
 
 def run_tests(limit: float, *paths: str) -> dict[str, Any]:
-    """Their summary; an error where one failed, none passed, or they took longer than `limit`.
-
-    Output goes to a file and the whole process group is ended: an engine or a compiler that a test
-    started would hold a pipe open long after pytest is gone.
-    """
+    """Their summary; an error where one failed, none passed, or they took longer than `limit`."""
     limit = min(limit, latest - time.monotonic())
     # a file that cannot be imported here, for want of another trainer say, must not hide the others
     options = ["-v", "--continue-on-collection-errors", "-m", "gpu"]
-    command = [sys.executable, "-m", "pytest", *options, *paths]
-    with tempfile.TemporaryFile() as said:
-        child = subprocess.Popen(
-            command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, process_group=0
-        )
-        try:
-            status = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            end_group(child)
-        said.seek(0)
-        text = said.read().decode(errors="replace")
+    status, text = finished([sys.executable, "-m", "pytest", *options, *paths], limit)
     print(text[-3000:])
     lines = text.strip().splitlines() or ["no output"]
     wrong = [line for line in lines if re.search(r"\b(FAILED|ERROR)\b", line)][:MOST_NAMED]
@@ -68,6 +53,34 @@ def run_tests(limit: float, *paths: str) -> dict[str, Any]:
     passed = re.search(r"\b[1-9]\d* passed", lines[-1])
     # all of them skipped is no failure to pytest
     return found if passed and not status else found | {"error": lines[-1]}
+
+
+def finished(
+    command: list[str], limit: float, environment: Mapping[str, str] | None = None
+) -> tuple[int | None, str]:
+    """Exit status of a command in this folder, None where it took longer than `limit` seconds, and
+    what it said.
+
+    Output goes to a file and the whole process group is ended: an engine or a compiler that was
+    started there would hold a pipe open long after the command is gone.
+    """
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            env=os.environ | (environment or {}),
+        )
+        try:
+            status = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            end_group(child)
+        said.seek(0)
+        return status, said.read().decode(errors="replace")
 
 
 def end_group(child: subprocess.Popen) -> None:

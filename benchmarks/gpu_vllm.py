@@ -8,11 +8,8 @@ such sections.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -38,7 +35,6 @@ LIMIT = 105.0
 """seconds for a section"""
 GAP = 0.05
 """nats between the log-probs of learner and engine, on average: two passes of bfloat16"""
-_SILENT = {"HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -72,23 +68,10 @@ def run(job: Job) -> dict[str, Any]:
     """The findings of `measure` in a process of its own, an error where it failed."""
     limit = min(LIMIT, gpu_pytest.latest - time.monotonic())
     command = [sys.executable, "-m", "benchmarks.gpu_vllm", json.dumps(asdict(job))]
-    with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(
-            command,
-            cwd=gpu_pytest.ROOT,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            env=os.environ | _SILENT,
-        )
-        try:
-            child.wait(limit)
-        except subprocess.TimeoutExpired:
-            return {"error": f"not done after {limit:.0f} s"}
-        finally:
-            gpu_pytest.end_group(child)
-        said.seek(0)
-        lines = said.read().strip().splitlines() or ["it said nothing"]
+    status, text = gpu_pytest.finished(command, limit, {"HF_HUB_OFFLINE": "1"})
+    if status is None:
+        return {"error": f"not done after {limit:.0f} s"}
+    lines = text.strip().splitlines() or ["it said nothing"]
     try:
         return json.loads(lines[-1])
     except ValueError:

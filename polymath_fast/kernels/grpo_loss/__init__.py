@@ -7,7 +7,7 @@ import torch
 from polymath_fast.kernels import checks, dispatch
 from polymath_fast.kernels.grpo_loss import compiled
 from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec, prepare
-from polymath_fast.kernels.policy_loss.batch import check_spec
+from polymath_fast.kernels.policy_loss.batch import given_spec
 
 __all__ = ["grpo_loss"]
 
@@ -55,8 +55,7 @@ def grpo_loss(
     Raises:
         ValueError: wrong shapes, dtypes or devices, targets out of range, a missing input.
     """
-    spec = PolicyLossSpec() if spec is None else spec
-    check_spec(spec)
+    spec = given_spec(spec)
     checks.check_logits(logits, targets, checks.MASKED)
     batch = prepare(
         spec,

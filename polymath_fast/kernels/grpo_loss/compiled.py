@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polymath_fast.kernels.compiled import token_logprobs
 from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec
+from polymath_fast.kernels.policy_loss.batch import given_spec
 from polymath_fast.kernels.policy_loss.compiled import policy_loss
 
 
@@ -29,7 +30,7 @@ def grpo_loss(
     impl: str = "auto",
 ) -> PolicyLossOutput:
     """As `kernels.grpo_loss`."""
-    spec = PolicyLossSpec() if spec is None else spec
+    spec = given_spec(spec)
     logprobs, entropy = token_logprobs(logits, targets, temperature=spec.temperature, impl=impl)
     return policy_loss(
         logprobs,

@@ -9,7 +9,7 @@ import torch
 from polymath_fast.kernels import checks, dispatch
 from polymath_fast.kernels.linear_grpo_loss import compiled
 from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec, prepare
-from polymath_fast.kernels.policy_loss.batch import check_spec
+from polymath_fast.kernels.policy_loss.batch import given_spec
 
 __all__ = ["linear_grpo_loss"]
 
@@ -69,8 +69,7 @@ def linear_grpo_loss(
     Raises:
         ValueError: wrong shapes, mixed dtypes or devices, targets out of range, a missing input.
     """
-    spec = PolicyLossSpec() if spec is None else spec
-    check_spec(spec)
+    spec = given_spec(spec)
     hidden, weight, bias = checks.under_autocast(hidden, weight, bias)
     checks.check_head(hidden, weight, targets, bias, checks.MASKED)
     batch = prepare(

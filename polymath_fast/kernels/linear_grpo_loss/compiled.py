@@ -17,6 +17,7 @@ from polymath_fast.kernels.autograd import gradients_of, in_fresh_thread
 from polymath_fast.kernels.compiled import gradients_like
 from polymath_fast.kernels.linear_grpo_loss import reference
 from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec
+from polymath_fast.kernels.policy_loss.batch import given_spec
 from polymath_fast.kernels.policy_loss.compiled import crossing, metrics_like, names_of, spec_of
 
 VOCABULARY = ("vocab/live_share", "vocab/dropped_mass", "vocab/error_bound")
@@ -44,7 +45,7 @@ def linear_grpo_loss(
     impl: str = "auto",
 ) -> PolicyLossOutput:
     """As `kernels.linear_grpo_loss`."""
-    spec = PolicyLossSpec() if spec is None else spec
+    spec = given_spec(spec)
     # what autocast says is known here, not where the compiled graph runs
     hidden, weight, bias = checks.under_autocast(hidden, weight, bias)
     needs = tuple(

@@ -15,7 +15,7 @@ import torch
 from polymath_fast.kernels import checks, dispatch
 from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.policy_loss import compiled
-from polymath_fast.kernels.policy_loss.batch import PolicyBatch, check_logprobs, check_spec, prepare
+from polymath_fast.kernels.policy_loss.batch import PolicyBatch, check_logprobs, given_spec, prepare
 from polymath_fast.kernels.policy_loss.corrections import importance_weights
 from polymath_fast.kernels.policy_loss.output import PolicyLossOutput
 from polymath_fast.kernels.policy_loss.packed import steady_sum
@@ -68,8 +68,7 @@ def policy_loss(
     Raises:
         ValueError: wrong shapes, dtypes or devices; a term of the spec whose input is missing.
     """
-    spec = PolicyLossSpec() if spec is None else spec
-    check_spec(spec)
+    spec = given_spec(spec)
     check_logprobs(logprobs, entropy, spec)
     dtype = checks.working_dtype(logprobs.dtype)
     batch = prepare(

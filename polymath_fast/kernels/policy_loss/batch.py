@@ -136,10 +136,13 @@ def _check_multiplicity(multiplicity: torch.Tensor, completions: int) -> None:
         raise ValueError("multiplicity must be whole numbers from 0 on: how often each one counts")
 
 
-def check_spec(spec: object) -> None:
-    """Raise ValueError for options in any other form."""
+def given_spec(spec: PolicyLossSpec | None) -> PolicyLossSpec:
+    """`spec`, or the default one for None. Raises ValueError for options in any other form."""
+    if spec is None:
+        return PolicyLossSpec()
     if not isinstance(spec, PolicyLossSpec):
         raise ValueError(f"spec is a {type(spec).__name__}: must be a PolicyLossSpec(...)")
+    return spec
 
 
 def check_logprobs(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polymath_fast.kernels import checks
-from polymath_fast.kernels.policy_loss.batch import check_logprobs, prepare
+from polymath_fast.kernels.policy_loss.batch import check_logprobs, given_spec, prepare
 from polymath_fast.kernels.policy_loss.output import PolicyLossOutput
 from polymath_fast.kernels.policy_loss.packed import steady_sum
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
@@ -34,7 +34,7 @@ def policy_loss(
     spec: PolicyLossSpec | None = None,
 ) -> PolicyLossOutput:
     """As `kernels.policy_loss`."""
-    spec = PolicyLossSpec() if spec is None else spec
+    spec = given_spec(spec)
     dtype = checks.working_dtype(logprobs.dtype)
     logprobs = logprobs.to(dtype)
     entropy = None if entropy is None else entropy.to(dtype)
