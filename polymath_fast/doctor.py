@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from polymath_fast import __version__, environment
+from polymath_fast.machine import free_memory_bytes, memory_bytes
 
 Fact = tuple[str, str]
 """what, and what is known about it"""
@@ -59,10 +60,9 @@ def machine() -> Iterator[Fact]:
     flags = _field(info, "flags").split()
     fast = [label for flag, label in _CPU_FLAGS.items() if flag in flags]
     yield "instructions", ", ".join(fast) or "none of " + ", ".join(_CPU_FLAGS.values())
-    memory = _read(Path("/proc/meminfo"))
-    total, free = (_field(memory, name).split() for name in ("MemTotal", "MemAvailable"))
-    if total and free:
-        yield "memory", f"{int(free[0]) / 2**20:.1f} GiB free of {int(total[0]) / 2**20:.1f} GiB"
+    free = free_memory_bytes()
+    if free is not None:
+        yield "memory", f"{free / 2**30:.1f} GiB free of {memory_bytes() / 2**30:.1f} GiB"
     yield from _gpus()
 
 

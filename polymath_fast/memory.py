@@ -154,7 +154,7 @@ def estimate(
     size, kind = BYTES[dtype], {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     # on a GPU they are the learner's; CPU builds of vLLM multiply with a packed copy all the same
     shared = engine != "vllm" or (device != "cpu" and config.weight_sync in ("auto", "alias"))
-    taped, tape = _tape(shape, config, engine, device, dtype)
+    taped, tape = _tape(shape, config, engine, prompt_tokens, device, dtype)
     if 0 < rollouts * config.max_completion_length <= taped:  # nothing is learned elsewhere
         tokens = min(TAPED_ROWS * limit, rows)
         kept = _TAPED_LAYERS * _layer_bytes(shape, dtype)
@@ -181,15 +181,16 @@ def estimate(
 
 
 def _tape(
-    shape: dict[str, Any], config: Config, engine: str, device: str, dtype: str
+    shape: dict[str, Any], config: Config, engine: str, prompt_tokens: int, device: str, dtype: str
 ) -> tuple[int, int]:
     """Rows of the embedded sampler's tape, and bytes."""
     from polymath_fast.precision import torch_dtype
     from polymath_fast.rollout.tape_room import row_bytes, tape_rows
 
-    kind = torch_dtype(dtype)
-    rows = tape_rows(shape, config, engine=engine, device=device, dtype=kind)
-    return rows, rows * row_bytes(shape, config, kind) if rows else 0
+    rows = tape_rows(
+        shape, config, engine=engine, prompt_tokens=prompt_tokens, device=device, dtype=dtype
+    )
+    return rows, rows * row_bytes(shape, config, torch_dtype(dtype)) if rows else 0
 
 
 def _layer_bytes(shape: dict[str, Any], dtype: str) -> int:

@@ -26,6 +26,7 @@ from polymath_fast.learner.packing import TrainingRow
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.step import Learner
 from polymath_fast.monitor import peak_memory_gib
+from polymath_fast.precision import choose_dtype
 from polymath_fast.rollout.tape import Tape
 from polymath_fast.rollout.tape_room import tape_rows
 from polymath_fast.rollout.transformers_engine import TransformersEngine
@@ -34,9 +35,9 @@ from polymath_fast.rollout.types import SamplingOptions
 config, prompt, draw = Config(**json.loads(sys.argv[2])), tuple(range(100, 160)), random.Random(0)
 policy = Policy(sys.argv[1], gradient_checkpointing=config.gradient_checkpointing)
 learner = Learner(policy, config, lends=True)
-dtype = policy.head.weight.dtype
 shape = models.read_config(Path(sys.argv[1]))
-tape = Tape(tape_rows(shape, config, engine="transformers", device="cpu", dtype=dtype))
+where = {"engine": "transformers", "prompt_tokens": len(prompt), "device": "cpu"}
+tape = Tape(tape_rows(shape, config, **where, dtype=choose_dtype("auto", "cpu")[0]))
 engine = TransformersEngine(policy, stop_token_ids=[], tape=tape)
 limits = {"max_completion_length": config.max_completion_length}
 sampling = SamplingOptions(**limits, temperature=config.temperature)

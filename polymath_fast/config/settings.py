@@ -83,8 +83,8 @@ class RolloutSettings:
     tape_gib: Annotated[float, Range(ge=0, le=65536, works=4)] | None = None
     """memory in GiB for what the embedded sampler computes on its way forward, from which the
     learner goes backward at once: completions that fit there need no forward pass of its own; when
-    left out at most a quarter of the machine's memory on a CPU, but 0 with --beta, several updates
-    a batch or --gradient-checkpointing; 0 is off"""
+    left out at most three fifths of the memory that the rest of the run leaves on a CPU, but 0 with
+    --beta, several updates a batch or --gradient-checkpointing; 0 is off"""
     num_generations: Annotated[int, Range(ge=2, le=1_000_000, works=8)] = 64
     """completions per group; advantages compare the members of a group"""
     num_train_generations: Annotated[int, Range(ge=2, le=1_000_000, works=2)] | None = None

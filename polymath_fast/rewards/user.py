@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polymath_fast import machine
 from polymath_fast.errors import UserError
 from polymath_fast.rewards.contract import RewardInput, Scores
 from polymath_fast.rewards.pool import Outcome, WorkerPool
@@ -144,7 +145,7 @@ class UserReward:
 
 def memory_limit() -> int:
     """Bytes a reward function's process may allocate: half of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return machine.memory_bytes() // 2
 
 
 def _plain(values: Sequence[Any], column: str) -> list[Any]:

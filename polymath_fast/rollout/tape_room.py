@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from polymath_fast import memory
+from polymath_fast import machine, memory
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.kernels.cpu.head import odd_lines
+from polymath_fast.precision import torch_dtype
 
-_DEFAULT_SHARE = 0.25  # of the machine's memory
+_DEFAULT_SHARE = 0.6  # of what the rest of a run leaves of the machine's memory
 _IN_TILES = ("llama", "qwen2", "qwen3")  # models that decode in tiles
 
 
 def tape_rows(
-    shape: dict[str, Any], config: Config, *, engine: str, device: str, dtype: torch.dtype
+    shape: dict[str, Any],
+    config: Config,
+    *,
+    engine: str,
+    prompt_tokens: int,
+    device: str,
+    dtype: str,
 ) -> int:
     """How many tokens a run's tape has room for: those of all completions that a step may ask for,
     as far as `--tape-gib` reaches; 0 where nothing is recorded.
 
-    `shape` holds the keys of the model's config.json, `engine` is "vllm" or "transformers".
+    The arguments are those of `memory.estimate`.
     """
-    if engine == "vllm" or device != "cpu" or not in_tiles(shape, dtype):
+    kind = torch_dtype(dtype)
+    if engine == "vllm" or device != "cpu" or not in_tiles(shape, kind):
         return 0
     if config.updates_per_batch > 1 or config.beta:
         return 0
     gib = config.tape_gib
+    if gib is None and config.gradient_checkpointing:
+        gib = 0
     if gib is None:
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / memory.GIB
-        gib = 0 if config.gradient_checkpointing else _DEFAULT_SHARE * machine
+        rest = memory.estimate(
+            shape,
+            replace(config, tape_gib=0),
+            engine=engine,
+            prompt_tokens=prompt_tokens,
+            device=device,
+            dtype=dtype,
+        )
+        left = machine.memory_bytes() / memory.GIB - sum(rest.values())
+        gib = max(0, _DEFAULT_SHARE * left)
     attempts = 1 + config.max_resamples * (config.on_saturation == "resample")
     completions = attempts * config.asked_generations * config.groups_per_step
     tokens = completions * config.max_completion_length
-    return min(tokens, int(gib * memory.GIB) // row_bytes(shape, config, dtype))
+    return min(tokens, int(gib * memory.GIB) // row_bytes(shape, config, kind))
 
 
 def row_bytes(shape: dict[str, Any], config: Config, dtype: torch.dtype) -> int:

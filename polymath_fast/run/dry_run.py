@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from polymath_fast import memory, models
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
+from polymath_fast.machine import free_memory_bytes
 from polymath_fast.monitor import console
 from polymath_fast.run.inputs import Inputs, read_inputs
 from polymath_fast.run.plan import plan
@@ -107,7 +107,7 @@ def _free_gib(device: str) -> float:
         import torch
 
         return torch.cuda.mem_get_info()[0] / memory.GIB
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) / 2**20
-    raise UserError("/proc/meminfo does not tell how much memory is free; leave out --dry-run")
+    free = free_memory_bytes()
+    if free is None:
+        raise UserError("/proc/meminfo does not tell how much memory is free; leave out --dry-run")
+    return free / memory.GIB

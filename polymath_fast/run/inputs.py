@@ -48,8 +48,9 @@ class Inputs:
             models.read_config(self.model_dir),
             config,
             engine=self.engine_name,
+            prompt_tokens=self.longest_prompt,
             device=self.device,
-            dtype=precision.torch_dtype(self.dtype),
+            dtype=self.dtype,
         )
 
     @property
