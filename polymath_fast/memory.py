@@ -123,7 +123,7 @@ def estimate(
     kv_storages: int = 1,
     gpu: Gpu | None = None,
 ) -> dict[str, float]:
-    """GiB for each part of a run at its largest moment.
+    """GiB for each part of each process of a run at its largest moment.
 
     With vLLM it is that of learning, beside an engine that keeps what it has. The embedded sampler
     keeps nothing but its tape, so its parts are there instead of the learner's where they are
@@ -134,6 +134,8 @@ def estimate(
     that make up vLLM's KV cache, `gpu` is what "cuda" means where there is none, or another one.
     An estimate: allocators round up.
     """
+    taped, tape = _tape(shape, config, engine, prompt_tokens, device, dtype)
+    config = config.of_one_process()
     weights = parameters(shape)
     rollouts = config.num_generations * config.groups_per_step
     rows = prompt_tokens + rollouts * config.max_completion_length
@@ -154,7 +156,6 @@ def estimate(
     size, kind = BYTES[dtype], {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     # on a GPU they are the learner's; CPU builds of vLLM multiply with a packed copy all the same
     shared = engine != "vllm" or (device != "cpu" and config.weight_sync in ("auto", "alias"))
-    taped, tape = _tape(shape, config, engine, prompt_tokens, device, dtype)
     if 0 < rollouts * config.max_completion_length <= taped:  # nothing is learned elsewhere
         tokens = min(TAPED_ROWS * limit, rows)
         kept = _TAPED_LAYERS * _layer_bytes(shape, dtype)

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports, where Ctrl-C would be a traceb
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polymath_fast.config import Config
 from polymath_fast.config.command_line import parse
@@ -27,18 +28,22 @@ from polymath_fast.run.assembly import Parts
 from polymath_fast.run.interrupt import Interrupt, Stopped
 from polymath_fast.run.saving import last_saved, report_of, rescue, save
 
+if TYPE_CHECKING:
+    from polymath_fast.ranks.member import Invitation
+
 NONFINITE_LIMIT = 3  # batches in a row without a finite gradient after which a run stops
 
 
-def train(settings: Config) -> int:
-    """Run the training that `settings` describe; returns the exit code."""
+def train(settings: Config, invitation: Invitation | None = None) -> int:
+    """Run the training that `settings` describe; returns the exit code. With an `invitation` it is
+    one of several processes of the run, and another one leads."""
     if settings.dry_run:
         from polymath_fast.run.dry_run import dry_run
 
         return dry_run(settings)
     parts = None
     try:
-        with assembly.build(settings) as parts, Interrupt() as interrupt:
+        with assembly.build(settings, invitation) as parts, Interrupt() as interrupt:
             return _loop(settings, parts, interrupt)
     except KeyboardInterrupt as error:
         where = "before the first step" if parts is None else f"at once; {last_saved(parts)}"
@@ -47,10 +52,15 @@ def train(settings: Config) -> int:
 
 
 def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
+    def asked_to_stop() -> bool:
+        return parts.ranks.any(interrupt.requested)
+
     saved, lost = None, 0
     if parts.steps_done == 0:
         evaluate(settings, parts, 0)
     for step in range(parts.steps_done + 1, settings.max_steps + 1):
+        if asked_to_stop():
+            break
         try:
             learned = train_step(settings, parts, step)
             lost = lost + 1 if learned.get("update/nonfinite") else 0
@@ -60,17 +70,22 @@ def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
                     f"{parts.run_dir / 'completions.jsonl'}); no such update reached the weights; "
                     f"go on with a lower --learning-rate, e.g. {settings.learning_rate / 10:g}"
                 )
-            last = step == settings.max_steps or interrupt.requested
-            if not last and _due(step, settings.eval_every):
+            between = step < settings.max_steps
+            if between and _due(step, settings.eval_every) and not asked_to_stop():
                 evaluate(settings, parts, step)
         except (EngineError, UserError):
             rescue(settings, parts)
             raise
-        if last or _due(step, settings.save_every):
+        if parts.ranks.leads and _due(step, settings.save_every):
             saved = save(settings, parts)
-        if last:
-            break
-    return finish(settings, parts, saved, interrupt)
+    stopped = asked_to_stop()
+    if parts.ranks.leads and parts.steps_done > parts.steps_saved:
+        saved = save(settings, parts)
+    if not stopped:
+        evaluate(settings, parts, parts.steps_done)
+    if parts.ranks.leads:
+        finish(parts, saved, stopped)
+    return interrupt.exit_code if stopped else 0
 
 
 def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
@@ -80,6 +95,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     from polymath_fast.kernels import group_advantages
     from polymath_fast.learner.downsampling import train_rewards
     from polymath_fast.learner.rows import training_rows
+    from polymath_fast.ranks.pooling import pooled
     from polymath_fast.rollout import collect, loan
     from polymath_fast.rollout.scoring import Scorer
 
@@ -93,10 +109,18 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         with Scorer(parts.inputs.rewards, parts.inputs.tokenizer) as scorer:
             with clock("generate"), parts.learner.lend():
                 drawn = collect.sample_groups(
-                    parts.engine, samples, step, settings, attempts, pending, scorer.add
+                    parts.engine,
+                    samples,
+                    step,
+                    settings,
+                    attempts,
+                    pending,
+                    scorer.add,
+                    parts.ranks,
                 )
             with clock("score"):
-                scores += scorer.score(drawn)
+                drawn, found = pooled(parts.ranks, drawn, scorer.score(drawn))
+                scores += found
         clock.add("score_overlapped", scorer.overlapped)
         if settings.partial_rollouts:
             pending = pending.after(drawn, settings.asked_generations)
@@ -114,7 +138,7 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
         learned = parts.learner.update(rows, step - 1)
     failure = _sync(settings, parts, clock, bool(learned["update/skipped"]))
     metrics = collect.rollout_metrics(batch, settings) | scores.metrics | learned | clock.metrics()
-    metrics |= parts.speculation.metrics(batch) | loan.metrics(arena)
+    metrics |= parts.speculation.metrics(batch, parts.ranks) | loan.metrics(arena)
     metrics["throughput/completion_tokens_per_s"] = batch.num_tokens / metrics["time/step"]
     metrics["memory/peak_gib"] = peak_memory_gib()
     metrics["rollout/resampled"] = attempts - 1
@@ -143,6 +167,7 @@ def _sync(settings: Config, parts: Parts, clock: Clock, skipped: bool) -> Except
         if settings.verify_sync:
             with clock("verify"):
                 parts.engine.weights.verify(policy.named_weights())
+                parts.learner.verify_alike()
     except (EngineError, UserError) as error:
         return error
     return None
@@ -152,6 +177,7 @@ def evaluate(settings: Config, parts: Parts, step: int) -> None:
     """Score the held-out problems with the present weights and log the result."""
     for name, held_out in parts.inputs.held_out.items():
         from polymath_fast.evaluation.grading import evaluate_samples
+        from polymath_fast.ranks.pooling import pooled_evaluation
         from polymath_fast.rollout.collect import derived_seed
 
         parts.monitor.phase(f"evaluate {name}")
@@ -160,25 +186,23 @@ def evaluate(settings: Config, parts: Parts, step: int) -> None:
             result = evaluate_samples(
                 parts.engine,
                 parts.inputs.tokenizer,
-                held_out,
+                held_out[parts.ranks.rank :: parts.ranks.size],
                 k=settings.eval_k,
                 temperature=settings.eval_temperature,
                 max_completion_length=settings.max_completion_length,
                 seed=derived_seed(settings.seed, f"eval/{name}", step),
                 score=parts.inputs.rewards.score,
             )
+        result = pooled_evaluation(parts.ranks, result)
         metrics = {f"eval/{name}/{key}": value for key, value in result.metrics().items()}
         metrics[f"time/eval/{name}"] = time.perf_counter() - started
         parts.monitor.log_step(step, metrics)
 
 
-def finish(settings: Config, parts: Parts, saved: Path | None, interrupt: Interrupt) -> int:
-    """Last evaluation, report, last screen."""
-    if not interrupt.requested:
-        evaluate(settings, parts, parts.steps_done)
+def finish(parts: Parts, saved: Path | None, stopped: bool) -> None:
+    """Report, last screen."""
     report = report_of(parts)
-    parts.monitor.summary(checkpoint=saved, report=report, interrupted=interrupt.requested)
-    return interrupt.exit_code
+    parts.monitor.summary(checkpoint=saved, report=report, interrupted=stopped)
 
 
 def _due(step: int, every: int) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from polymath_fast.config import checks
@@ -48,6 +48,20 @@ class Config(
         """Completions that are asked for per group, with those of --oversample."""
         # rounded first: 10 x 1.1 is a little more than 11
         return math.ceil(round(self.num_generations * (1 + self.oversample), 6))
+
+    def of_one_process(self) -> Config:
+        """What one of `num_processes` does of a step, at most."""
+        count = self.num_processes
+        if count == 1:
+            return self
+        share = -(-self.num_generations // count)
+        return replace(
+            self,
+            num_processes=1,
+            num_generations=share,
+            num_train_generations=None,
+            updates_per_batch=min(self.updates_per_batch, share * self.groups_per_step),
+        )
 
     def to_toml(self) -> str:
         """The settings as TOML that --config reads back into an equal Config.

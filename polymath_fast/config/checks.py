@@ -114,6 +114,13 @@ def _check_rollouts(config: Config) -> None:
             "--reuse-kv-cache works in the KV cache between rollouts, and --release-kv-cache "
             "gives that memory away; leave one of them out"
         )
+    if config.num_generations < 2 * config.num_processes:
+        fitting = config.num_generations // 2
+        raise UserError(
+            f"--num-processes is {config.num_processes}, but each takes part in every group, with "
+            f"two completions at least, and --num-generations is {config.num_generations}; "
+            f"--num-processes {fitting} works, or --num-generations {2 * config.num_processes}"
+        )
     completions = config.num_generations * config.groups_per_step
     if config.updates_per_batch > completions:
         raise UserError(

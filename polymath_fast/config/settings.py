@@ -37,7 +37,10 @@ class ModelSettings:
     """of the weights, in the learner and in the sampler; auto is bfloat16, and float32 on a CPU
     without bfloat16 instructions"""
     threads: Annotated[int, Range(ge=1, le=4096, works=2)] | None = None
-    """CPU threads; as many as there are cores when left out"""
+    """CPU threads of each process; as many as it has cores when left out"""
+    num_processes: Annotated[int, Range(ge=1, le=64, works=2)] = 1
+    """processes that share the completions of each step, each with a GPU, or its part of the CPU's
+    cores, of its own; their gradients are added up"""
 
 
 @dataclass(frozen=True, kw_only=True)

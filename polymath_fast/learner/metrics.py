@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
 import torch
 
 from polymath_fast.config import Config
 from polymath_fast.kernels import PolicyLossOutput, verify_targets
-from polymath_fast.learner.mismatch import Mismatch
+from polymath_fast.learner.mismatch import Mismatch, means
 from polymath_fast.learner.packing import PackedBatch, token_counts
+from polymath_fast.ranks import ALONE, Ranks
 
 
 class UpdateMetrics:
@@ -18,18 +23,20 @@ class UpdateMetrics:
         self._sums: dict[str, torch.Tensor] = {}
         self._maxima: dict[str, torch.Tensor] = {}
         self._updates: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._rows = self._saved = self._batches = self._in_trees = self._taped = 0
+        self._passes: Counter[str] = Counter()
 
     def add_microbatch(
         self, out: PolicyLossOutput, batch: PackedBatch, *, taped: bool = False
     ) -> None:
         """Take in one call of the loss; `taped`: whether the sampler's pass was the forward one."""
         rows = sum(int(block.cu_seqlens[-1]) for block in batch.blocks)
-        self._rows += rows
-        self._taped += rows * taped
-        self._saved += batch.rows_saved
-        self._batches += 1
-        self._in_trees += batch.rows_saved > 0
+        self._passes.update(
+            rows=rows,
+            taped=rows * taped,
+            saved=batch.rows_saved,
+            batches=1,
+            in_trees=batch.rows_saved > 0,
+        )
         tokens = out.metrics["tokens"]
         weighted = {
             "policy/entropy": out.metrics["entropy"] * tokens,
@@ -54,29 +61,47 @@ class UpdateMetrics:
         """Take in the gradient norm of one update and whether the weights changed."""
         self._updates.append((norm, updated))
 
-    def result(self) -> dict[str, float]:
-        """Means over tokens, maxima, the mean gradient norm; non-finite updates are counted.
+    def result(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Means over everybody's tokens, maxima, the mean gradient norm; non-finite updates are
+        counted.
 
         Raises:
             ValueError: a target lay outside the vocabulary.
         """
-        sums = {name: float(value) for name, value in self._sums.items()}
-        verify_targets(self._sums["tokens"].device)
+        sums, mismatch, maxima, passes = self._pooled(ranks)
         tokens = max(1.0, sums.pop("tokens"))
         loss = sums.pop("policy/loss") / max(1, len(self._updates))
         norms = [float(norm) for norm, updated in self._updates if updated]
+        rows, saved, batches = (passes[name] for name in ("rows", "saved", "batches"))
         return {
             **{name: value / tokens for name, value in sums.items()},
-            **{name: float(value) for name, value in self._maxima.items()},
-            **self._mismatch.result(),
+            **maxima,
+            **means(mismatch),
             "policy/loss": loss,
             "policy/grad_norm": sum(norms) / len(norms) if norms else float("nan"),
             "update/nonfinite": float(len(self._updates) - len(norms)),
             "update/skipped": 0.0,
-            "packing/tree_used": self._in_trees / max(1, self._batches),
-            "packing/taped_ratio": self._taped / max(1, self._rows),
-            "packing/rows_saved_ratio": self._saved / max(1, self._rows + self._saved),
+            "packing/tree_used": passes["in_trees"] / max(1, batches),
+            "packing/taped_ratio": passes["taped"] / max(1, rows),
+            "packing/rows_saved_ratio": saved / max(1, rows + saved),
         }
+
+    def _pooled(self, ranks: Ranks) -> tuple[dict[str, float], ...]:
+        """Sums of losses, of mismatch, maxima, and counts of passes, of all processes."""
+        if self._sums:
+            verify_targets(self._sums["tokens"].device)
+        maxima = {name: float(value) for name, value in self._maxima.items()}
+        everyone = ranks.gather(
+            [
+                {name: float(value) for name, value in self._sums.items()},
+                self._mismatch.sums(),
+                maxima | {"sampling/logprob_diff_max": self._mismatch.largest()},
+                dict(self._passes),
+            ]
+        )
+        together = (_added, _added, _largest, _added)
+        parts = zip(*everyone, strict=True)
+        return tuple(pool(part) for pool, part in zip(together, parts, strict=True))
 
     def _kl(self, out: PolicyLossOutput, batch: PackedBatch) -> torch.Tensor:
         """From the reference model; without one, from the policy that the batch began with."""
@@ -91,3 +116,22 @@ class UpdateMetrics:
     def _raise(self, name: str, value: torch.Tensor) -> None:
         seen = self._maxima.get(name)
         self._maxima[name] = value if seen is None else torch.maximum(seen, value)
+
+
+def _added(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of figures by name; some parts may lack some names."""
+    sums: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
+
+
+def _largest(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The largest figures by name; NaN wins, as in torch."""
+    found: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            known = found.get(name, value)
+            found[name] = value if math.isnan(value) or value > known else known
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ _LARGEST = 1e8  # of an importance weight, so that its square stays finite in fl
 
 
 class Mismatch:
-    """Sums over the tokens of one batch, on the device until `result`.
+    """Sums over the tokens of one batch, on the device until `sums`.
 
     Sampler and learner hold the same weights, so the differences are rounding; more of it means
     stale weights, another temperature or another tokenisation.
@@ -70,16 +71,24 @@ class Mismatch:
         largest = torch.cat([distance, distance.new_zeros(1)]).max()
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
-    def result(self) -> dict[str, float]:
-        """Means over tokens, and the effective sample size as a share (Kish 1965)."""
-        sums = {name: float(value) for name, value in self._sums.items()}
-        tokens, count = sums.pop("tokens"), sums.pop("count")
-        total, squares = sums.pop("weights"), sums.pop("squares")
-        return {
-            **{f"sampling/{name}": value / max(1.0, tokens) for name, value in sums.items()},
-            "sampling/logprob_diff_max": float(self._largest),
-            "sampling/effective_sample_size": total**2 / max(count * squares, 1e-30),
-        }
+    def sums(self) -> dict[str, float]:
+        """What `means` makes figures of; those of several processes add up."""
+        return {name: float(value) for name, value in self._sums.items()}
+
+    def largest(self) -> float:
+        """Difference of two log-probs."""
+        return 0.0 if self._largest is None else float(self._largest)
+
+
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Means over tokens, and the effective sample size as a share (Kish 1965)."""
+    shares = dict(sums)
+    tokens, count = shares.pop("tokens"), shares.pop("count")
+    total, squares = shares.pop("weights"), shares.pop("squares")
+    return {
+        **{f"sampling/{name}": value / max(1.0, tokens) for name, value in shares.items()},
+        "sampling/effective_sample_size": total**2 / max(count * squares, 1e-30),
+    }
 
 
 def finite_or_none(bound: float) -> float | None:

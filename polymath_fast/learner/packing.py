@@ -42,6 +42,8 @@ class TrainingRow:
     """(length,) log-probs of the reference model"""
     multiplicity: int = 1
     """how many completions of the batch this row stands for, see `merge_duplicates`"""
+    rank: int = 0
+    """of the process that learns from it"""
     recorded: Recorded | None = field(default=None, compare=False, repr=False)
     """the sampler's forward pass over the inputs, if it was kept"""
 

@@ -32,6 +32,7 @@ def training_rows(
                     sampling_logprobs=completion.sampling_logprobs,
                     advantage=float(advantage),
                     trained=not (mask_truncated and completion.truncated),
+                    rank=completion.rank,
                     recorded=completion.recorded,
                 )
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polymath_fast import memory
 from polymath_fast.config import Config
+from polymath_fast.errors import EngineError
 from polymath_fast.kernels import (
     PolicyLossOutput,
     PolicyLossSpec,
@@ -39,13 +40,16 @@ from polymath_fast.learner.prefix_tree import PrefixTree, plan
 from polymath_fast.learner.rows import minibatches
 from polymath_fast.learner.taped import taped_passes
 from polymath_fast.learner.tree_rule import rule_for
+from polymath_fast.ranks import ALONE, Ranks
+from polymath_fast.rollout.weights import checksums
 
 
 class Learner:
     """Policy, optimizer and, with beta > 0, the frozen reference model.
 
     `storage` is where the weights are to lie, for example in an engine's memory. With `lends` the
-    gradient's memory is kept between updates, for a sampler that works there, see `lend`.
+    gradient's memory is kept between updates, for a sampler that works there, see `lend`. Of rows
+    that belong to several processes each learns from its own, and `ranks` adds up their gradients.
     """
 
     def __init__(
@@ -56,10 +60,12 @@ class Learner:
         storage: FlatStorage | None = None,
         *,
         lends: bool = False,
+        ranks: Ranks = ALONE,
     ):
         self.policy = policy
         self.config = config
         self.reference = reference
+        self.ranks = ranks
         self.optimizer = FlatAdamW(policy.model, config, storage)
         self._lends = lends
         self._trim()
@@ -68,7 +74,8 @@ class Learner:
         )
 
     def update(self, rows: Sequence[TrainingRow], step: int) -> dict[str, float]:
-        """Learn from the rows of one batch; returns metrics, or {"update/skipped": 1.0}.
+        """Learn from the rows of one batch, everybody's; returns metrics, or
+        {"update/skipped": 1.0}.
 
         Rows without influence on the gradient never enter the model; the divisors count them.
 
@@ -105,10 +112,15 @@ class Learner:
         if self.reference is not None:
             needed = self._with_logprobs(needed, self.reference, "ref_logprobs")
         for part in minibatches(needed, config.updates_per_batch, f"{config.seed}-{step}"):
-            self._accumulate(part, spec, metrics)
+            self._accumulate(self._own(part), spec, metrics)
+            self.ranks.add(self.optimizer.grad)
             norm, updated = self.optimizer.step(learning_rate_at(step, config))
             metrics.add_update(norm, updated)
-        return metrics.result()
+        return metrics.result(self.ranks)
+
+    def _own(self, rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+        """Those that this process learns from."""
+        return [row for row in rows if row.rank == self.ranks.rank]
 
     def lend(self) -> AbstractContextManager[Arena | None]:
         """Inside, which must be between updates, the sampler's scratch memory lies in that of the
@@ -122,6 +134,13 @@ class Learner:
             self.optimizer.release()
         if self.policy.device.type == "cpu":
             workspace.trim()
+
+    def verify_alike(self) -> None:
+        """Raise EngineError unless the weights of all processes are the same, by checksum."""
+        sums = self.ranks.gather(checksums([self.optimizer.live]))
+        odd = [rank for rank, found in enumerate(sums) if found != sums[0]]
+        if odd:
+            raise EngineError(f"the weights of process {odd[0]} are not those of process 0")
 
     @property
     def microbatch_tokens(self) -> int:
@@ -217,13 +236,14 @@ class Learner:
     def _with_logprobs(
         self, rows: Sequence[TrainingRow], policy: Policy, field: str
     ) -> list[TrainingRow]:
-        """The rows with `policy`'s log-probs of their tokens in `field`."""
-        filled = list(rows)
-        for chunk, batch, hidden in self._microbatches(policy, rows):
+        """The rows, with `policy`'s log-probs of the tokens in `field` of this process's own."""
+        filled, own = list(rows), self._own(rows)
+        places = [index for index, row in enumerate(rows) if row.rank == self.ranks.rank]
+        for chunk, batch, hidden in self._microbatches(policy, own):
             lengths = batch.cu_seqlens.diff().tolist()
             logprobs = self._logprobs(policy, batch, hidden).cpu().split(lengths)
             for index, values in zip(chunk, logprobs, strict=True):
-                filled[index] = replace(rows[index], **{field: values.tolist()})
+                filled[places[index]] = replace(own[index], **{field: values.tolist()})
         return filled
 
     def _logprobs(self, policy: Policy, batch: PackedBatch, hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import closing
 from statistics import fmean, pstdev
 
 from polymath_fast.config import Config
+from polymath_fast.ranks import ALONE, Ranks
 from polymath_fast.rewards import RewardResult
 from polymath_fast.rollout import Engine
 from polymath_fast.rollout.partial import NOTHING, Pending
@@ -41,23 +42,34 @@ def sample_groups(
     attempt: int = 0,
     pending: Pending = NOTHING,
     on_finished: Callable[[Sample, Completion], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> RolloutBatch:
-    """Ask each sample for a group of `num_generations` completions. Another `attempt` draws others.
+    """Ask each sample for this process's part of a group of `num_generations` completions. Another
+    `attempt` draws others.
 
     With `oversample` a group is the completions that finish first. `pending` are those that earlier
     steps aborted. `on_finished` is called with every completion of a group, as it finishes.
     """
+    purpose = f"rollout/{attempt}" if attempt else "rollout"
+    if not ranks.leads:
+        purpose += f"/rank {ranks.rank}"
     sampling = SamplingOptions(
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
         stop_repetition=config.stop_repetition,
         repetition_period=config.repetition_period,
-        seed=derived_seed(config.seed, f"rollout/{attempt}" if attempt else "rollout", step),
+        seed=derived_seed(config.seed, purpose, step),
     )
-    asked, needed = config.asked_generations, config.num_generations
+    asked, needed = ranks.part(config.asked_generations), ranks.part(config.num_generations)
+    shares = pending.shares(samples, config.asked_generations)
     requests = [
-        Request(prompt_ids=sample.prompt_ids, n=asked, needed=needed, begun=begun)
-        for sample, begun in zip(samples, pending.shares(samples, asked), strict=True)
+        Request(
+            prompt_ids=sample.prompt_ids,
+            n=asked,
+            needed=needed,
+            begun=begun[ranks.rank :: ranks.size],
+        )
+        for sample, begun in zip(samples, shares, strict=True)
     ]
     groups = [Group(sample=sample, completions=[]) for sample in samples]
     kept: list[dict[int, Completion]] = [{} for _ in samples]

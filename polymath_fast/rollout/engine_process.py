@@ -5,22 +5,18 @@ It answers one request after the other on the socket that it inherits, and ends 
 
 from __future__ import annotations
 
-import ctypes
-import signal
-import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from polymath_fast import environment
 from polymath_fast.errors import EngineError, UserError
-from polymath_fast.rollout.channel import Channel
+from polymath_fast.processes.channel import Channel
+from polymath_fast.processes.child import inherited
 from polymath_fast.rollout.ipc import Driver, WeightReceiver
 from polymath_fast.rollout.types import SamplingOptions
 from polymath_fast.rollout.wire import decode_request, encode
 
-_PR_SET_PDEATHSIG = 1
 _REQUESTS = ("stream", "abort", "sleep", "wake", "attach", "push", "verify", "close")
 
 
@@ -99,12 +95,7 @@ def make_driver(device: str) -> Driver:
 
 def main(descriptor: int) -> None:
     """Serve on an inherited socket."""
-    # The parent decides about interrupts, and nobody is left behind when it is killed, or when the
-    # thread ends that started this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    environment.prepare()
-    serve(Channel(socket.socket(fileno=descriptor), timeout=None), _make_vllm, make_driver)
+    serve(inherited(descriptor), _make_vllm, make_driver)
 
 
 if __name__ == "__main__":

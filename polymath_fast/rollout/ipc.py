@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from polymath_fast.errors import EngineError, UserError
-from polymath_fast.rollout.channel import Channel
+from polymath_fast.processes.channel import Channel
 
 PROTOCOL = 1
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -7,10 +7,6 @@ the engine's side.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,14 +17,13 @@ from torch import Tensor, nn
 
 from polymath_fast.errors import EngineError
 from polymath_fast.learner.flat_storage import FlatStorage, trained
+from polymath_fast.processes.channel import Channel
+from polymath_fast.processes.child import Child
 from polymath_fast.rollout import engine_process
-from polymath_fast.rollout.channel import Channel
 from polymath_fast.rollout.ipc import Driver, WeightSender
 from polymath_fast.rollout.streaming import StreamingEngine
 from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
 from polymath_fast.rollout.wire import decode_drawn, encode_request
-
-_PATIENCE = 30.0  # seconds a process has to end after it was asked to
 
 
 class IpcSync:
@@ -107,17 +102,8 @@ class RemoteEngine(StreamingEngine):
         Raises:
             UserError, EngineError: what the engine raised at its start.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", engine_process.__name__, str(theirs.fileno())]
-            # A session of its own: an interrupt at the terminal reaches the learner alone.
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        self._channel = Channel(ours, timeout=None)
+        self._child = Child(engine_process.__name__)
+        self._channel = self._child.channel
         self._makes_room = bool(settings.get("release_kv_cache"))
         try:
             settings |= {"model_dir": str(model_dir), "device": device}
@@ -156,16 +142,7 @@ class RemoteEngine(StreamingEngine):
 
     def close(self) -> None:
         """End the process; the learner's weights stay where they are."""
-        if self._channel.busy:  # interrupted while it worked: there is nothing to wait for
-            self._process.kill()
-        if self._process.poll() is None:
-            try:
-                self._channel.send("close")
-                self._process.wait(_PATIENCE)
-            except (EngineError, subprocess.TimeoutExpired):
-                self._process.kill()
-        self._process.wait()
-        self._channel.close()
+        self._child.close(ask="close")
 
     def _make_room(self) -> None:
         """An engine that took no memory while it slept needs it now: what torch keeps of this

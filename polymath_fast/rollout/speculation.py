@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from polymath_fast.ranks import ALONE, Ranks
 from polymath_fast.rollout.history import History, NGramTable, context_of, draft
 from polymath_fast.rollout.types import RolloutBatch
 
@@ -67,11 +68,11 @@ class Speculation:
         """Count from zero."""
         self._counts.clear()
 
-    def metrics(self, batch: RolloutBatch) -> dict[str, float]:
-        """How well drafts did since `start_step`."""
+    def metrics(self, batch: RolloutBatch, ranks: Ranks = ALONE) -> dict[str, float]:
+        """How well everybody's drafts did since `start_step`; all processes have to call it."""
         if not self.most:
             return {}
-        counts = self._counts
+        counts = sum(map(Counter, ranks.gather(self._counts)), Counter())
         found: dict[str, float] = {
             "speculation/drafted": counts["drafted"],
             "speculation/saved_ratio": counts["accepted"] / batch.num_tokens,

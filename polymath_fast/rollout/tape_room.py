@@ -27,12 +27,13 @@ def tape_rows(
     device: str,
     dtype: str,
 ) -> int:
-    """How many tokens a run's tape has room for: those of all completions that a step may ask for,
-    as far as `--tape-gib` reaches; 0 where nothing is recorded.
+    """How many tokens the tape of each process of a run has room for: those of all completions that
+    a step may ask of it, as far as `--tape-gib` reaches; 0 where nothing is recorded.
 
     The arguments are those of `memory.estimate`.
     """
-    kind = torch_dtype(dtype)
+    kind, processes = torch_dtype(dtype), config.num_processes
+    config = config.of_one_process()
     if engine == "vllm" or device != "cpu" or not in_tiles(shape, kind):
         return 0
     if config.updates_per_batch > 1 or config.beta:
@@ -49,7 +50,7 @@ def tape_rows(
             device=device,
             dtype=dtype,
         )
-        left = machine.memory_bytes() / memory.GIB - sum(rest.values())
+        left = machine.memory_bytes() / processes / memory.GIB - sum(rest.values())
         gib = max(0, _DEFAULT_SHARE * left)
     attempts = 1 + config.max_resamples * (config.on_saturation == "resample")
     completions = attempts * config.asked_generations * config.groups_per_step

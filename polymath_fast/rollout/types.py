@@ -43,6 +43,8 @@ class Completion:
     """number of optimizer updates the sampling weights had seen when the last token was drawn"""
     version_spans: tuple[tuple[int, int], ...] = ()
     """`spans` when there are several, else ()"""
+    rank: int = 0
+    """of the process that drew it, and learns from it"""
     recorded: Recorded | None = field(default=None, compare=False, repr=False)
     """where the sampler's forward pass over these tokens is kept, if it is"""
 

@@ -7,17 +7,34 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polymath_fast import checkpoint, memory, models, precision, rollout
+from polymath_fast.checkpoint import Checkpoint
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.folders import run_folder, step_folders
 from polymath_fast.monitor import Monitor
+from polymath_fast.monitor.quiet import Quiet
+from polymath_fast.ranks import Ranks
+from polymath_fast.ranks.launch import launched, require_devices
 from polymath_fast.rollout.partial import NOTHING, Pending
 from polymath_fast.run import resuming
 from polymath_fast.run.inputs import Inputs, read_inputs
 from polymath_fast.run.plan import plan
+
+if TYPE_CHECKING:
+    from polymath_fast.learner.policy import Policy
+    from polymath_fast.ranks.member import Invitation
+
+
+class _Begun(NamedTuple):
+    """A run folder and where the run in it goes on."""
+
+    ranks: Ranks
+    run_dir: Path
+    monitor: Monitor | Quiet
+    resumed: Checkpoint | None
 
 
 @dataclass
@@ -26,7 +43,8 @@ class Parts:
 
     inputs: Inputs
     run_dir: Path
-    monitor: Monitor
+    monitor: Monitor | Quiet
+    ranks: Ranks
     learner: Any
     engine: Any
     speculation: Any
@@ -43,8 +61,9 @@ class Parts:
 
 
 @contextmanager
-def build(config: Config) -> Iterator[Parts]:
-    """Lock the run folder, resume if asked, load the learner, start the engine; closes them all."""
+def build(config: Config, invitation: Invitation | None = None) -> Iterator[Parts]:
+    """Lock the run folder, resume if asked, start the other processes, load the learner, start the
+    engine; closes them all. One that has an `invitation` joins the run of another process."""
     from polymath_fast.learner.policy import Policy
     from polymath_fast.learner.step import Learner
     from polymath_fast.rollout.speculation import Speculation, pass_rows
@@ -52,24 +71,13 @@ def build(config: Config) -> Iterator[Parts]:
     from polymath_fast.rollout.tape_room import keeps_predictions
 
     with ExitStack() as stack:
-        inputs = read_inputs(config)
+        inputs = read_inputs(config, print if invitation is None else _silent)
         stack.callback(inputs.rewards.close)
-        run_dir = run_folder.prepare(config.output_dir, resume=config.resume)
-        stack.enter_context(run_folder.RunLock(run_dir))
-        with run_folder.writing(run_dir):
-            checkpoint.sweep(run_dir)
         identity = checkpoint.model_identity(config.model, models.read_config(inputs.model_dir))
-        resumed = _find_checkpoint(config, run_dir, identity)
-        steps_done = resumed.step if resumed else 0
-        with run_folder.writing(run_dir):
-            if resumed:
-                resuming.go_back(config.resume, run_dir, resumed)
-            config.write(run_dir / "config.toml")
-            monitor = Monitor(
-                run_dir, config, config.max_steps, trackers=config.log_to, start_step=steps_done
-            )
-        stack.enter_context(monitor)
-        monitor.plan(plan(config, inputs, run_dir, steps_done))
+        if invitation is None:
+            ranks, run_dir, monitor, resumed = _begin(config, inputs, identity, stack)
+        else:
+            ranks, run_dir, monitor, resumed = _join(invitation)
         _set_threads(config)
         dtype = precision.torch_dtype(inputs.dtype)
         policy = Policy(
@@ -81,35 +89,7 @@ def build(config: Config) -> Iterator[Parts]:
         monitor.phase("start the engine")
         speculation = Speculation(config.speculate, pass_rows(inputs.device, inputs.dtype))
         tape = Tape(inputs.tape_rows(config), predictions=keeps_predictions(config))
-        engine = rollout.build_engine(
-            inputs.engine_name,
-            model_dir=inputs.model_dir,
-            policy=policy,
-            stop_token_ids=rollout.stop_token_ids(inputs.model_dir, inputs.tokenizer),
-            max_model_len=inputs.longest_prompt + config.max_completion_length,
-            max_num_seqs=rollout.max_num_seqs(
-                config.asked_generations * config.groups_per_step,
-                inputs.engine_name,
-                inputs.device,
-            ),
-            device=inputs.device,
-            dtype=inputs.dtype,
-            seed=config.seed,
-            kv_cache_gib=memory.vllm_kv_cache_gib(
-                models.read_config(inputs.model_dir),
-                config,
-                inputs.longest_prompt,
-                device=inputs.device,
-                dtype=inputs.dtype,
-            ),
-            threads=config.threads,
-            weight_sync=inputs.sync_name,
-            readable_weights=config.verify_sync,
-            release_kv_cache=config.release_kv_cache,
-            reuse_kv_cache=config.reuse_kv_cache,
-            speculation=speculation,
-            tape=tape,
-        )
+        engine = _engine(config, inputs, policy, speculation=speculation, tape=tape)
         stack.callback(engine.close)
         reference = None
         if config.beta:
@@ -120,6 +100,7 @@ def build(config: Config) -> Iterator[Parts]:
             reference,
             engine.weights.attach(policy.model),
             lends=inputs.engine_name == "transformers" and inputs.device == "cpu",
+            ranks=ranks,
         )
         if resumed:
             learner.optimizer.load(resumed.tensors(), resumed.state["updates"])
@@ -136,16 +117,82 @@ def build(config: Config) -> Iterator[Parts]:
             inputs,
             run_dir,
             monitor,
+            ranks,
             learner,
             engine,
             speculation,
             tape,
             identity,
-            steps_done=steps_done,
+            steps_done=resumed.step if resumed else 0,
             updates_done=learner.optimizer.updates,
-            steps_saved=steps_done,
+            steps_saved=resumed.step if resumed else 0,
             pending=pending,
         )
+
+
+def _begin(config: Config, inputs: Inputs, identity: dict[str, Any], stack: ExitStack) -> _Begun:
+    """Take the run folder, find what to resume, show the plan, start the other processes."""
+    require_devices(config, inputs.device)
+    run_dir = run_folder.prepare(config.output_dir, resume=config.resume)
+    stack.enter_context(run_folder.RunLock(run_dir))
+    with run_folder.writing(run_dir):
+        checkpoint.sweep(run_dir)
+    resumed = _find_checkpoint(config, run_dir, identity)
+    done = resumed.step if resumed else 0
+    with run_folder.writing(run_dir):
+        if resumed:
+            resuming.go_back(config.resume, run_dir, resumed)
+        config.write(run_dir / "config.toml")
+        monitor = Monitor(
+            run_dir, config, config.max_steps, trackers=config.log_to, start_step=done
+        )
+    stack.enter_context(monitor)
+    monitor.plan(plan(config, inputs, run_dir, done))
+    saved = (resumed.path, resumed.step) if resumed else None
+    ranks = stack.enter_context(launched(config, inputs.device, run_dir, saved))
+    return _Begun(ranks, run_dir, monitor, resumed)
+
+
+def _join(invitation: Invitation) -> _Begun:
+    """Go on where the leader does."""
+    saved = invitation.checkpoint
+    resumed = checkpoint.load(*saved) if saved else None
+    return _Begun(invitation.ranks, invitation.run_dir, Quiet(), resumed)
+
+
+def _engine(config: Config, inputs: Inputs, policy: Policy, **shared: Any) -> rollout.Engine:
+    """The sampler of one process."""
+    share = config.of_one_process()
+    return rollout.build_engine(
+        inputs.engine_name,
+        model_dir=inputs.model_dir,
+        policy=policy,
+        stop_token_ids=rollout.stop_token_ids(inputs.model_dir, inputs.tokenizer),
+        max_model_len=inputs.longest_prompt + config.max_completion_length,
+        max_num_seqs=rollout.max_num_seqs(
+            share.asked_generations * share.groups_per_step, inputs.engine_name, inputs.device
+        ),
+        device=inputs.device,
+        dtype=inputs.dtype,
+        seed=config.seed,
+        kv_cache_gib=memory.vllm_kv_cache_gib(
+            models.read_config(inputs.model_dir),
+            share,
+            inputs.longest_prompt,
+            device=inputs.device,
+            dtype=inputs.dtype,
+        ),
+        threads=config.threads,
+        weight_sync=inputs.sync_name,
+        readable_weights=config.verify_sync,
+        release_kv_cache=config.release_kv_cache,
+        reuse_kv_cache=config.reuse_kv_cache,
+        **shared,
+    )
+
+
+def _silent(text: str) -> None:
+    """The leader says it."""
 
 
 def _find_checkpoint(config: Config, run_dir: Path, identity: dict[str, Any]):

@@ -10,6 +10,7 @@ from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.machine import free_memory_bytes
 from polymath_fast.monitor import console
+from polymath_fast.ranks.launch import require_devices
 from polymath_fast.run.inputs import Inputs, read_inputs
 from polymath_fast.run.plan import plan
 
@@ -18,6 +19,7 @@ def dry_run(config: Config) -> int:
     """Check model, samples, rewards and memory, print the plan, write nothing. Returns 0."""
     out = console.make_console()
     inputs = read_inputs(config)
+    require_devices(config, inputs.device)
     try:
         facts = plan(config, inputs, None, 0)
         facts["prompt"] = f"{len(inputs.samples[0].prompt_ids)} tokens: {inputs.samples[0].prompt}"
@@ -55,6 +57,9 @@ def _memory_facts(config: Config, inputs: Inputs) -> dict[str, str]:
     shape, needs = models.read_config(inputs.model_dir), _needs(config, inputs)
     total, free = sum(needs.values()), _free_gib(inputs.device)
     parts = ", ".join(f"{name} {size:.2f}" for name, size in needs.items())
+    if inputs.device == "cpu" and config.num_processes > 1:  # a GPU has one of them
+        total *= config.num_processes
+        parts = f"{config.num_processes} times {parts}"
     if total > free:
         raise UserError(
             f"the run needs about {total:.1f} GiB on {inputs.device} ({parts}), but {free:.1f} GiB "

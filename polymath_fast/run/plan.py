@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polymath_fast.config import Config
+from polymath_fast.ranks.launch import visible_devices
 from polymath_fast.run.inputs import Inputs
 
 
@@ -30,9 +31,11 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
         f"beta {config.beta:g}",
         "steps": f"{config.max_steps}" + (f", {steps_done} done" if steps_done else ""),
     }
+    if config.num_processes > 1 or inputs.device == "cuda":
+        facts["processes"] = _processes(config, inputs.device)
     taped = inputs.tape_rows(config)
     if taped:
-        facts["tape"] = _tape(taped, rollouts, config)
+        facts["tape"] = _tape(taped, config.of_one_process())
     if config.speculate:
         facts["drafts"] = _drafts(config, inputs)
     if run_dir is not None:
@@ -40,7 +43,18 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
     return {name: value for name, value in facts.items() if value != ""}
 
 
-def _tape(rows: int, rollouts: int, config: Config) -> str:
+def _processes(config: Config, device: str) -> str:
+    count = config.num_processes
+    if device == "cpu":
+        return f"{count}, each with its part of the cores and of every group"
+    seen = len(visible_devices())
+    if count > 1:
+        return f"{count}, each with a GPU and its part of every group"
+    return "1" if seen == 1 else f"1; {seen} GPUs are visible, --num-processes {seen} uses them"
+
+
+def _tape(rows: int, config: Config) -> str:
+    rollouts = config.num_generations * config.groups_per_step
     fitting = min(rollouts, rows // config.max_completion_length)
     some = "all completions"
     if fitting < rollouts:

@@ -37,6 +37,8 @@ def rescue(settings: Config, parts: Parts) -> None:
     A step that broke off between two of its updates has moved the weights to where no step ends:
     no checkpoint could name them, and a resume would make the first of these updates twice.
     """
+    if not parts.ranks.leads:
+        return
     if parts.learner.optimizer.updates != parts.updates_done:
         parts.monitor.note(
             f"step {parts.steps_done + 1} broke off between two of its updates and is not saved; "

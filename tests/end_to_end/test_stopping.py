@@ -20,7 +20,7 @@ from polymath_fast.monitor import Monitor
 from polymath_fast.rewards import RewardSet
 from polymath_fast.rollout.transformers_engine import TransformersEngine
 from polymath_fast.rollout.weights import IdentitySync
-from polymath_fast.run import resuming
+from polymath_fast.run import resuming, saving
 
 REWARD = '''
 import time
@@ -298,6 +298,34 @@ def test_a_second_signal_ends_an_engine_in_another_process(tmp_path, monkeypatch
     assert process.returncode == 130 and "Traceback" not in errors
     assert "step_000002 was saved last" in errors.splitlines()[-1]
     assert not any(map(alive, children))
+
+
+@pytest.mark.parametrize(("at", "steps"), [(0, 0), (2, 2), (5, 5)])
+def test_a_signal_during_an_evaluation_costs_no_further_step(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, steps: int
+) -> None:
+    """Neither one before the first step, nor one between two, nor the last one."""
+
+    def evaluate(settings: object, parts: object, step: int) -> None:
+        if step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    code = run([*flags, "--eval-every", "2", "--save-every", "0"], tmp_path / "run")
+    assert code == (0 if at == 5 else 130)  # the run that was asked for is done
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == steps
+    assert newest(tmp_path / "run").step == steps if steps else newest(tmp_path / "run") is None
+
+
+def test_a_signal_during_a_save_costs_no_further_step(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        train, "save", lambda *args: (os.kill(os.getpid(), signal.SIGINT), saving.save(*args))[1]
+    )
+    assert run(flags, tmp_path / "run") == 130
+    assert newest(tmp_path / "run").step == 2
 
 
 def test_a_signal_before_the_first_step_is_no_traceback(flags, tmp_path, monkeypatch, capsys):

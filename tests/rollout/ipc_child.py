@@ -11,7 +11,7 @@ import sys
 import torch
 
 from polymath_fast.kernels import SegmentTable, weight_sync
-from polymath_fast.rollout.channel import Channel
+from polymath_fast.processes.channel import Channel
 from polymath_fast.rollout.engine_process import make_driver
 from polymath_fast.rollout.ipc import WeightReceiver
 

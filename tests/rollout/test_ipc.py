@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from polymath_fast.errors import EngineError, UserError
+from polymath_fast.processes.channel import MAX_MESSAGE, Channel
 from polymath_fast.rollout import ipc
-from polymath_fast.rollout.channel import MAX_MESSAGE, Channel
 from polymath_fast.rollout.host_memory import HostMemory
 from polymath_fast.rollout.ipc import WeightReceiver, WeightSender
 

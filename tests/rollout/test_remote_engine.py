@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from polymath_fast.errors import EngineError, UserError
+from polymath_fast.processes.channel import Channel
+from polymath_fast.processes.child import Child
 from polymath_fast.rollout import build_engine, choose_weight_sync, engine_process
-from polymath_fast.rollout.channel import Channel
 from polymath_fast.rollout.host_memory import HostMemory
 from polymath_fast.rollout.remote_engine import IpcSync, RemoteEngine
 from polymath_fast.rollout.types import Completion, Drawn, Request, SamplingOptions
@@ -93,8 +94,9 @@ class Running:
         self.thread = threading.Thread(target=self._serve, args=(theirs,))
         self.thread.start()
         self.remote = RemoteEngine.__new__(RemoteEngine)
-        self.remote._channel = Channel(ours, 20)
-        self.remote._process = self
+        self.remote._child = Child.__new__(Child)
+        self.remote._child.process = self
+        self.remote._child.channel = self.remote._channel = Channel(ours, 20)
         self.remote._makes_room = False
 
     def start(self, max_num_seqs: int = 4) -> RemoteEngine:

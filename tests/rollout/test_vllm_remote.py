@@ -70,11 +70,11 @@ def test_updates_reach_an_engine_in_another_process(tiny_model, monkeypatch):
         error = (found - logprobs_of(truth, prompt, after)).abs().mean()
         assert error < 0.06, error
         assert (found - original).abs().mean() > 3 * error
-        os.kill(engine._process.pid, signal.SIGKILL)
+        os.kill(engine._child.process.pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="the other process"):
             engine.generate(prompt, 1, greedy)
         # what was trained is still there
         assert storage.live.isfinite().all()
     finally:
         engine.close()
-    assert engine._process.poll() is not None
+    assert engine._child.process.poll() is not None
