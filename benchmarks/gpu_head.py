@@ -45,8 +45,11 @@ def correct_head() -> dict[str, Any]:
         rows = slice(1, 97)
         exact = (hidden[rows].double() @ weight.double().T).log_softmax(-1)
         truth = exact.gather(-1, targets[rows, None])[:, 0]
+        theirs = torch.mm(hidden[rows], weight.T, out_dtype=torch.float32).log_softmax(-1)
+        theirs = theirs.gather(-1, targets[rows, None])[:, 0]
         again, _ = linear_logprobs(hidden, weight, targets, impl="triton")
         values |= {
+            f"torch {depth} head logprob error": float((theirs - truth).abs().max()),
             f"{depth} head logprob error": float((found[0][0][rows] - truth).abs().max()),
             f"{depth} head logprob difference": float((again - found[0][0]).abs().max()),
             f"{depth} hidden gradient error": relative(found[0][1], found[1][1]),

@@ -21,6 +21,10 @@ deadline = math.inf
 """by time.monotonic(): no variant begins later and no round is repeated, so that a section which
 compiles for too long still hands out what it has"""
 
+HEAD_START = 4_000_000
+"""cycles, about 2 ms, for which the GPU is kept busy before a call, so that its kernels are all
+launched before the first one begins and the host's part of their launches does not count"""
+
 GRACE = 10.0
 """seconds that a variant which begins before `deadline` may take beyond it"""
 
@@ -41,15 +45,21 @@ class Timing:
 
 
 def interleave(
-    variants: dict[str, Callable[[], object]], *, repeats: int = 7, warmups: int = 2
+    variants: dict[str, Callable[[], object]],
+    *,
+    repeats: int = 7,
+    warmups: int = 2,
+    launches: bool = False,
 ) -> dict[str, Timing]:
     """Median time of each variant, all of them run in turn; one that fails says why.
 
-    Caches are cold: a buffer larger than any L2 cache is written before each call.
+    Caches are cold: a buffer larger than any L2 cache is written before each call. Only with
+    `launches` does the host's time to launch count.
     """
     sizes = gpu_sizes.SIZES
     repeats, warmups = sizes.repeats or repeats, sizes.warmups or warmups
     flush = torch.empty(sizes.flush, dtype=torch.int8, device="cuda")
+    ahead = 0 if launches else HEAD_START
     found = {name: Timing() for name in variants}
     for name, variant in variants.items():
         _guarded(found[name], lambda timing, v=variant: _warm_up(timing, v, warmups))
@@ -60,7 +70,8 @@ def interleave(
         for name, times in samples.items():
             if not found[name].error:
                 _guarded(
-                    found[name], lambda _, n=name, t=times: t.append(_once(variants[n], flush))
+                    found[name],
+                    lambda _, n=name, t=times: t.append(_once(variants[n], flush, ahead)),
                 )
     for name, times in samples.items():
         if not found[name].error:
@@ -124,8 +135,10 @@ def _warm_up(timing: Timing, variant: Callable[[], object], warmups: int) -> Non
     timing.peak_mib = _peak(variant)
 
 
-def _once(variant: Callable[[], object], flush: torch.Tensor) -> float:
+def _once(variant: Callable[[], object], flush: torch.Tensor, ahead: int) -> float:
     flush.zero_()
+    if ahead:
+        torch.cuda._sleep(ahead)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     variant()

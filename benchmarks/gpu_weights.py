@@ -63,7 +63,7 @@ def _time(family: str) -> dict[str, Any]:
             "loop of copy_": weight_copies.loop(pairs),
             "foreach copy": _foreach(pairs),
         }
-        for variant, timing in interleave(variants).items():
+        for variant, timing in interleave(variants, launches=True).items():
             row = {"what": f"{name} to bf16 {variant}", "bytes": table.bytes} | timing.row()
             if timing.median is not None:
                 row["share"] = 1e3 * table.bytes / rate / timing.median

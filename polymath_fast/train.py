@@ -159,6 +159,8 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
 
 def _sync(settings: Config, parts: Parts, clock: Clock, skipped: bool) -> Exception | None:
     """Bring the new weights to the engine; what went wrong, if anything did."""
+    from polymath_fast.ranks.alike import verify_alike
+
     policy = parts.learner.policy
     try:
         with clock("sync"):
@@ -167,7 +169,7 @@ def _sync(settings: Config, parts: Parts, clock: Clock, skipped: bool) -> Except
         if settings.verify_sync:
             with clock("verify"):
                 parts.engine.weights.verify(policy.named_weights())
-                parts.learner.verify_alike()
+                verify_alike(parts.ranks, parts.learner.optimizer.live)
     except (EngineError, UserError) as error:
         return error
     return None

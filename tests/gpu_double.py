@@ -45,8 +45,9 @@ class OnCpu(TorchFunctionMode):
         if func is torch.Tensor.to:
             args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
         if func in (torch.mm, torch.addmm) and "out_dtype" in kwargs:
-            wide, out = kwargs.pop("out_dtype"), kwargs.pop("out")
-            return out.copy_(func(*(arg.to(wide) for arg in args), **kwargs))
+            wide, out = kwargs.pop("out_dtype"), kwargs.pop("out", None)
+            found = func(*(arg.to(wide) for arg in args), **kwargs)
+            return found if out is None else out.copy_(found)
         return func(*args, **kwargs)
 
 
@@ -153,6 +154,7 @@ def installed():
         "current_stream": lambda device=None: SimpleNamespace(cuda_stream=0),
         "device": lambda device: contextlib.nullcontext(),
         "Event": Event,
+        "_sleep": lambda cycles: None,
     }
     with contextlib.ExitStack() as stack:
         for name, value in cuda.items():

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import ablations, gpu_learner, gpu_operators, gpu_sizes, gpu_suite, run
+from benchmarks import (
+    ablations,
+    gpu_learner,
+    gpu_operators,
+    gpu_sections,
+    gpu_sizes,
+    gpu_suite,
+    run,
+)
 from polymath_fast import memory
 from polymath_fast.kernels.prefix_attention import tiles
 from polymath_fast.kernels.triton.budget import Gpu
@@ -145,3 +155,21 @@ def test_an_idea_is_off_inside_and_on_again_behind(idea: str) -> None:
         inside = everything()
     changed = {name for name in before if inside[name] is not before[name]}
     assert changed and everything() == before
+
+
+def test_a_run_on_a_gpu_needs_no_compiler_for_cpus() -> None:
+    """numba is particular about numpy's version; the suite shall not be lost to that."""
+    code = "import sys; sys.modules['numba'] = None; import benchmarks.gpu_suite"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_head_may_be_off_by_what_products_of_torch_are() -> None:
+    name = "64 head logprob error"
+    assert "error" not in gpu_sections.gate({f"torch {name}": 1e-6, name: 1.9e-5})
+    assert "error" in gpu_sections.gate({f"torch {name}": 1e-6, name: 2.1e-5})
+    assert "error" not in gpu_sections.gate({f"torch {name}": 2e-5, name: 3.9e-5})
+    assert "error" in gpu_sections.gate({f"torch {name}": 2e-5, name: 4.1e-5})
+    assert "error" in gpu_sections.gate({"64 head logprob error": float("nan")})

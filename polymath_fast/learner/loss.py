@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from polymath_fast.config import Config
 from polymath_fast.kernels import PolicyLossOutput, PolicyLossSpec, linear_grpo_loss
-from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
-from polymath_fast.kernels.linear_grpo_loss.recorded import recorded_grpo_loss
 from polymath_fast.learner.mismatch import finite_or_none
 from polymath_fast.learner.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def packed_loss(
     `hidden` (S, H)."""
     loss = linear_grpo_loss
     if predictions is not None:
+        from polymath_fast.kernels.linear_grpo_loss.recorded import recorded_grpo_loss
+
         loss = partial(recorded_grpo_loss, recorded=predictions, states=states)
     return loss(
         hidden,

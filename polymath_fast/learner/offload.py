@@ -38,7 +38,7 @@ class Offloaded:
         self._elements = len(next(iter(tensors.values())))
         self._chunk = chunk
         self._module = torch.get_device_module(device)
-        self._arriving, self._leaving = self._module.Stream(), self._module.Stream()
+        self._arriving, self._leaving = (self._module.Stream(device) for _ in range(2))
         room = min(chunk, self._elements)
         self._slots = [
             {name: torch.empty(room, dtype=t.dtype, device=device) for name, t in tensors.items()}

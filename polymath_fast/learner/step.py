@@ -7,20 +7,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from polymath_fast import memory
 from polymath_fast.config import Config
-from polymath_fast.errors import EngineError
 from polymath_fast.kernels import (
     PolicyLossOutput,
     PolicyLossSpec,
     linear_logprobs,
 )
 from polymath_fast.kernels.cpu import workspace
-from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
 from polymath_fast.kernels.scratch import Arena
 from polymath_fast.learner import out_of_memory
 from polymath_fast.learner.flat_storage import FlatStorage
@@ -38,10 +37,11 @@ from polymath_fast.learner.packing import (
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.prefix_tree import PrefixTree, plan
 from polymath_fast.learner.rows import minibatches
-from polymath_fast.learner.taped import taped_passes
 from polymath_fast.learner.tree_rule import rule_for
 from polymath_fast.ranks import ALONE, Ranks
-from polymath_fast.rollout.weights import checksums
+
+if TYPE_CHECKING:
+    from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
 
 
 class Learner:
@@ -135,13 +135,6 @@ class Learner:
         if self.policy.device.type == "cpu":
             workspace.trim()
 
-    def verify_alike(self) -> None:
-        """Raise EngineError unless the weights of all processes are the same, by checksum."""
-        sums = self.ranks.gather(checksums([self.optimizer.live]))
-        odd = [rank for rank, found in enumerate(sums) if found != sums[0]]
-        if odd:
-            raise EngineError(f"the weights of process {odd[0]} are not those of process 0")
-
     @property
     def microbatch_tokens(self) -> int:
         """Tokens that go through the model at once."""
@@ -170,6 +163,10 @@ class Learner:
         taped, others = self._by_tape(merge_duplicates(rows))
         for _, batch, hidden in self._microbatches(self.policy, others):
             metrics.add_microbatch(self._backward(hidden, batch, spec), batch)
+        if not taped:
+            return
+        from polymath_fast.learner.taped import taped_passes
+
         limit = memory.TAPED_ROWS * self.microbatch_tokens
         for batch, recorded in taped_passes(self.policy, taped, limit, self._tree(taped)):
             out = self._backward(recorded.hidden(spec), batch, spec, *recorded.predictions(spec))

@@ -446,6 +446,29 @@ def test_rows_strides(layout) -> None:
     assert torch.equal(view.grad, plain.grad)
 
 
+@pytest.mark.parametrize("layout", ["expanded", "gaps"])
+def test_targets_strides(layout) -> None:
+    tensors = make_logits(64, 300, BF16, "cpu")
+    one = tensors["targets"][:1]
+    views = {
+        "expanded": one.expand(64),  # the kernel would read past a single number
+        "gaps": torch.stack([tensors["targets"], torch.zeros(64, dtype=torch.int64)], 1)[:, 0],
+    }
+    found = []
+    for targets in (views[layout], views[layout].contiguous()):
+        for inplace in (False, True):  # with the loss's coefficients known beforehand
+            leaf = tensors["logits"].detach().clone().requires_grad_()
+            logprobs, _ = token_logprobs(leaf, targets, 1.0)
+            logprobs.sum().backward()
+            found.append([logprobs.detach(), leaf.grad])
+            leaf.grad = None
+            out = _rows_loss(leaf * 1, targets, inplace=inplace)
+            out.loss.backward()
+            found[-1] += [out.logprobs.detach(), leaf.grad]
+    for kept in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(kept, found[0], strict=True))
+
+
 def test_inplace_overwrites_and_says_so() -> None:
     tensors = make_logits(6, 1000, FP32, "cpu")
     truth = tensors["logits"].clone().requires_grad_()

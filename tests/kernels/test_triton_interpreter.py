@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 PARTS = {
     "head": ("interpreted_triton.py", "-k", "head or vocabulary or scratch", 37),
-    "others": ("interpreted_triton.py", "-k", "not (head or vocabulary or scratch)", 98),
+    "others": ("interpreted_triton.py", "-k", "not (head or vocabulary or scratch)", 100),
     "attention": ("interpreted_attention.py", 26),
     "adamw": ("interpreted_adamw.py", 8),
 }

@@ -21,6 +21,7 @@ from polymath_fast.evaluation.grading import EvalResult
 from polymath_fast.processes.channel import Channel
 from polymath_fast.processes.child import Child
 from polymath_fast.ranks import ALONE, Leader, Member, Ranks
+from polymath_fast.ranks.alike import verify_alike
 from polymath_fast.ranks.pooling import pooled, pooled_evaluation
 from polymath_fast.rewards import RewardResult
 from polymath_fast.rollout.types import Completion, Group, RolloutBatch
@@ -286,15 +287,13 @@ def test_a_member_that_refuses_is_quoted(three: list[Ranks]) -> None:
         three[0].gather(None)
 
 
-def test_weights_that_went_apart_are_noticed(tiny_model: Path) -> None:
+def test_weights_that_went_apart_are_noticed() -> None:
     class Others(Ranks):
         def gather(self, value: Any) -> list[Any]:
             return [value, other or value]
 
-    policy = learning_member.Policy(tiny_model, dtype=torch.float32)
-    learner = learning_member.Learner(policy, learning_member.Config(), ranks=Others())
-    other = None
-    learner.verify_alike()
+    weights, other = torch.arange(7.0), None
+    verify_alike(Others(), weights)
     other = [1]
     with pytest.raises(EngineError, match="process 1 are not those of process 0"):
-        learner.verify_alike()
+        verify_alike(Others(), weights)

@@ -214,7 +214,7 @@ def tile_of(
     return first + inside % size, inside // size
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def finish_kernel(
     partial_ptr,
     y_target_ptr,

@@ -56,7 +56,7 @@ def statistics(
         with torch.cuda.device_of(logits):
             statistics_kernel[(count,)](
                 logits,
-                targets,
+                targets.contiguous(),
                 index,
                 note_for(logits.device),
                 found,
@@ -91,7 +91,7 @@ def slopes(
         with torch.cuda.device_of(logits):
             slopes_kernel[(count,)](
                 logits,
-                targets,
+                targets.contiguous(),
                 found,
                 g.float().contiguous(),
                 None if g_entropy is None else g_entropy.float().contiguous(),
@@ -123,11 +123,11 @@ def statistics_and_slopes(
         way, programs = _fused(logits)
         with torch.cuda.device_of(logits):
             targets_kernel[(triton.cdiv(count, 1024),)](
-                targets, note_for(logits.device), vocab, count, BLOCK=1024, num_warps=4
+                targets.contiguous(), note_for(logits.device), vocab, count, BLOCK=1024, num_warps=4
             )
             fused_kernel[(programs,)](
                 logits,
-                targets,
+                targets.contiguous(),
                 g.float().contiguous(),
                 None if g_entropy is None else g_entropy.float().contiguous(),
                 found,
