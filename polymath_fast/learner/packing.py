@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from polymath_fast.kernels.transfer import send
 from polymath_fast.learner.prefix_tree import PrefixTree, common_length, flat_segments
 
 if TYPE_CHECKING:
@@ -82,10 +83,10 @@ class PackedBatch:
     targets: Tensor  # (N,) int64
     cu_seqlens: Tensor  # (B + 1,) int32 over the N targets
     advantages: Tensor  # (B,) float32
-    multiplicity: Tensor | None  # (B,) float32; None: every completion counts once
     sampling_logprobs: Tensor  # (N,) float32
-    old_logprobs: Tensor | None  # (N,) float32
-    ref_logprobs: Tensor | None  # (N,) float32
+    multiplicity: Tensor | None = None  # (B,) float32; None: every completion counts once
+    old_logprobs: Tensor | None = None  # (N,) float32
+    ref_logprobs: Tensor | None = None  # (N,) float32
 
 
 def merge_duplicates(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
@@ -156,30 +157,28 @@ def pack(
     cu_seqlens = torch.zeros(len(rows) + 1, dtype=torch.int32)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
 
-    def flat(values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
+    whole, real = torch.int64, torch.float32
+    tensors = {
+        "input_ids": torch.tensor([input_ids], dtype=whole),
+        "position_ids": torch.tensor([positions], dtype=whole),
+        "hidden_rows": torch.tensor(hidden_rows, dtype=whole),
+        "targets": torch.tensor(_of_tokens(rows, "token_ids"), dtype=whole),
+        "cu_seqlens": cu_seqlens,
+        "advantages": torch.tensor([row.advantage for row in rows], dtype=real),
+        "sampling_logprobs": torch.tensor(_of_tokens(rows, "sampling_logprobs"), dtype=real),
+    }
+    if any(row.multiplicity > 1 for row in rows):
+        counts = [row.multiplicity for row in rows]
+        tensors["multiplicity"] = torch.tensor(counts, dtype=real)
+    for name in ("old_logprobs", "ref_logprobs"):
+        if getattr(rows[0], name) is not None:
+            tensors[name] = torch.tensor(_of_tokens(rows, name), dtype=real)
+    sent = dict(zip(tensors, send(list(tensors.values()), device), strict=True))
+    return PackedBatch(blocks=tuple(blocks), rows_saved=saved, **sent)
 
-    def optional(name: str) -> Tensor | None:
-        if getattr(rows[0], name) is None:
-            return None
-        return flat([x for row in rows for x in getattr(row, name)], torch.float32)
 
-    return PackedBatch(
-        input_ids=flat(input_ids, torch.int64).unsqueeze(0),
-        position_ids=flat(positions, torch.int64).unsqueeze(0),
-        blocks=tuple(blocks),
-        rows_saved=saved,
-        hidden_rows=flat(hidden_rows, torch.int64),
-        targets=flat([token for row in rows for token in row.token_ids], torch.int64),
-        cu_seqlens=cu_seqlens.to(device),
-        advantages=flat([row.advantage for row in rows], torch.float32),
-        multiplicity=flat([row.multiplicity for row in rows], torch.float32)
-        if any(row.multiplicity > 1 for row in rows)
-        else None,
-        sampling_logprobs=flat([x for row in rows for x in row.sampling_logprobs], torch.float32),
-        old_logprobs=optional("old_logprobs"),
-        ref_logprobs=optional("ref_logprobs"),
-    )
+def _of_tokens(rows: Sequence[TrainingRow], name: str) -> list:
+    return [value for row in rows for value in getattr(row, name)]
 
 
 def token_counts(cu_seqlens: Tensor, multiplicity: Tensor | None, count: int) -> Tensor:

@@ -237,7 +237,7 @@ class Learner:
         filled, own = list(rows), self._own(rows)
         places = [index for index, row in enumerate(rows) if row.rank == self.ranks.rank]
         for chunk, batch, hidden in self._microbatches(policy, own):
-            lengths = batch.cu_seqlens.diff().tolist()
+            lengths = [len(own[index].token_ids) for index in chunk]
             logprobs = self._logprobs(policy, batch, hidden).cpu().split(lengths)
             for index, values in zip(chunk, logprobs, strict=True):
                 filled[places[index]] = replace(own[index], **{field: values.tolist()})

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.prefix_attention.blocks import Block
+from polymath_fast.kernels.transfer import send
 from polymath_fast.kernels.triton.attention_gradient_kernels import (
     key_gradient_kernel,
     query_gradient_kernel,
@@ -56,25 +57,15 @@ class _Tables:
 def _tables(
     blocks: tuple[Block, ...], prompts_ask: bool, kv_heads: int, device: torch.device, tiles: Tiles
 ) -> _Tables:
-    """One copy to the device, from pinned memory, so that the host does not wait for it."""
+    """What the kernels read of the blocks, on the device."""
     ways = (tiles.forward, tiles.query, tiles.key)
     made = schedule(blocks, *(way.sizes for way in ways), kv_heads, prompts_ask)
     tables = (
         made.last, made.queries, made.gradients, made.units, made.runs, made.gradient_runs,
         made.sums,
     )  # fmt: skip
-    # every table starts at a multiple of 16 bytes: kernels are compiled for that
-    lengths = [-(-table.size // 4) * 4 for table in tables]
-    packed = torch.zeros(sum(lengths), dtype=torch.int32, pin_memory=device.type == "cuda")
-    views = packed.numpy()
-    starts = np.cumsum([0, *lengths[:-1]])
-    for start, table in zip(starts, tables, strict=True):
-        views[start : start + table.size] = table.reshape(-1)
-    sent = packed.to(device, non_blocking=True)
-    parts = [
-        sent[start : start + table.size].view(table.shape)
-        for start, table in zip(starts.tolist(), tables, strict=True)
-    ]
+    whole = [torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32)) for table in tables]
+    parts = send(whole, device)
     return _Tables(*parts, made.slots, tiles)
 
 
