@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from polymath_fast.config import Config
 from polymath_fast.config.command_line import parse
 from polymath_fast.errors import EngineError, UserError
+from polymath_fast.folders import run_data
 from polymath_fast.monitor import peak_memory_gib
 from polymath_fast.monitor.clock import Clock
 from polymath_fast.monitor.console import print_error, say
@@ -55,9 +56,9 @@ def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
     def asked_to_stop() -> bool:
         return parts.ranks.any(interrupt.requested)
 
-    saved, lost = None, 0
-    if parts.steps_done == 0:
-        evaluate(settings, parts, 0)
+    saved, lost = parts.resumed, 0
+    if parts.ranks.any(owes_evaluation(settings, parts)):
+        evaluate(settings, parts, parts.steps_done)
     for step in range(parts.steps_done + 1, settings.max_steps + 1):
         if asked_to_stop():
             break
@@ -78,7 +79,8 @@ def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
             raise
         if parts.ranks.leads and _due(step, settings.save_every):
             saved = save(settings, parts)
-    stopped = asked_to_stop()
+    complete = parts.steps_done == settings.max_steps and not parts.inputs.held_out
+    stopped = asked_to_stop() and not complete
     if parts.ranks.leads and parts.steps_done > parts.steps_saved:
         saved = save(settings, parts)
     if not stopped:
@@ -199,6 +201,13 @@ def evaluate(settings: Config, parts: Parts, step: int) -> None:
         metrics = {f"eval/{name}/{key}": value for key, value in result.metrics().items()}
         metrics[f"time/eval/{name}"] = time.perf_counter() - started
         parts.monitor.log_step(step, metrics)
+
+
+def owes_evaluation(settings: Config, parts: Parts) -> bool:
+    """Whether an evaluation was due where the run begins or goes on, and is not recorded."""
+    step = parts.steps_done
+    due = step == 0 or (step < settings.max_steps and _due(step, settings.eval_every))
+    return parts.ranks.leads and due and not run_data.evaluated(parts.run_dir, step)
 
 
 def finish(parts: Parts, saved: Path | None, stopped: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import tomllib
@@ -176,3 +177,43 @@ def test_underscores_are_as_good_as_hyphens() -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-generations", "4.0"], "--num-generations is '4.0'; it must be a whole number; 8"),
+        (["--temperature", "abc"], "--temperature is 'abc'; it must be a number; 1 works"),
+        (["--reward-weights", "1", "x"], "--reward-weights is 'x'; it must be a number"),
+        (["--verify-sync", "maybe"], "--verify-sync takes no value, but 'maybe' follows"),
+        (["--no-verify-sync", "1"], "--no-verify-sync takes no value"),
+        (["--loss-type", "ppo"], "--loss-type is 'ppo'; it must be one of"),
+        (["--max-steps"], "--max-steps takes one value, but has none"),
+        (["--max-steps", "3", "4"], "--max-steps takes one value, but has 2 (3 4)"),
+        (["--seed="], "--seed is ''; it must be a whole number; 0 works"),
+        (["train", "--seed", "1"], "'train' belongs to no flag"),
+        (["--log-to", "wandb", "mlflow"], "--log-to is 'mlflow'; it must be one of wandb"),
+        (["--dtype", "None"], "--dtype is 'None'; it must be one of"),
+    ],
+)
+def test_a_value_of_another_kind_is_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        parse(words)
+    assert "\n" not in str(refused.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_value_of_another_kind_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("max_steps = 2.5\n")
+    with pytest.raises(UserError, match=re.escape(f"{path}: --max-steps is '2.5'; it must be")):
+        parse(["--config", str(path)])
+
+
+def test_values_that_can_be_read_are_not_refused() -> None:
+    words = ["--seed=3", "--tape-gib", "None", "--reward", "math", "format", "--max-grad-norm"]
+    found = parse([*words, "inf", "--no-verify-sync", "--learning-rate", "1e-6", "--dry-run"])
+    assert found.seed == 3 and found.tape_gib is None and found.reward == ("math", "format")
+    assert found.max_grad_norm == float("inf") and found.dry_run and not found.verify_sync

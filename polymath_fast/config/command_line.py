@@ -8,15 +8,17 @@ from dataclasses import fields, make_dataclass
 from typing import Annotated, get_type_hints
 
 from polymath_fast.config import Config, toml_flags
+from polymath_fast.config.flag_values import refuse_unreadable
 from polymath_fast.config.settings import EMBEDDED_MODEL, SECTIONS
+from polymath_fast.errors import UserError
 
 
 def parse(args: Sequence[str] | None = None, prog: str = "python -m polymath_fast.train") -> Config:
     """Settings from the command line: defaults < --config left to right < flags.
 
     The preset cpu_demo takes the place of --config when there is none and the model is the embedded
-    one. Raises UserError for an unknown flag or key, naming the nearest one, and for settings
-    that cannot work; a value of the wrong type ends the process with a message and code 2.
+    one. Raises UserError for an unknown flag or key, naming the nearest one, for a value of another
+    kind, and for settings that cannot work.
     """
     args = list(sys.argv[1:] if args is None else args)
     configs = toml_flags.values_of("--config", args)
@@ -25,15 +27,16 @@ def parse(args: Sequence[str] | None = None, prog: str = "python -m polymath_fas
         configs = ["cpu_demo"]
     kinds = get_type_hints(Config)
     toml_flags.refuse_unknown(args, [*kinds, "config"])
+    hints = get_type_hints(Config, include_extras=True) | {"config": tuple[str, ...]}
+    refuse_unreadable(args, hints)
     words: list[str] = []
     for name in configs:
         path = toml_flags.find(name)
         flags = toml_flags.read(path, kinds)
         try:
-            _parse_flags(flags, prog)
-        except SystemExit:
-            print(f"in {path}", file=sys.stderr)
-            raise
+            refuse_unreadable(flags, hints)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         words += [*_displaced_source(flags), *flags]
     return Config(**_parse_flags([*words, *_displaced_source(args), *args], prog))
 

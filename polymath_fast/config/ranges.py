@@ -63,7 +63,7 @@ def _check_value(name: str, value: object, hint: object) -> None:
     items = value if isinstance(value, tuple) else (value,)
     for item in items:
         _check_text(name, item)
-    for part in _parts(hint):
+    for part in parts(hint):
         if isinstance(part, Range):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not part.allows(value):
@@ -77,12 +77,12 @@ def _check_value(name: str, value: object, hint: object) -> None:
                     raise UserError(f"{flag(name)} is {item!r}; it must be one of {choices}")
 
 
-def _parts(hint: object) -> list[object]:
+def parts(hint: object) -> list[object]:
     """The hint and everything nested in it: members of unions, arguments, Annotated metadata."""
     if get_origin(hint) is Literal:
         return [hint]
     nested = [*get_args(hint), *getattr(hint, "__metadata__", ())]
-    return [hint, *(part for argument in nested for part in _parts(argument))]
+    return [hint, *(part for argument in nested for part in parts(argument))]
 
 
 def _check_text(name: str, value: object) -> None:

@@ -62,6 +62,12 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [merged[step] for step in sorted(merged)]
 
 
+def evaluated(run_dir: Path, step: int) -> bool:
+    """Whether an evaluation of `step` is recorded."""
+    rows = read_rows(Path(run_dir) / METRICS)
+    return any(row["step"] == step and any(k.startswith("eval/") for k in row) for row in rows)
+
+
 def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of every row where `key` is a finite number."""
     found = ((row["step"], number(row.get(key))) for row in rows)

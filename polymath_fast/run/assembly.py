@@ -13,7 +13,7 @@ from polymath_fast import checkpoint, memory, models, precision, rollout
 from polymath_fast.checkpoint import Checkpoint
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
-from polymath_fast.folders import run_folder, step_folders
+from polymath_fast.folders import run_data, run_folder, step_folders
 from polymath_fast.monitor import Monitor
 from polymath_fast.monitor.quiet import Quiet
 from polymath_fast.ranks import Ranks
@@ -56,6 +56,8 @@ class Parts:
     """updates the optimizer had made then; any other number means that a step broke off midway"""
     steps_saved: int
     """the step of the newest checkpoint, 0 for none"""
+    resumed: Path | None
+    """the checkpoint that the run goes on from"""
     pending: Pending
     """completions that the next step goes on with; changes from step to step"""
 
@@ -126,6 +128,7 @@ def build(config: Config, invitation: Invitation | None = None) -> Iterator[Part
             steps_done=resumed.step if resumed else 0,
             updates_done=learner.optimizer.updates,
             steps_saved=resumed.step if resumed else 0,
+            resumed=resumed.path if resumed else None,
             pending=pending,
         )
 
@@ -138,6 +141,11 @@ def _begin(config: Config, inputs: Inputs, identity: dict[str, Any], stack: Exit
     with run_folder.writing(run_dir):
         checkpoint.sweep(run_dir)
     resumed = _find_checkpoint(config, run_dir, identity)
+    if resumed and not _is_left(config, inputs, run_dir, resumed.step):
+        raise UserError(
+            f"--max-steps {config.max_steps}: the checkpoint {resumed.path} has done "
+            f"{resumed.step} steps already; --max-steps {resumed.step + 10} goes on"
+        )
     done = resumed.step if resumed else 0
     with run_folder.writing(run_dir):
         if resumed:
@@ -211,12 +219,16 @@ def _find_checkpoint(config: Config, run_dir: Path, identity: dict[str, Any]):
         if path.parent.resolve() == (run_dir / checkpoint.FOLDER).resolve():
             step_folders.set_aside(path)
     found.require_model(identity)
-    if found.step >= config.max_steps:
-        raise UserError(
-            f"--max-steps {config.max_steps}: the checkpoint {found.path} has done {found.step} "
-            f"steps already; --max-steps {found.step + 10} goes on"
-        )
     return found
+
+
+def _is_left(config: Config, inputs: Inputs, run_dir: Path, step: int) -> bool:
+    """Whether a run that has done `step` steps has any left, or its last evaluation."""
+    if step != config.max_steps:
+        return step < config.max_steps
+    rows = run_data.metrics(run_dir)
+    in_place = bool(rows) and rows[-1]["step"] == step
+    return in_place and bool(inputs.held_out) and not run_data.evaluated(run_dir, step)
 
 
 def _set_threads(config: Config) -> None:

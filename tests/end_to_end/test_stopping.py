@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -316,6 +317,59 @@ def test_a_signal_during_an_evaluation_costs_no_further_step(
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == steps
     assert newest(tmp_path / "run").step == steps if steps else newest(tmp_path / "run") is None
+
+
+def evaluations(folder: Path) -> list[int]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "eval/held_out/mean@1" in row]
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_an_evaluation_that_a_signal_kept_from_is_made_up_for(
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at: int,
+) -> None:
+    """So that what is left of a run, and be it its last evaluation alone, equals a straight one."""
+    problems = tmp_path / "held_out.jsonl"
+    problems.write_text('{"problem": "Say a.", "answer": "e"}\n')
+    flags = [*flags, "--eval-dataset", str(problems), "--eval-every", "2"]
+    assert run(flags, tmp_path / "straight") == 0
+    assert evaluations(tmp_path / "straight") == [0, 2, 4, 5]
+    step = train.train_step
+
+    def interrupted(settings: object, parts: object, number: int) -> object:
+        if number == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(settings, parts, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        assert run(flags, tmp_path / "run") == 130
+    assert evaluations(tmp_path / "run")[-1] < at
+    assert "go on with:" in capsys.readouterr().out
+    assert run([*flags, "--resume", "auto"], tmp_path / "run") == 0
+    assert evaluations(tmp_path / "run") == [0, 2, 4, 5]
+    assert "step_000005" in capsys.readouterr().out
+    assert_same_end(tmp_path / "run", tmp_path / "straight")
+    assert run([*flags, "--resume", "auto"], tmp_path / "run") == 2  # nothing is left now
+    assert "--max-steps 15 goes on" in capsys.readouterr().err
+
+
+def test_a_signal_in_the_last_step_of_a_run_without_evaluations_stops_nothing(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = train.train_step
+
+    def interrupted(settings: object, parts: object, number: int) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(settings, parts, number)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run([*flags, "--max-steps", "1"], tmp_path / "run") == 0
+    assert newest(tmp_path / "run").step == 1
 
 
 def test_a_signal_during_a_save_costs_no_further_step(
