@@ -146,7 +146,8 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     metrics["rollout/resampled"] = attempts - 1
     for note in scores.notes:
         parts.monitor.note(note)
-    for note in filter(None, (saturation.note(settings, learned), loan.note(arena, learned))):
+    notes = (saturation.note(settings, learned, batch), loan.note(arena, learned))
+    for note in filter(None, notes):
         parts.monitor.note_once(f"step {step}", note)
     parts.monitor.log_step(step, metrics)
     parts.monitor.log_completions(step, collect.completion_rows(batch, scores))

@@ -117,6 +117,28 @@ def test_resume_cuts_both_files_after_the_step_and_drops_torn_lines(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_rows_that_a_failing_disk_took_are_named_and_not_promised(tmp_path):
+    first, _ = monitor(tmp_path)
+    for step in (1, 2, 3):
+        first.log_step(step, {"reward/mean": step / 4})
+        first.log_completions(step, [completion(step, index, 0.0) for index in range(3)])
+    first.sync()
+    first.close()
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-20])
+    completions = tmp_path / "completions.jsonl"
+    rows = completions.read_bytes().splitlines(keepends=True)
+    rows[1] = b"\0" * 50 + b"\n"
+    completions.write_bytes(b"".join(rows))
+    second, output = monitor(tmp_path, start_step=3)
+    second.close()
+    said = output.getvalue()
+    assert "metrics.jsonl: torn rows: 1, steps without rows: 3; nothing brings them back" in said
+    assert "completions.jsonl: torn rows: 1; nothing" in said and "redone" not in said
+    assert [row["step"] for row in lines(metrics)] == [1, 2]
+    assert len(lines(completions)) == 8
+
+
 def test_resume_without_a_checkpoint_starts_the_files_over(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
     subject, _ = monitor(tmp_path)

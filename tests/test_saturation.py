@@ -10,7 +10,7 @@ import pytest
 
 from polymath_fast.config import Config
 from polymath_fast.rewards import RewardResult
-from polymath_fast.rollout.types import Group, RolloutBatch
+from polymath_fast.rollout.types import Completion, Group, RolloutBatch
 from polymath_fast.run import saturation
 
 REWARD = """
@@ -38,7 +38,23 @@ def batch(*rewards):
     ],
 )
 def test_saturated(rewards, expected):
-    assert saturation.saturated(batch(*rewards)) is expected
+    assert saturation.saturated(Config(), batch(*rewards)) is expected
+
+
+def test_different_rewards_of_masked_completions_teach_nothing():
+    settings = Config(on_saturation="resample", max_resamples=2, mask_truncated_completions=True)
+    cut, whole = (
+        Completion(token_ids=[1], sampling_logprobs=[0.0], finish_reason=reason, weight_version=0)
+        for reason in ("length", "stop")
+    )
+    masked, mixed = batch([1.0, 0.0]), batch([1.0, 0.0])
+    masked.groups[0].completions, mixed.groups[0].completions = [cut, cut], [cut, whole]
+    assert saturation.saturated(settings, masked) and not saturation.saturated(settings, mixed)
+    assert not saturation.saturated(Config(), masked)
+    assert saturation.asks_again(settings, masked, 1)
+    said = saturation.note(settings, {"update/skipped": 1.0}, masked)
+    assert "cut off" in said and "--max-completion-length" in said and "equal" not in said
+    assert "equal too" in saturation.note(settings, {"update/skipped": 1.0}, batch([1.0, 1.0]))
 
 
 def test_asked_again_until_rewards_differ_or_the_limit_is_reached():

@@ -1,4 +1,5 @@
-"""Reads a run folder's metrics.jsonl and completions.jsonl, of a run in progress as well.
+"""Reads a run folder's metrics.jsonl and completions.jsonl, of a run in progress as well, and cuts
+them where a run goes on.
 
 The summary on the console and the report both take their figures from here, so they agree, also
 after a resume.
@@ -7,6 +8,7 @@ after a resume.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,3 +109,34 @@ def held_out(rows: list[dict[str, Any]]) -> dict[str, list[Accuracy]]:
                 accuracy = Accuracy(row["step"], mean, low, high, int(correct), int(total))
                 found.setdefault(prefix.removeprefix("eval/"), []).append(accuracy)
     return found
+
+
+def cut(path: Path, last_step: int) -> tuple[int, str]:
+    """Drop torn rows and rows past `last_step` (all rows when it is 0), at once; returns how many
+    will be written anew, and what of the steps up to it is lost, or ""."""
+    if not path.exists():
+        return 0, ""
+    temporary = path.with_name(path.name + ".tmp")
+    dropped, torn, step = 0, 0, 0
+    kept: set[int] = set()
+    with path.open("rb") as source, temporary.open("wb") as target:
+        for line in source:
+            row = parse_row(line) if line.endswith(b"\n") else None
+            step = step if row is None else row["step"]
+            if row is not None and step <= last_step and last_step > 0:
+                target.write(line)
+                kept.add(step)
+            elif row is None and step < last_step:
+                torn += 1
+            else:
+                dropped += 1
+        target.flush()
+        os.fsync(target.fileno())
+    temporary.replace(path)
+    # a run that went on from another one's checkpoint has no rows of the steps before
+    missing = sorted(set(range(min(kept, default=last_step + 1), last_step + 1)) - kept)
+    lost = [f"torn rows: {torn}"] if torn else []
+    if missing:
+        more = ", ..." if len(missing) > 3 else ""
+        lost.append(f"steps without rows: {', '.join(map(str, missing[:3]))}{more}")
+    return dropped, ", ".join(lost)

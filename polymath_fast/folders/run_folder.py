@@ -11,7 +11,9 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -178,7 +180,7 @@ def resume_command(run_dir: Path) -> str:
     """The shell command that continues the run, quoted for names with spaces."""
     folder = _as_argument(run_dir)
     words = [
-        *("python", "-m", "polymath_fast.train", "--config", f"{folder}/config.toml"),
+        *(_python(), "-m", "polymath_fast.train", "--config", f"{folder}/config.toml"),
         *("--output-dir", folder, "--resume", "auto"),
     ]
     return shlex.join(words)
@@ -186,13 +188,21 @@ def resume_command(run_dir: Path) -> str:
 
 def report_command(run_dir: Path) -> str:
     """The shell command that writes the report of a run."""
-    return shlex.join(["python", "-m", "polymath_fast.report", _as_argument(run_dir)])
+    return shlex.join([_python(), "-m", "polymath_fast.report", _as_argument(run_dir)])
 
 
 def evaluate_command(checkpoint: Path) -> str:
     """The shell command that scores a checkpoint."""
-    words = ["python", "-m", "polymath_fast.evaluate", "--model", _as_argument(checkpoint)]
+    words = [_python(), "-m", "polymath_fast.evaluate", "--model", _as_argument(checkpoint)]
     return shlex.join(words)
+
+
+def _python() -> str:
+    """What calls this interpreter: its name where a shell would find it by that, else its path."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    path = os.path.relpath(sys.executable)
+    return sys.executable if path.startswith("..") else path
 
 
 def _as_argument(path: Path) -> str:

@@ -27,6 +27,7 @@ _PUBLIC = {
     "SegmentTable": "weight_sync",
     "flat_adamw": "flat_adamw",
     "grad_norm": "flat_adamw",
+    "Segments": "flat_adamw",
     "policy_loss": "policy_loss",
     "importance_weights": "policy_loss",
     "PolicyLossSpec": "policy_loss",

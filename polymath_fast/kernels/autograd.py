@@ -31,6 +31,12 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def writable(logits: torch.Tensor) -> bool:
+    """Whether the memory of `logits` (N, V) can hold their gradient: not a leaf's, which its owner
+    still wants, and no entry stored twice."""
+    return not logits.is_leaf and logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
+
+
 def note_written(tensors: Iterable[torch.Tensor]) -> None:
     """Kernels have written `tensors` where autograd does not see it: a backward pass that needs
     what they held is to fail, as after torch's own operators."""

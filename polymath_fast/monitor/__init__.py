@@ -54,11 +54,13 @@ class Monitor:
         self._console = console or view.make_console()
         settings = dataclasses.asdict(config)
         self._trackers = [Tracker(name, self.run_dir, settings, self.note) for name in trackers]
-        cut = {name: _truncate(self.run_dir / name, start_step) for name in _FILES}
+        cut = {name: run_data.cut(self.run_dir / name, start_step) for name in _FILES}
         self._files = {name: _open(self.run_dir / name) for name in _FILES}
-        for name, lines in cut.items():
+        for name, (lines, lost) in cut.items():
             if lines:
                 self.note(f"{name}: {lines} rows past step {start_step} cut, they will be redone")
+            if lost:
+                self.note(f"{name}: {lost}; nothing brings them back, the weights are whole")
         self._step = start_step
         self._status = Status(self._console, start_step, total_steps)
 
@@ -135,6 +137,11 @@ class Monitor:
             self.note(f"go on with:  {resume_command(self.run_dir)}")
         elif checkpoint is not None:
             self.note(f"try it:  {evaluate_command(checkpoint)}")
+
+    def sync(self) -> None:
+        """Have the rows on the disk, before a checkpoint says that their steps are done."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Give the terminal back, close the files, let the trackers finish."""
@@ -227,23 +234,3 @@ def _open(path: Path) -> TextIO:
         return path.open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
-
-
-def _truncate(path: Path, last_step: int) -> int:
-    """Atomically drop torn rows and rows past `last_step` (all rows when it is 0); returns how
-    many."""
-    if not path.exists():
-        return 0
-    temporary = path.with_name(path.name + ".tmp")
-    dropped = 0
-    with path.open("rb") as source, temporary.open("wb") as target:
-        for line in source:
-            row = run_data.parse_row(line) if line.endswith(b"\n") else None
-            if row is not None and row["step"] <= last_step and last_step > 0:
-                target.write(line)
-            else:
-                dropped += 1
-        target.flush()
-        os.fsync(target.fileno())
-    temporary.replace(path)
-    return dropped

@@ -39,7 +39,7 @@ def _reward_facts(inputs: Inputs) -> dict[str, str]:
         if not facts:
             facts["reward, gold"] = f"{found.gold_completion} -> {found.gold}"
             facts["reward, wrong"] = f"{found.wrong_completion} -> {found.wrong}"
-        if found.gold == found.wrong and inputs.judges_answers:
+        if inputs.judges_answers and not found.separates:
             raise UserError(
                 f"the reward gives {found.gold} to the right answer {found.gold_completion} and to "
                 f"the wrong one {found.wrong_completion} of {sample.problem!r}; correct the "

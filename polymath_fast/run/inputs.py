@@ -122,7 +122,7 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         for name, (dataset, entry) in _evaluation_datasets(config).items()
     }
     _check_microbatch(config, trained)
-    return Inputs(
+    inputs = Inputs(
         model_dir=model_dir,
         tokenizer=tokenizer,
         samples=trained,
@@ -141,6 +141,12 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         dtype=dtype,
         dtype_reason=dtype_reason,
     )
+    if config.tape_gib and not inputs.tape_rows(config):
+        raise UserError(
+            f"--tape-gib is {config.tape_gib:g}, which is less than one token takes; 1 works, and "
+            "0 is off"
+        )
+    return inputs
 
 
 def _decodes_in_tiles(config: Config, shape: dict[str, Any], device: str, dtype: str) -> bool:

@@ -19,7 +19,8 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
         "sample": f"{sample.problem}  ->  {sample.answer}"
         if len(inputs.samples) == 1
         else f"{len(inputs.samples)} samples from {config.dataset}",
-        "held out": ", ".join(f"{len(v)} problems ({k})" for k, v in inputs.held_out.items()),
+        "held out": ", ".join(f"{len(v)} problems ({k})" for k, v in inputs.held_out.items())
+        or "no problems, so nothing is evaluated (--eval-dataset names some)",
         "weights": f"{inputs.dtype} ({inputs.dtype_reason})",
         "engine": f"{inputs.engine_name} ({inputs.engine_reason})",
         "weight sync": f"{inputs.sync_name} ({inputs.sync_reason})",

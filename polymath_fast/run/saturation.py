@@ -8,12 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from polymath_fast.config import Config
-from polymath_fast.rollout.types import RolloutBatch
+from polymath_fast.rollout.types import Group, RolloutBatch
 
 
-def saturated(batch: RolloutBatch) -> bool:
-    """Whether the rewards within every group are equal: no completion has an advantage."""
-    return all(len({r for r in group.rewards if r is not None}) < 2 for group in batch.groups)
+def saturated(config: Config, batch: RolloutBatch) -> bool:
+    """Whether no group has both different rewards and a completion that may be trained."""
+    return not any(_differ(group) and not _cut_off(config, group) for group in batch.groups)
+
+
+def _differ(group: Group) -> bool:
+    return len({reward for reward in group.rewards if reward is not None}) > 1
+
+
+def _cut_off(config: Config, group: Group) -> bool:
+    """Whether --mask-truncated-completions leaves all of a group out."""
+    return config.mask_truncated_completions and all(c.truncated for c in group.completions)
 
 
 def asks_again(config: Config, batch: RolloutBatch, attempts: int) -> bool:
@@ -22,15 +31,21 @@ def asks_again(config: Config, batch: RolloutBatch, attempts: int) -> bool:
     if attempts == 0:
         return True
     more = config.on_saturation == "resample" and attempts <= config.max_resamples
-    return more and saturated(batch)
+    return more and saturated(config, batch)
 
 
-def note(config: Config, learned: Mapping[str, float]) -> str | None:
-    """What to tell about a step of which the learner reports `learned`; None: nothing."""
+def note(config: Config, learned: Mapping[str, float], batch: RolloutBatch) -> str | None:
+    """What to tell about a step with `batch` of which the learner reports `learned`; None:
+    nothing."""
     if learned.get("update/entropy_only"):
         return "all rewards are equal: the entropy bonus was trained alone (update/entropy_only)"
     if not learned["update/skipped"]:
         return None
+    if any(map(_differ, batch.groups)):
+        return (
+            "completions whose reward differs were all cut off, and --mask-truncated-completions "
+            "leaves those out: no update (update/skipped); raise --max-completion-length"
+        )
     hints = {
         "skip": "; --on-saturation resample or entropy makes use of such steps",
         "resample": f"; {config.max_resamples} more draws were all equal too",

@@ -15,6 +15,7 @@ def save(settings: Config, parts: Parts) -> Path:
     """Write checkpoints/step_N, N the last step that was done: a Hugging Face folder and all that
     an exact resume needs."""
     parts.monitor.phase("save")
+    parts.monitor.sync()
     path = checkpoint.save(
         parts.run_dir,
         parts.steps_done,

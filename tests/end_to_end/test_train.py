@@ -253,6 +253,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
         assert word in said
 
 
+def test_a_dry_run_refuses_a_reward_that_prefers_wrong_answers(tmp_path, capsys):
+    words = ["--model", "random:tiny", "--question", "1+1?", "--answer", "2", "--dry-run"]
+    run_here([*words, "--reward-weights", "-1"], tmp_path / "run", expect=2)
+    said = capsys.readouterr().err
+    assert "the reward gives -1.0 to the right answer" in said and said.count("\n") == 1
+
+
 def test_the_tape_saves_the_forward_pass_and_changes_nothing_else(flags, tmp_path):
     taped, plain, little = (tmp_path / name for name in ("taped", "plain", "little"))
     # small steps: AdamW makes whole ones of rounding, and one drawn token more that differs
@@ -284,6 +291,7 @@ def test_the_tape_saves_the_forward_pass_and_changes_nothing_else(flags, tmp_pat
         (["--tape-gib", "1", "--updates-per-batch", "2"], "--updates-per-batch 2 on the weights"),
         (["--tape-gib", "1", "--model", "random:tiny-gemma"], "does not decode gemma models"),
         (["--tape-gib", "1", "--beta", "0.1"], "compares log-probs with a reference model's"),
+        (["--tape-gib", "1e-9"], "1e-09, which is less than one token takes; 1 works"),
         (["--eval-dataset", "missing.jsonl"], "missing.jsonl"),
         (["--resume", "nowhere"], "--resume nowhere"),
     ],

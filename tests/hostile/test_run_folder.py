@@ -46,7 +46,7 @@ def test_new_folder_of_any_name(tmp_path, name):
     with RunLock(run_dir):
         assert [path.name for path in run_dir.iterdir()] == [LOCK_FILE]
     words = shlex.split(run_folder.resume_command(run_dir))
-    assert words[:3] == ["python", "-m", "polymath_fast.train"]
+    assert words[1:3] == ["-m", "polymath_fast.train"]
     assert words[words.index("--output-dir") + 1] == str(run_dir)
     assert words[words.index("--config") + 1] == str(run_dir / "config.toml")
 
@@ -131,6 +131,31 @@ def test_a_disk_that_refuses_the_start_is_one_line(tmp_path, monkeypatch, capsys
     monkeypatch.undo()
     with RunLock(run_dir):  # nobody holds it any more
         pass
+
+
+def test_commands_call_the_python_that_runs(tmp_path, monkeypatch):
+    """`make setup` makes an environment that nobody has to activate; a bare `python` is another."""
+    python = tmp_path / "my venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    commands = (
+        lambda: run_folder.resume_command(tmp_path / "run"),
+        lambda: run_folder.report_command(tmp_path / "run"),
+        lambda: run_folder.evaluate_command(tmp_path / "run"),
+    )
+    for folder, path, expected in (
+        (tmp_path, "", "my venv/bin/python"),
+        (tmp_path / "my venv", "", "bin/python"),
+        (Path("/"), str(python.parent), "python"),
+    ):
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("PATH", path)
+        assert {shlex.split(command())[0] for command in commands} == {expected}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("PATH", "")
+    assert shlex.split(commands[0]())[0] == str(python)
 
 
 def test_command_for_a_name_that_looks_like_a_flag():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 
@@ -122,3 +124,10 @@ def test_names_mean_operators_whatever_is_imported_first() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout == "ok\n", run.stderr
+
+
+@pytest.mark.parametrize("op", sorted(set(dispatch.IMPLEMENTATIONS) - {"group_advantages"}))
+def test_docstrings_name_the_implementations_that_exist(op: str) -> None:
+    said = re.search(r"impl: (.+?)\.\s", inspect.getdoc(getattr(kernels, op)), re.DOTALL)[1]
+    named = set(re.findall(r'"(\w+)"', said))
+    assert named == {"auto", *dispatch.IMPLEMENTATIONS[op]}

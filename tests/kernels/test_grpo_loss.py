@@ -75,6 +75,21 @@ def test_inplace_gradient_takes_the_memory_of_the_logits() -> None:
     assert torch.equal(kept, before)
 
 
+def test_inplace_never_writes_over_a_leaf_nor_where_entries_share_memory() -> None:
+    targets = torch.randint(VOCAB, (ROWS,))
+    advantages = torch.randn(4)
+    leaf = torch.randn(ROWS, VOCAB, requires_grad=True)
+    before, plain = leaf.detach().clone(), leaf.detach().clone().requires_grad_()
+    for logits, inplace in ((leaf, True), (plain, False)):
+        out = grpo_loss(logits, targets, advantages, OFFSETS, inplace=inplace, impl="cpu")
+        out.loss.backward()
+    assert torch.equal(leaf, before) and torch.equal(leaf.grad, plain.grad)
+    spread = (leaf * 1).T.contiguous().T
+    version = spread._version
+    grpo_loss(spread, targets, advantages, OFFSETS, inplace=True, impl="cpu").loss.backward()
+    assert torch.equal(spread, before) and spread._version == version
+
+
 def test_autograd_notices_that_the_logits_are_gone() -> None:
     leaf = torch.randn(ROWS, VOCAB, requires_grad=True)
     logits = leaf * 1

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from polymath_fast.kernels import dispatch
+from polymath_fast.kernels import checks, dispatch
 from polymath_fast.kernels.autograd import note_written
 from polymath_fast.kernels.flat_adamw.segments import Segments
 
@@ -171,6 +171,7 @@ def _check_tensors(
             "bfloat16 weights with float32 state have one; pass a float32 master"
         )
     for name, tensor, dtype in (("norm", norm, torch.float64), ("step", step, torch.int64)):
+        checks.check_tensor(name, tensor)
         if tensor.shape != () or tensor.dtype != dtype or tensor.device != grad.device:
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}: must be 0-d "
@@ -181,6 +182,7 @@ def _check_tensors(
 def _check_flat(
     name: str, tensor: torch.Tensor, like: torch.Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> None:
+    checks.check_tensor(name, tensor)
     if tensor.dim() != 1 or not tensor.is_contiguous() or tensor.dtype not in dtypes:
         raise ValueError(
             f"{name} is {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}: must "

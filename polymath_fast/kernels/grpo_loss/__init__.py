@@ -45,7 +45,7 @@ def grpo_loss(
             over several calls.
         inplace: leave to write the gradient over `logits`, which saves their size in memory. They
             are garbage after this call already; autograd refuses to use them again.
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        impl: "auto", "reference", "cpu" or "triton".
 
     Returns:
         `PolicyLossOutput`. N = 0 gives loss 0. A trained row without a finite log-prob (NaN or

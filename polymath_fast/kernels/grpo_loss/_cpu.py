@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from polymath_fast.kernels.autograd import first_order
+from polymath_fast.kernels.autograd import first_order, note_written, writable
 from polymath_fast.kernels.cpu.logits import LogitRows
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
@@ -39,7 +39,7 @@ def grpo_loss(
         terms.coefficient,
         by_entropy,
         spec,
-        inplace,
+        inplace and writable(logits),
     )
     metrics = summarize(batch, terms, logprobs, entropy)
     return PolicyLossOutput(loss, logprobs, entropy, metrics)
@@ -62,6 +62,5 @@ class _WithRows(torch.autograd.Function):
         rows.found = found
         gradient = rows.gradient(by_logprob * upstream, by_entropy * upstream, inplace=ctx.inplace)
         if ctx.inplace:
-            # whoever saved the logits too learns from autograd that they are gone
-            torch.autograd.graph.increment_version(logits)
+            note_written([logits])
         return None, gradient, None, None, None, None, None, None

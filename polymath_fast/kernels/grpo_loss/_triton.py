@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from polymath_fast.kernels.autograd import first_order
+from polymath_fast.kernels.autograd import first_order, note_written, writable
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
     PolicyLossOutput,
@@ -34,7 +34,7 @@ def grpo_loss(
 ) -> PolicyLossOutput:
     """`logits` (N, V), `targets` (N,) int64."""
     values = logits.detach()
-    inplace = inplace and _writable(logits)
+    inplace = inplace and writable(logits)
     early = None
     if torch.is_grad_enabled() and logits.requires_grad:
         early = known_beforehand(batch, spec)
@@ -54,7 +54,7 @@ def grpo_loss(
         )
         return PolicyLossOutput(loss, logprobs, entropy, metrics)
     if inplace:
-        _overwritten(logits)
+        note_written([logits])
     loss = with_gradients(terms.loss.sum(), (logits,), (gradient,))
     return PolicyLossOutput(loss, logprobs, entropy, metrics)
 
@@ -76,15 +76,5 @@ class _WithSlopes(torch.autograd.Function):
         g_entropy = None if g_entropy is None else g_entropy * upstream
         rows.slopes(logits, targets, found, g * upstream, g_entropy, ctx.temperature, out)
         if ctx.inplace:
-            _overwritten(logits)
+            note_written([logits])
         return None, out, None, None, None, None, None, None
-
-
-def _writable(logits: torch.Tensor) -> bool:
-    """Whether the logits' memory can hold a gradient: not a leaf's, no entry stored twice."""
-    return not logits.is_leaf and logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
-
-
-def _overwritten(logits: torch.Tensor) -> None:
-    """Autograd then refuses to run through whatever else saved them."""
-    torch.autograd.graph.increment_version(logits)

@@ -59,7 +59,7 @@ def linear_grpo_loss(
             per chunk) below that of rounding them to bf16, 2.6e-3, by a bound that is checked; none
             where too many matter. Log-probs, loss and the gradient of `bias` stay exact. With it,
             metrics hold "vocab/live_share", "vocab/dropped_mass" and "vocab/error_bound".
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        impl: "auto", "reference", "cpu" or "triton".
 
     Returns:
         `PolicyLossOutput`. N = 0 gives loss 0. A trained row without a finite log-prob (NaN or

@@ -27,7 +27,7 @@ def linear_logprobs(
         targets: (N,) int64 in [0, V).
         bias: (V,), differentiable; -inf excludes a token.
         temperature: divides the logits.
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        impl: "auto", "reference", "cpu" or "triton".
 
     Returns:
         logprobs (N,), never above 0, and entropy (N,), both fp32 (fp64 for fp64 inputs) and

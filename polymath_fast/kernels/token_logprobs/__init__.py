@@ -24,7 +24,7 @@ def token_logprobs(
             yields NaN for itself only.
         targets: (N,) int64 in [0, V).
         temperature: divides the logits.
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        impl: "auto", "reference", "cpu" or "triton".
 
     Returns:
         logprobs (N,), never above 0, and entropy (N,), both fp32 (fp64 for fp64 logits) and
