@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from polymath_fast import memory
 from polymath_fast.config import Config
-from polymath_fast.kernels.cpu import tiles
+from polymath_fast.kernels import linear_grpo_loss
+from polymath_fast.kernels.cpu import head, head_gradient, tiles
+from polymath_fast.kernels.linear_grpo_loss import footprint
 from polymath_fast.kernels.triton.budget import Gpu, chunk_rows, head_bytes
 from polymath_fast.learner import fused_layers
 from polymath_fast.learner.packing import TrainingRow, pack
@@ -160,17 +163,25 @@ def test_a_tape_takes_the_place_of_activations(monkeypatch: pytest.MonkeyPatch) 
         assert not any(name.startswith("tape") for name in others), options
 
 
+LOGITS = 4 * 120 * 151952
+"""bytes: 72 MiB hold 120 rows of Qwen's vocabulary in an odd number of cache lines"""
+
+
 def test_scratch_memory_in_the_cache_is_not_counted_twice() -> None:
     gib = 2**30
     vocabulary, hidden = 151936, 1536
-    sums, logits = 4 * vocabulary * hidden / gib, 3 * 4 * 2**25 / gib
+    sums = 4 * vocabulary * hidden / gib
+    logits = {
+        "bfloat16": (LOGITS + 2 * 600 * 151968) / gib,
+        "float32": (LOGITS + 4 * 296 * 151952) / gib,
+    }
     chunks = {
         dtype: chunk_rows(16384, vocabulary, hidden, torch_dtype(dtype), H100) * vocabulary / gib
         for dtype in ("bfloat16", "float32")
     }
     for device, dtype, spared in (
-        ("cpu", "bfloat16", logits + sums),
-        ("cpu", "float32", logits),
+        ("cpu", "bfloat16", logits["bfloat16"] + sums),
+        ("cpu", "float32", logits["float32"]),
         ("cuda", "bfloat16", 2 * chunks["bfloat16"] + sums),
         ("cuda", "float32", 4 * chunks["float32"]),  # there the sum is the gradient itself
     ):
@@ -182,7 +193,7 @@ def test_scratch_memory_in_the_cache_is_not_counted_twice() -> None:
 
 
 def test_scratch_memory_lies_in_one_piece_of_the_cache() -> None:
-    """Vocabulary sums of 0.87 GiB and three buffers of 1/8 GiB, in a cache of 2 GiB."""
+    """Vocabulary sums of 0.87 GiB, gradient rows and logits, in a cache of 2 GiB."""
 
     def spared(storages: int) -> float:
         parts = (
@@ -199,9 +210,11 @@ def test_scratch_memory_lies_in_one_piece_of_the_cache() -> None:
         return next(parts) - next(parts)
 
     sums = 4 * 151936 * 1536 / 2**30
-    assert spared(1) == pytest.approx(3 / 8 + sums)
-    assert spared(4) == pytest.approx(3 / 8)
-    assert spared(28) == 0
+    logits, slopes = LOGITS / 2**30, 2 * 600 * 151968 / 2**30
+    assert spared(1) == pytest.approx(logits + slopes + sums)
+    assert spared(4) == pytest.approx(logits + slopes)
+    assert spared(28) == pytest.approx(logits)
+    assert spared(30) == 0
 
 
 def test_float32_weights_are_twice_as_long_and_their_own_master() -> None:
@@ -224,7 +237,33 @@ def test_the_head_on_a_gpu_is_counted_as_the_kernel_cuts_it(family: str) -> None
         some = estimate(family=family, gpu=gpu, active_vocabulary="auto")["LM head"]
         assert some * 2**30 == head_bytes(*size, gpu, some_columns=True)
     on_cpu = estimate("vllm", device="cpu", family=family)["LM head"]
-    assert on_cpu * 2**30 == 12 * 2**25 + 8 * size[1] * size[2]
+    blocks = LOGITS + 2 * 600 * 151968
+    if family != "qwen2.5-1.5b":  # 152064 columns, a few more cache lines
+        blocks = 4 * 120 * 152080 + 2 * 600 * 152096
+    assert on_cpu * 2**30 == blocks + 8 * size[1] * size[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("count", "vocab"), [(7, 300), (3000, 1000), (5000, 9001)])
+def test_a_cpu_asks_for_the_blocks_that_are_counted(
+    count: int, vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, int] = {}
+    buffer = head_gradient.buffer
+
+    def noted(name: str, shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
+        asked[name] = max(asked.get(name, 0), math.prod(shape) * kind.itemsize)
+        return buffer(name, shape, kind)
+
+    for module in (head, head_gradient):
+        monkeypatch.setattr(module, "buffer", noted)
+    hidden = torch.randn(count, 16).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, 16).to(dtype).requires_grad_()
+    targets = torch.randint(vocab, (count,))
+    ends = torch.tensor([0, count], dtype=torch.int32)
+    linear_grpo_loss(hidden, weight, targets, torch.ones(1), ends, impl="cpu").loss.backward()
+    counted = footprint.lendable_bytes(count, vocab, 16, dtype, None)
+    assert [asked["logits"], asked["slopes"]] == counted[:2]
 
 
 def test_a_small_batch_needs_no_more_than_its_tokens() -> None:

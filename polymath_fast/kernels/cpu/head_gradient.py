@@ -20,6 +20,11 @@ SLOPES_BYTES = 176 * 2**20
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
+def capacity(block: int, row_bytes: int, count: int) -> int:
+    """Gradient rows that are collected, for blocks of `block` of `count` rows."""
+    return max(rows_that_fit(SLOPES_BYTES, row_bytes, padded_rows(count)), padded_rows(block))
+
+
 class HeadGradient:
     """Collects gradient rows of the logits and turns them into the gradients of the inputs.
 
@@ -56,8 +61,7 @@ class HeadGradient:
         self._started = False  # whether the weight's gradient holds anything yet
         dtype = head.products.slope_dtype
         width = odd_lines(head.vocab, dtype.itemsize)
-        capacity = rows_that_fit(SLOPES_BYTES, width * dtype.itemsize, padded_rows(len(hidden)))
-        self._capacity = max(capacity, padded_rows(head.block))
+        self._capacity = capacity(head.block, width * dtype.itemsize, len(hidden))
         self._slopes = buffer("slopes", (self._capacity, width), dtype)
 
     def add(

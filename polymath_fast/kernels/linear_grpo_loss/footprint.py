@@ -10,8 +10,6 @@ import torch
 from polymath_fast.kernels.triton import budget
 from polymath_fast.kernels.triton.budget import Gpu
 
-_CPU_LOGITS = 2**25  # that are held at once on a CPU, in float32
-
 
 def head_bytes(
     count: int, vocab: int, depth: int, dtype: torch.dtype, gpu: Gpu | None, some_columns: bool
@@ -24,7 +22,7 @@ def head_bytes(
     """
     if gpu is None:
         sums = 4 if dtype == torch.float32 else 8
-        return 12 * min(_CPU_LOGITS, count * vocab) + sums * vocab * depth
+        return sum(_cpu_blocks(count, vocab, dtype)) + sums * vocab * depth
     return budget.head_bytes(count, vocab, depth, dtype, gpu, some_columns=some_columns)
 
 
@@ -33,9 +31,19 @@ def lendable_bytes(
 ) -> list[int]:
     """Of these, the largest pieces that may lie in lent memory (`kernels.scratch`)."""
     if gpu is None:
-        chunks = [4 * min(_CPU_LOGITS, count * vocab)] * 3
+        chunks = _cpu_blocks(count, vocab, dtype)
     else:
         rows = min(count, budget.chunk_rows(count, vocab, depth, dtype, gpu))
         chunks = [rows * budget.CELLS[dtype] * budget.width_of(vocab)]
     # the sum of a float32 weight's gradient is the result itself
     return chunks if dtype == torch.float32 else [*chunks, 4 * vocab * depth]
+
+
+def _cpu_blocks(count: int, vocab: int, dtype: torch.dtype) -> list[int]:
+    """Bytes of the logits and of the gradient rows that a CPU holds at once."""
+    from polymath_fast.kernels.cpu import head, head_gradient
+
+    rows = head.rows_that_fit(head.LOGITS_BYTES, 4 * vocab, count)
+    width = head.odd_lines(vocab, dtype.itemsize)
+    kept = head_gradient.capacity(rows, width * dtype.itemsize, count)
+    return [4 * rows * head.odd_lines(vocab, 4), dtype.itemsize * kept * width]
