@@ -195,7 +195,7 @@ def evaluate(settings: Config, parts: Parts, step: int) -> None:
                 k=settings.eval_k,
                 temperature=settings.eval_temperature,
                 max_completion_length=settings.max_completion_length,
-                seed=derived_seed(settings.seed, f"eval/{name}", step),
+                seed=derived_seed(settings.seed, parts.ranks.own(f"eval/{name}"), step),
                 score=parts.inputs.rewards.score,
             )
         result = pooled_evaluation(parts.ranks, result)

@@ -31,6 +31,11 @@ class Ranks:
         """How many of `count` equal things are this process's."""
         return max(0, -(-(count - self.rank) // self.size))
 
+    def own(self, purpose: str) -> str:
+        """`purpose` as a source of randomness of this process alone; the leader's is what it is
+        without others."""
+        return purpose if self.leads else f"{purpose}/rank {self.rank}"
+
     def gather(self, value: Any) -> list[Any]:
         """Everybody's `value`, JSON, in the order of ranks; all have to call it.
 

@@ -50,9 +50,7 @@ def sample_groups(
     With `oversample` a group is the completions that finish first. `pending` are those that earlier
     steps aborted. `on_finished` is called with every completion of a group, as it finishes.
     """
-    purpose = f"rollout/{attempt}" if attempt else "rollout"
-    if not ranks.leads:
-        purpose += f"/rank {ranks.rank}"
+    purpose = ranks.own(f"rollout/{attempt}" if attempt else "rollout")
     sampling = SamplingOptions(
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,

@@ -96,11 +96,13 @@ def test_everything_at_once(tmp_path: Path) -> None:
     problems = tmp_path / "held_out.jsonl"
     lines = [{"problem": f"Say {letter}.", "answer": "e"} for letter in "abc"]
     problems.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "one.jsonl").write_text(json.dumps(lines[0]) + "\n")  # fewer than processes
     more = [
         *("--beta", "0.01", "--entropy-coef", "0.001", "--updates-per-batch", "2"),
         *("--num-train-generations", "9", "--oversample", "0.3", "--partial-rollouts"),
         *("--importance-sampling-mode", "token_truncate", "--on-saturation", "resample"),
-        *("--eval-dataset", str(problems), "--eval-every", "2", "--eval-k", "2"),
+        *("--eval-dataset", str(problems), str(tmp_path / "one.jsonl")),
+        *("--eval-every", "2", "--eval-k", "2"),
         *(
             "--eval-temperature",
             "1",
@@ -117,6 +119,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
         row["eval/held_out/completions"] for row in rows if "eval/held_out/completions" in row
     ]
     assert graded == [6, 6, 6, 6]
+    assert [r["eval/one/completions"] for r in rows if "eval/one/completions" in r] == [2] * 4
     drawn = (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
     steps = Counter(json.loads(line)["step"] for line in drawn)
     assert set(steps) == set(range(1, 7)) and all(count % 30 == 0 for count in steps.values())
