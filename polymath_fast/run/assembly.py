@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from polymath_fast import checkpoint, memory, models, precision, rollout
+from polymath_fast import checkpoint, memory, precision, rollout
 from polymath_fast.checkpoint import Checkpoint
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
@@ -75,7 +75,7 @@ def build(config: Config, invitation: Invitation | None = None) -> Iterator[Part
     with ExitStack() as stack:
         inputs = read_inputs(config, print if invitation is None else _silent)
         stack.callback(inputs.rewards.close)
-        identity = checkpoint.model_identity(config.model, models.read_config(inputs.model_dir))
+        identity = checkpoint.model_identity(config.model, inputs.shape)
         if invitation is None:
             ranks, run_dir, monitor, resumed = _begin(config, inputs, identity, stack)
         else:
@@ -184,7 +184,7 @@ def _engine(config: Config, inputs: Inputs, policy: Policy, **shared: Any) -> ro
         dtype=inputs.dtype,
         seed=config.seed,
         kv_cache_gib=memory.vllm_kv_cache_gib(
-            models.read_config(inputs.model_dir),
+            inputs.shape,
             share,
             inputs.longest_prompt,
             device=inputs.device,

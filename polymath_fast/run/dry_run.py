@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from polymath_fast import memory, models
+from polymath_fast import memory
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.machine import free_memory_bytes
@@ -54,7 +54,7 @@ def _reward_facts(inputs: Inputs) -> dict[str, str]:
 
 
 def _memory_facts(config: Config, inputs: Inputs) -> dict[str, str]:
-    shape, needs = models.read_config(inputs.model_dir), _needs(config, inputs)
+    needs = _needs(config, inputs)
     total, free = sum(needs.values()), _free_gib(inputs.device)
     parts = ", ".join(f"{name} {size:.2f}" for name, size in needs.items())
     if inputs.device == "cpu" and config.num_processes > 1:  # a GPU has one of them
@@ -66,22 +66,21 @@ def _memory_facts(config: Config, inputs: Inputs) -> dict[str, str]:
             f"are free; {_advice(config, needs, total - free, inputs)}"
         )
     return {
-        "parameters": f"{memory.parameters(shape):,}",
+        "parameters": f"{memory.parameters(inputs.shape):,}",
         "memory": f"about {total:.1f} GiB of {free:.1f} GiB free: {parts}",
     }
 
 
 def _needs(config: Config, inputs: Inputs) -> dict[str, float]:
     """GiB for each part of the run."""
-    shape = models.read_config(inputs.model_dir)
     return memory.estimate(
-        shape,
+        inputs.shape,
         config,
         engine=inputs.engine_name,
         prompt_tokens=inputs.longest_prompt,
         device=inputs.device,
         dtype=inputs.dtype,
-        kv_storages=_kv_storages(config, shape),
+        kv_storages=_kv_storages(config, inputs.shape),
     )
 
 

@@ -22,6 +22,8 @@ class Inputs:
     """What can be checked before any weight is loaded."""
 
     model_dir: Path
+    shape: dict[str, Any]
+    """the keys of the model's config.json"""
     tokenizer: Any
     samples: list[Sample]
     held_out: dict[str, list[Sample]]
@@ -45,7 +47,7 @@ class Inputs:
         from polymath_fast.rollout.tape_room import tape_rows
 
         return tape_rows(
-            models.read_config(self.model_dir),
+            self.shape,
             config,
             engine=self.engine_name,
             prompt_tokens=self.longest_prompt,
@@ -79,11 +81,12 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
 
         require_gpu(device)
     model_dir = models.resolve_model(config.model, config.revision, notify)
-    check_shape(model_dir, models.read_config(model_dir))
+    shape = models.read_config(model_dir)
+    check_shape(model_dir, shape)
     engine_name, engine_reason = rollout.choose_engine(
         config.engine,
         config.kv_cache_gib,
-        in_tiles=_decodes_in_tiles(config, models.read_config(model_dir), device, dtype),
+        in_tiles=_decodes_in_tiles(config, shape, device, dtype),
     )
     if engine_name == "vllm":
         from polymath_fast.rollout.vllm_process import check_version, require_dtype
@@ -95,7 +98,7 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
     sync_name, sync_reason = rollout.choose_weight_sync(
         config.weight_sync,
         engine_name,
-        quantization=_quantization(models.read_config(model_dir)),
+        quantization=_quantization(shape),
         verify=config.verify_sync,
     )
     if config.speculate:
@@ -105,8 +108,7 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
     if config.tape_gib:
         from polymath_fast.rollout.tape_room import require_tape
 
-        kind, shape = precision.torch_dtype(dtype), models.read_config(model_dir)
-        require_tape(config.tape_gib, engine_name, device, shape, kind)
+        require_tape(config.tape_gib, engine_name, device, shape, precision.torch_dtype(dtype))
     tokenizer = samples.load_tokenizer(model_dir)
     context = models.context_length(model_dir)
     trained = samples.from_config(config, tokenizer, context_length=context, notify=notify)
@@ -124,6 +126,7 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
     _check_microbatch(config, trained)
     inputs = Inputs(
         model_dir=model_dir,
+        shape=shape,
         tokenizer=tokenizer,
         samples=trained,
         held_out=held_out,
