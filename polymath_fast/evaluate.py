@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from polymath_fast.evaluation.grading import EvalResult, evaluate_samples
 from polymath_fast.evaluation.problem_files import EvalProblem, Grading
 from polymath_fast.evaluation.settings import EvalSettings, parse
 from polymath_fast.monitor.console import print_error
-from polymath_fast.samples import Sample, load_tokenizer, prompts, sources
+from polymath_fast.samples import Sample, load_tokenizer, ready, sources
 
 _COMPLETIONS_AT_ONCE = 2048
 _OF_GRADING = (
@@ -108,34 +108,19 @@ def _problems(settings: EvalSettings, grading: Grading) -> list[EvalProblem]:
 def _ask(
     problems: Sequence[EvalProblem], settings: EvalSettings, tokenizer: Any, context: int | None
 ) -> dict[str, list[Sample]]:
-    """The problems as prompts, by source. Raises UserError for one that leaves no room to answer;
-    text that looks like a control token is refused as in training."""
-    render = None
-    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    """The problems as prompts, by source."""
+    samples = ready(
+        [item.problem for item in problems],
+        template=settings.template,
+        instruction=settings.instruction,
+        tokenizer=tokenizer,
+        max_completion_length=settings.max_completion_length,
+        context_length=context,
+    )
     asked: dict[str, list[Sample]] = {}
-    for item in problems:
-        problem = item.problem
-        written = next((token for token in sorted(control) if token in problem.written()), None)
-        if written is not None:
-            raise UserError(
-                f"{problem.where}: the problem contains {written!r}, which this model reads as a "
-                "control token and not as text; take it out"
-            )
-        if problem.messages is not None:
-            text, finished = prompts.render_chat(problem.messages, tokenizer), True
-        else:
-            render = render or prompts.renderer(settings.template, settings.instruction, tokenizer)
-            text, finished = render(problem.text), settings.template not in prompts.UNFINISHED
-        ids = tokenizer.encode(text, add_special_tokens=not finished)
-        if context is not None and len(ids) + settings.max_completion_length > context:
-            raise UserError(
-                f"{problem.where}: the prompt has {len(ids)} tokens; with --max-completion-length "
-                f"{settings.max_completion_length} that is more than the model's {context} "
-                "positions; lower --max-completion-length or delete the row"
-            )
+    for item, sample in zip(problems, samples, strict=True):
         columns = {"letter": item.letter, "letters": item.letters}
-        sample = Sample(problem.text, problem.answer, text, tuple(ids), columns)
-        asked.setdefault(item.source, []).append(sample)
+        asked.setdefault(item.source, []).append(replace(sample, columns=columns))
     return asked
 
 

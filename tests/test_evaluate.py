@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from polymath_fast import evaluate, rewards
+from polymath_fast import evaluate, rewards, samples
+from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.evaluation import problem_files, result_folder
 from polymath_fast.evaluation.estimates import estimate, pass_at_k, wilson
@@ -202,12 +203,12 @@ def sample(problem: str, answer: str) -> Sample:
 
 def test_evaluate_samples_grades_what_was_sampled():
     engine = Scripted(lambda prompt, j: rf"\boxed{{{int(prompt[0]) + j}}}" + "..." * (j == 3))
-    samples = [sample("1+0", "1"), sample("2+1", "3"), sample("9", "0")]
+    asked = [sample("1+0", "1"), sample("2+1", "3"), sample("9", "0")]
     with rewards.build(["math", "format"], [1.0, 0.2]) as built:
         result = evaluate_samples(
             engine,
             Letters(),
-            samples,
+            asked,
             k=4,
             temperature=0.6,
             max_completion_length=64,
@@ -289,6 +290,32 @@ def test_the_command_keeps_completions_and_figures(file_of, scripted, tmp_path, 
     assert "50.0% (" in printed
     assert str(out / "result.json") in printed
     assert scripted(script, *flags, "--output-dir", str(out)) == 2, "results are not overwritten"
+
+
+def test_prompts_are_those_of_training(file_of, scripted, tmp_path, monkeypatch):
+    """Also of a tokenizer that closes what it is given, which would end the completion."""
+
+    def encode(self, text, add_special_tokens=True, **_):
+        return [*map(ord, text), *[self.eos_token_id] * add_special_tokens]
+
+    monkeypatch.setattr(Letters, "encode", encode)
+    path, seen = file_of("f", {"problem": "1+1", "answer": "2"}), []
+    flags = ["--dataset", path, "--output-dir", str(tmp_path / "out")]
+    assert scripted(lambda prompt, j: seen.append(prompt) or "2", *flags) == 0
+    trained = samples.from_config(
+        Config(dataset=path, template="plain", instruction="", max_completion_length=50), Letters()
+    )
+    assert seen == ["1+1\n"]
+    assert [tuple(map(ord, prompt)) for prompt in seen] == [each.prompt_ids for each in trained]
+
+
+def test_a_prompt_too_long_names_what_works_for_all(file_of, scripted, tmp_path, capsys):
+    rows = [{"problem": "1" * length, "answer": "2"} for length in (159, 179, 169)]
+    flags = ["--dataset", file_of("f", *rows), "--output-dir", str(tmp_path / "out")]
+    assert scripted(lambda *_: "2", *flags) == 2
+    said = capsys.readouterr().err
+    assert "f.jsonl:2" in said and "--max-completion-length 20 works" in said
+    assert scripted(lambda *_: "2", *flags, "--max-completion-length", "20") == 0
 
 
 def test_many_problems_are_asked_in_parts(file_of, scripted, tmp_path, monkeypatch):

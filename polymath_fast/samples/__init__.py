@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,9 +80,9 @@ def load_samples(
 
     What a row holds is told in problems.parse, what a template does in prompts.renderer; a prompt
     that is a conversation goes through the model's chat template as it is. Identical rows are one
-    sample, which `notify` is told. `context_length` is the model's number of positions; a prompt
-    that leaves no room for `max_completion_length` tokens is refused. Raises UserError naming the
-    file and the row, and `asked` (a flag with its value), which is --dataset when left out.
+    sample, which `notify` is told. `context_length` is the model's number of positions, see
+    `ready`. Raises UserError naming the file and the row, and `asked` (a flag with its value),
+    which is --dataset when left out.
     """
     if question is not None:
         rows = iter([("--question", {"problem": question, "answer": answer})])
@@ -100,19 +100,45 @@ def load_samples(
             f"{dataset}: conversations go through the model's chat template as they are, so "
             "--template and --instruction do not touch them"
         )
+    return ready(
+        chosen,
+        template=template,
+        instruction=instruction,
+        tokenizer=tokenizer,
+        max_completion_length=max_completion_length,
+        context_length=context_length,
+    )
+
+
+def ready(
+    asked: Sequence[Problem],
+    *,
+    template: str,
+    instruction: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_completion_length: int,
+    context_length: int | None = None,
+) -> list[Sample]:
+    """The problems, one at least, as they are put to a model, to train it or to score it.
+
+    Raises UserError for text that looks like a control token, what the template cannot render, and
+    the longest prompt if it leaves no room for `max_completion_length` tokens.
+    """
     control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    asked_bare = any(problem.messages is None for problem in chosen)
-    render = prompts.renderer(template, instruction, tokenizer) if asked_bare else None
+    bare = any(problem.messages is None for problem in asked)
+    render = prompts.renderer(template, instruction, tokenizer) if bare else None
     samples = []
-    for problem in chosen:
+    for problem in asked:
         _check_control_tokens(problem, control)
         if problem.messages is None and render is not None:
             text, finished = render(problem.text), template not in prompts.UNFINISHED
         else:
             text, finished = prompts.render_chat(problem.messages or (), tokenizer), True
         ids = _tokenise(text, finished, tokenizer)
-        _check_length(problem.where, len(ids), max_completion_length, context_length)
         samples.append(Sample(problem.text, problem.answer, text, ids, problem.columns))
+    lengths = [len(sample.prompt_ids) for sample in samples]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    _check_length(asked[longest].where, lengths[longest], max_completion_length, context_length)
     return samples
 
 
