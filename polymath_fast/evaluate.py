@@ -25,14 +25,11 @@ from polymath_fast.errors import EngineError, UserError
 from polymath_fast.evaluation import problem_files, result_folder
 from polymath_fast.evaluation.grading import EvalResult, evaluate_samples
 from polymath_fast.evaluation.problem_files import EvalProblem, Grading
-from polymath_fast.evaluation.settings import EvalSettings, parse
+from polymath_fast.evaluation.settings import OF_GRADING, EvalSettings, parse
 from polymath_fast.monitor.console import print_error
 from polymath_fast.samples import Sample, load_tokenizer, ready, sources
 
 _COMPLETIONS_AT_ONCE = 2048
-_OF_GRADING = (
-    *("result_path", "open_ended_sources", "mcp_sources", "reward_timeout", "output_dir"),
-)
 
 
 def evaluate(settings: EvalSettings) -> dict[str, EvalResult]:
@@ -77,7 +74,7 @@ def _regrade(settings: EvalSettings, grading: Grading) -> dict[str, EvalResult]:
     for result in results.values():
         result_folder.write_rows(folder / result_folder.COMPLETIONS, result.rows)
     # the completions are the earlier evaluation's: of the settings only those of grading are new
-    grading_alone = {name: getattr(settings, name) for name in _OF_GRADING}
+    grading_alone = {name: getattr(settings, name) for name in OF_GRADING}
     made_with = result_folder.settings_of(path) | grading_alone
     result_folder.write_result(folder, made_with, results, regraded_from=path)
     print(f"{table(results)}\n{folder / result_folder.RESULT}")

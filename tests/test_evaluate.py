@@ -358,9 +358,16 @@ def test_grading_again_needs_no_model(file_of, scripted, tmp_path, monkeypatch):
         (["--k", "4"], "greedy completions are all the same"),
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--temperature", "nan"], "--temperature is nan"),
-        (["--max-completion-length", "0"], "at least 1 token"),
-        (["--max-problems", "0"], "--max-problems is 0"),
-        (["--threads", "100000"], "--threads is 100000; it must be above 0 and at most 4096"),
+        (["--temperature", "0.001"], r"0.001; it must be 0 \(greedy\) or .* 0.6 works"),
+        (["--max-completion-length", "0"], "length is 0; it must be at least 1 .*; 1024 works"),
+        (["--max-problems", "0"], "--max-problems is 0; it must be at least 1 .*; 1 works"),
+        (["--threads", "100000"], "--threads is 100000; it must be .* at most 4096; 4 works"),
+        (["--seed", "4294967296"], "--seed is 4294967296; it must be .* 4294967295; 0 works"),
+        (["--k", "many"], "--k is 'many'; it must be a whole number; 8 works"),
+        (["--temperature", "warm"], "--temperature is 'warm'; it must be a number; 0.6 works"),
+        (["--template=plian"], "--template is 'plian'; it must be one of chat, plain, .* works"),
+        (["--seed"], "--seed takes one value, but has none; 0 works"),
+        (["--model", "https://me:secret@host/m"], "--model seems to hold an access token"),
         (["--kv-cache-gib", "1e300"], "--kv-cache-gib is 1e.300; .* at most 65536"),
         (["--dataset", "{file}", "--dataset-split", "train"], "--dataset-split train is for data"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl is not there"),
@@ -435,6 +442,10 @@ def test_a_broken_completions_file_is_named(tmp_path, line):
     (tmp_path / "completions.jsonl").write_text(line + "\n")
     with result_folder.grader(1.0) as grader, pytest.raises(UserError, match="completions.jsonl:1"):
         result_folder.regrade(tmp_path / "result.json", Grading(), grader)
+
+
+def test_seeds_are_those_of_training():
+    EvalSettings(seed=2**32 - 1).check()
 
 
 def test_defaults_are_greedy_and_single():

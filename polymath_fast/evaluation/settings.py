@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal, get_type_hints
 
-from polymath_fast.config.settings import EMBEDDED_MODEL
+from polymath_fast.config.flag_values import refuse_unreadable
+from polymath_fast.config.ranges import Range, check_values, flag
+from polymath_fast.config.settings import EMBEDDED_MODEL, Count
 from polymath_fast.errors import UserError
 from polymath_fast.folders import lookup
 from polymath_fast.samples.sources import on_hub, split_name
 
-_REGRADING = {"result_path", "output_dir", "open_ended_sources", "mcp_sources", "reward_timeout"}
+OF_GRADING = (
+    *("result_path", "open_ended_sources", "mcp_sources", "reward_timeout", "output_dir"),
+)
+"""settings that mean something where completions are only graded"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +34,13 @@ class EvalSettings:
     held-out problems of the shipped sample when left out"""
     dataset_split: str = "test"
     """split of hub data sets"""
-    max_problems: int | None = None
+    max_problems: Count | None = None
     """keep only the first ones of each file"""
-    k: int = 1
+    k: Annotated[int, Range(ge=1, le=1_000_000, works=8)] = 1
     """completions per problem"""
-    temperature: float = 0.0
+    temperature: Annotated[float, Range(ge=0, le=10, works=0.6)] = 0.0
     """sampling temperature; 0 is greedy"""
-    max_completion_length: int = 1024
+    max_completion_length: Annotated[int, Range(ge=1, le=10_000_000, works=1024)] = 1024
     """tokens per completion"""
     template: Literal["chat", "plain", "polymath", "qwen25-math-cot"] = "chat"
     """how a problem becomes a prompt; chat is the model's own template"""
@@ -47,7 +52,7 @@ class EvalSettings:
     """those graded as multiple choice: the option letter in the box"""
     result_path: str | None = None
     """grade the completions of this result.json again instead of asking a model"""
-    reward_timeout: float = 5.0
+    reward_timeout: Annotated[float, Range(gt=0, le=3600, works=5)] = 5.0
     """seconds that verifying one distinct answer may take"""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """what samples the completions"""
@@ -55,11 +60,11 @@ class EvalSettings:
     """where the model runs"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """of the weights; auto is bfloat16, and float32 on a CPU without bfloat16 instructions"""
-    kv_cache_gib: float | None = None
+    kv_cache_gib: Annotated[float, Range(gt=0, le=65536, works=4)] | None = None
     """memory for vLLM's KV cache; vLLM's own choice when left out"""
-    threads: int | None = None
+    threads: Annotated[int, Range(ge=1, le=4096, works=4)] | None = None
     """CPU threads; as many as there are cores when left out"""
-    seed: int = 0
+    seed: Annotated[int, Range(ge=0, le=2**32 - 1, works=0)] = 0
     """seed of the sampling"""
     output_dir: str | None = None
     """new folder for result.json and completions.jsonl; runs/evaluate-DATE-TIME when left out"""
@@ -67,27 +72,16 @@ class EvalSettings:
     def check(self) -> None:
         """Raises UserError for values that cannot work. Not done on construction: the parser would
         turn the message into a box of its own."""
+        check_values(self)
         lookup.require("--model", self.model.removeprefix("random:"))
         lookup.require("--result-path", self.result_path or ".")
         for entry in self.dataset:
             lookup.require("--dataset", entry)
-        _require(self.k >= 1, "--k", self.k, "at least 1", "8")
-        _require(
-            self.temperature == 0 or 0.01 <= self.temperature <= 10,
-            *("--temperature", self.temperature, "0 (greedy) or between 0.01 and 10", "0.6"),
-        )
-        longest = self.max_completion_length
-        _require(longest >= 1, "--max-completion-length", longest, "at least 1 token", "1024")
-        _require(
-            0 < self.reward_timeout <= 3600,
-            *("--reward-timeout", self.reward_timeout, "between 0 and 3600 seconds", "5"),
-        )
-        _require(0 <= self.seed < 2**31, "--seed", self.seed, "between 0 and 2147483647", "0")
-        for name, most in (("max_problems", math.inf), ("threads", 4096), ("kv_cache_gib", 65536)):
-            value = getattr(self, name)
-            flag = f"--{name.replace('_', '-')}"
-            rule = "above 0" + (f" and at most {most}" if most < math.inf else "")
-            _require(value is None or 0 < value <= most, flag, value, rule, "4")
+        if 0 < self.temperature < 0.01:
+            raise UserError(
+                f"--temperature is {self.temperature}; it must be 0 (greedy) or between 0.01 and "
+                "10; 0.6 works"
+            )
         entries = [split_name(entry)[0] for entry in self.dataset]
         if self.dataset_split != type(self).dataset_split and not any(map(on_hub, entries)):
             raise UserError(
@@ -107,24 +101,23 @@ class EvalSettings:
             return
         for field in fields(self):
             asked = getattr(self, field.name) != field.default
-            if asked and field.name not in _REGRADING:
-                flag = f"--{field.name.replace('_', '-')}"
+            if asked and field.name not in OF_GRADING:
                 raise UserError(
-                    f"--result-path grades completions of an earlier evaluation again, {flag} is "
-                    "for asking a model: leave one of the two out"
+                    "--result-path grades completions of an earlier evaluation again, "
+                    f"{flag(field.name)} is for asking a model: leave one of the two out"
                 )
 
 
-def _require(holds: bool, flag: str, value: object, rule: str, works: str) -> None:
-    if not holds:
-        raise UserError(f"{flag} is {value}; it must be {rule}; {works} works")
-
-
 def parse(args: Sequence[str] | None = None) -> EvalSettings:
-    """Settings from the command line, not yet checked. An unknown flag ends the process with code
-    2 and names the nearest one."""
+    """Settings from the command line, not yet checked. Raises UserError for a value of another
+    kind; an unknown flag ends the process with code 2 and names the nearest one."""
     import tyro
 
+    args = list(sys.argv[1:] if args is None else args)
+    hints = get_type_hints(EvalSettings, include_extras=True)
+    flags = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    if flags <= hints.keys():  # else what stands behind one may be read as the wrong flag's
+        refuse_unreadable(args, hints)
     return tyro.cli(
         EvalSettings,
         args=args,
