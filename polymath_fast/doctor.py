@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from polymath_fast import __version__, environment
-from polymath_fast.machine import free_memory_bytes, memory_bytes
+from polymath_fast.machine import cores, free_memory_bytes, memory_bytes
 
 Fact = tuple[str, str]
 """what, and what is known about it"""
@@ -56,7 +56,7 @@ def machine() -> Iterator[Fact]:
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
     info = _read(Path("/proc/cpuinfo"))
     yield "CPU", _field(info, "model name") or platform.processor() or "unknown"
-    yield "cores", f"{_cores()} usable of {os.cpu_count()}"
+    yield "cores", f"{cores()} usable of {os.cpu_count()}"
     flags = _field(info, "flags").split()
     fast = [label for flag, label in _CPU_FLAGS.items() if flag in flags]
     yield "instructions", ", ".join(fast) or "none of " + ", ".join(_CPU_FLAGS.values())
@@ -215,12 +215,6 @@ def main(args: Sequence[str] | None = None) -> int:
     show(sections)
     failed = any(what.startswith("FAILED") for facts in sections.values() for what, _ in facts)
     return 1 if failed else 0
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _read(path: Path) -> str:

@@ -11,15 +11,14 @@ if __name__ == "__main__":  # before the imports, where Ctrl-C would be a traceb
 
     start.run("polymath_fast.evaluate")
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from polymath_fast import environment, models, precision, rollout
+from polymath_fast import environment, machine, models, precision, rollout
 from polymath_fast.config.settings import DEFAULT_SAMPLE
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.evaluation import problem_files, result_folder
@@ -30,6 +29,14 @@ from polymath_fast.monitor.console import print_error
 from polymath_fast.samples import Sample, load_tokenizer, ready, sources
 
 _COMPLETIONS_AT_ONCE = 2048
+
+
+class _Chosen(NamedTuple):
+    """What samples, where, and in which type."""
+
+    engine: str
+    device: str
+    dtype: str
 
 
 def evaluate(settings: EvalSettings) -> dict[str, EvalResult]:
@@ -43,6 +50,7 @@ def evaluate(settings: EvalSettings) -> dict[str, EvalResult]:
         return _regrade(settings, grading)
     problems = _problems(settings, grading)
     environment.prepare()
+    chosen = _choose(settings)
     model_dir = models.resolve_model(settings.model, settings.revision)
     tokenizer = load_tokenizer(model_dir)
     context = models.context_length(model_dir)
@@ -51,7 +59,7 @@ def evaluate(settings: EvalSettings) -> dict[str, EvalResult]:
     results: dict[str, EvalResult] = {}
     with ExitStack() as stack:
         grader = stack.enter_context(result_folder.grader(settings.reward_timeout))
-        engine = _start_engine(settings, model_dir, tokenizer, asked)
+        engine = _start_engine(settings, chosen, model_dir, tokenizer, asked)
         stack.callback(engine.close)
         for source, samples in asked.items():
             parts = []
@@ -121,31 +129,39 @@ def _ask(
     return asked
 
 
+def _choose(settings: EvalSettings) -> _Chosen:
+    """Says what samples. Raises UserError for what is not possible here."""
+    device = machine.device(settings.device)
+    engine, reason = rollout.choose_engine(settings.engine, settings.kv_cache_gib)
+    print(f"engine: {engine} ({reason})", flush=True)
+    dtype, reason = precision.choose_dtype(settings.dtype, device)
+    print(f"weights: {dtype} ({reason})", flush=True)
+    return _Chosen(engine, device, dtype)
+
+
 def _start_engine(
-    settings: EvalSettings, model_dir: Path, tokenizer: Any, asked: dict[str, list[Sample]]
+    settings: EvalSettings,
+    chosen: _Chosen,
+    model_dir: Path,
+    tokenizer: Any,
+    asked: dict[str, list[Sample]],
 ) -> rollout.Engine:
     import torch
 
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-    has_cuda = torch.cuda.is_available()
-    if settings.device == "cuda" and not has_cuda:
-        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
-    name, reason = rollout.choose_engine(settings.engine, settings.kv_cache_gib)
-    print(f"engine: {name} ({reason})", flush=True)
-    device = "cuda" if has_cuda and settings.device != "cpu" else "cpu"
-    dtype, reason = precision.choose_dtype(settings.dtype, device)
-    print(f"weights: {dtype} ({reason})", flush=True)
+    torch.set_num_threads(settings.threads or machine.cores())
     everything = [sample for samples in asked.values() for sample in samples]
     longest = max(len(sample.prompt_ids) for sample in everything)
     return rollout.build_engine(
-        name,
+        chosen.engine,
         model_dir=model_dir,
         policy=None,
         stop_token_ids=rollout.stop_token_ids(model_dir, tokenizer),
         max_model_len=longest + settings.max_completion_length,
-        max_num_seqs=rollout.max_num_seqs(settings.k * len(everything), name, device),
-        device=device,
-        dtype=dtype,
+        max_num_seqs=rollout.max_num_seqs(
+            settings.k * len(everything), chosen.engine, chosen.device
+        ),
+        device=chosen.device,
+        dtype=chosen.dtype,
         seed=settings.seed,
         kv_cache_gib=settings.kv_cache_gib,
         threads=settings.threads,

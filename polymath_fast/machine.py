@@ -1,4 +1,4 @@
-"""The memory this process may use: the machine's, or less inside of a container with a limit.
+"""What this process may use: cores, a GPU, and memory, of which containers limit some.
 
 Linux counts a container's memory in a control group, whose limit neither `sysconf` nor
 /proc/meminfo knows; a process that trusts them is killed without a word.
@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from polymath_fast.errors import UserError
 
 
 class _Files(NamedTuple):
@@ -29,6 +31,23 @@ _V1 = _Files(
     "total_inactive_file",
 )
 _V2 = _Files("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+
+
+def cores() -> int:
+    """Processor cores; fewer than the machine has where the process is bound to some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def device(asked: str) -> str:
+    """What --device asks for, as cpu or cuda. Raises UserError for a GPU that is not there."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
+    return "cuda" if available and asked != "cpu" else "cpu"
 
 
 def memory_bytes(root: Path = Path("/")) -> int:

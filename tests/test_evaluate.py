@@ -386,7 +386,10 @@ def test_grading_again_needs_no_model(file_of, scripted, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_bad_flags_are_one_line_and_code_2(file_of, scripted, tmp_path, capsys, flags, said):
+def test_bad_flags_are_one_line_and_code_2(
+    file_of, scripted, tmp_path, capsys, monkeypatch, flags, said
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     path = file_of("f", {"problem": "1+1", "answer": "2"})
     flags = [flag.replace("{file}", path) for flag in flags]
     out = tmp_path / "out"
@@ -395,7 +398,7 @@ def test_bad_flags_are_one_line_and_code_2(file_of, scripted, tmp_path, capsys, 
     assert printed.startswith("error: ")
     assert printed.count("\n") == 1
     assert re.search(said, printed)
-    assert not (out / "result.json").exists()
+    assert not out.exists()
 
 
 def test_a_disk_that_fails_is_one_line(file_of, scripted, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The memory a process may use, from files as Linux has them inside and outside of containers."""
+"""What a process may use: cores, a device, memory; files as Linux has them, in containers, too."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from polymath_fast import machine, memory
 from polymath_fast.config import Config
+from polymath_fast.errors import UserError
 from polymath_fast.rollout import tape_room
 
 GIB = 2**30
@@ -25,6 +27,26 @@ def system(root: Path, groups: str, files: dict[str, str], available: int | None
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
+
+
+def test_cores_are_those_that_the_process_is_bound_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 6}, raising=False)
+    assert machine.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert machine.cores() == 7
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_device_is_one_that_there_is(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert machine.device("cpu") == "cpu"
+    assert machine.device("auto") == ("cuda" if there else "cpu")
+    if there:
+        assert machine.device("cuda") == "cuda"
+        return
+    with pytest.raises(UserError, match="--device cuda: torch sees no .*; --device cpu works"):
+        machine.device("cuda")
 
 
 def test_without_control_groups_it_is_the_machine(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def parse(args: Sequence[str] | None = None) -> EvalSettings:
     args = list(sys.argv[1:] if args is None else args)
     hints = get_type_hints(EvalSettings, include_extras=True)
     flags = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
-    if flags <= hints.keys():  # else what stands behind one may be read as the wrong flag's
+    if flags <= hints.keys():  # else a value would be blamed for the unknown flag before it
         refuse_unreadable(args, hints)
     return tyro.cli(
         EvalSettings,

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from polymath_fast.errors import UserError
+from polymath_fast.machine import cores
 from polymath_fast.rewards.contract import RewardInput, Scores
 from polymath_fast.rewards.equality import settle, unwrap
 from polymath_fast.rewards.extraction import extract_answer
-from polymath_fast.rewards.pool import Outcome, WorkerPool, cores
+from polymath_fast.rewards.pool import Outcome, WorkerPool
 
 MEMORY_BYTES = 2**30
 REMEMBERED_ANSWERS = 100_000

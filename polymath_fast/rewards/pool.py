@@ -6,7 +6,6 @@ up with hung workers. Here a task that exceeds its time costs its worker's life.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -220,8 +219,3 @@ class _Round:
 def _kill_all(workers: list[WorkerProcess]) -> None:
     while workers:
         workers.pop().kill()
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

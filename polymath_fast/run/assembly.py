@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from polymath_fast import checkpoint, memory, precision, rollout
+from polymath_fast import checkpoint, machine, memory, precision, rollout
 from polymath_fast.checkpoint import Checkpoint
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
@@ -234,4 +233,4 @@ def _is_left(config: Config, inputs: Inputs, run_dir: Path, step: int) -> bool:
 def _set_threads(config: Config) -> None:
     import torch
 
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.threads or machine.cores())

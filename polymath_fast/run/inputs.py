@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polymath_fast import environment, models, precision, rewards, rollout, samples
+from polymath_fast import environment, machine, models, precision, rewards, rollout, samples
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import dispatch
@@ -69,7 +69,7 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         dispatch.default_implementation()
     except ValueError as error:
         raise UserError(str(error)) from None
-    device = _device(config.device)
+    device = machine.device(config.device)
     dtype, dtype_reason = precision.choose_dtype(config.dtype, device)
     if config.master_weights == "remainder" and dtype != "bfloat16":
         raise UserError(
@@ -204,12 +204,3 @@ def _check_microbatch(config: Config, trained: list[Sample]) -> None:
             f"--tokens-per-microbatch {tokens} cannot hold one prompt and "
             f"one completion ({longest} + {config.max_completion_length} tokens); {needed} works"
         )
-
-
-def _device(asked: str) -> str:
-    import torch
-
-    available = torch.cuda.is_available()
-    if asked == "cuda" and not available:
-        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
-    return "cuda" if available and asked != "cpu" else "cpu"
