@@ -109,13 +109,14 @@ def choices() -> Iterator[Fact]:
         from polymath_fast.rollout.vllm_process import check_version
 
         yield "vLLM", f"{check_version()}, inside the tested range"
-    capability = torch.cuda.get_device_capability() if device == "cuda" else None
-    asked = os.environ.get(dispatch.ENVIRONMENT) or None
+    dispatch.default_implementation()  # a wrong name is said once, not by every operator
     for op in dispatch.IMPLEMENTATIONS:
-        name, why = dispatch.choose(
-            op, device, precision.torch_dtype(dtype), default=asked, capability=capability
-        )
-        yield op, f"{name}: {why}"
+        try:
+            chosen = dispatch.choose_here(op, torch.device(device), precision.torch_dtype(dtype))
+        except ValueError as error:
+            yield f"FAILED {op}", str(error)
+        else:
+            yield op, "{}: {}".format(*chosen)
 
 
 def model_and_memory(model: str) -> Iterator[Fact]:

@@ -51,6 +51,29 @@ def test_it_reports_the_implementation_that_was_asked_for(monkeypatch: pytest.Mo
     assert shown == "reference: asked for 'reference'"
 
 
+def test_an_implementation_that_there_is_not_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "referense")
+    found = facts()["what runs here"]
+    assert "POLYMATH_FAST_IMPL='referense': must be one of auto, reference" in found["FAILED"]
+    assert not set(dispatch.IMPLEMENTATIONS) & set(found)
+    assert doctor.main(["--model", "random:tiny"]) == 1
+    assert capsys.readouterr().out.count("referense") == 1
+
+
+def test_an_implementation_that_cannot_run_here_fails_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Operators that have no such implementation choose as ever."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "cuda")
+    found = facts()["what runs here"]
+    assert "weight_sync: impl='cuda' is not possible here" in found["FAILED weight_sync"]
+    assert found["flat_adamw"].startswith(("cpu: ", "reference: "))
+    assert doctor.main(["--model", "random:tiny"]) == 1
+
+
 @pytest.mark.parametrize(
     ("model", "key", "part"),
     [
