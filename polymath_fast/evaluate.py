@@ -103,7 +103,7 @@ def _problems(settings: EvalSettings, grading: Grading) -> list[EvalProblem]:
             name = sorted(shared)[0]
             raise UserError(
                 f"--dataset {entry}: there is a source {name!r} already; name one of them, e.g. "
-                f"{sources.split_name(entry)[0]}={name}_2"
+                f"{sources.split_name(entry)[0]}={sources.usable_name(name)}_2"
             )
         problems += new
     grading.require_known({problem.source for problem in problems})

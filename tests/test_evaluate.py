@@ -372,6 +372,7 @@ def test_grading_again_needs_no_model(file_of, scripted, tmp_path, monkeypatch):
         (["--dataset", "{file}", "--dataset-split", "train"], "--dataset-split train is for data"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl is not there"),
         (["--dataset", "{file}", "{file}"], "there is a source 'f' already"),
+        (["--dataset", "{file}=a/b\tc\n"], r"are called 'a/b\\tc\\n', .*=a_b_c works"),
         (["--dataset", "{file}", "--mcp-sources", "g"], "no source 'g'.*there are f"),
         (["--dataset", "{file}", "--max-completion-length", "199"], "200 positions"),
         (["--result-path", "nowhere.json"], "nowhere.json cannot be read"),
@@ -399,6 +400,19 @@ def test_bad_flags_are_one_line_and_code_2(
     assert printed.count("\n") == 1
     assert re.search(said, printed)
     assert not out.exists()
+
+
+def test_sources_that_rows_name_may_hold_anything(file_of, scripted, tmp_path, capsys):
+    """As data_source of verl does; --dataset FILE=NAME, which is advised, has to work."""
+    row = {"problem": "1", "answer": "2", "data_source": "owner/set"}
+    first, second = file_of("f", row), file_of("g", row)
+    flags = ["--output-dir", str(tmp_path / "out"), "--dataset", first]
+    assert scripted(lambda *_: "2", *flags, second) == 2
+    advice = re.search(r"e\.g\. (\S+)", capsys.readouterr().err)[1]
+    assert advice == f"{second}=owner_set_2"
+    assert scripted(lambda *_: "2", *flags, advice) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert set(result["results"]) == {"owner/set", "owner_set_2"}
 
 
 def test_a_disk_that_fails_is_one_line(file_of, scripted, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from polymath_fast.config.ranges import Range, check_values, flag
 from polymath_fast.config.settings import EMBEDDED_MODEL, Count
 from polymath_fast.errors import UserError
 from polymath_fast.folders import lookup
-from polymath_fast.samples.sources import on_hub, split_name
+from polymath_fast.samples.sources import on_hub, require_name, split_name
 
 OF_GRADING = (
     *("result_path", "open_ended_sources", "mcp_sources", "reward_timeout", "output_dir"),
@@ -77,6 +77,9 @@ class EvalSettings:
         lookup.require("--result-path", self.result_path or ".")
         for entry in self.dataset:
             lookup.require("--dataset", entry)
+            dataset, name = split_name(entry)
+            if name is not None:
+                require_name("--dataset", dataset, name)
         if 0 < self.temperature < 0.01:
             raise UserError(
                 f"--temperature is {self.temperature}; it must be 0 (greedy) or between 0.01 and "

@@ -186,6 +186,7 @@ def _evaluation_datasets(config: Config) -> dict[str, tuple[str, str]]:
     for entry in config.eval_dataset:
         dataset, name = sources.split_name(entry)
         name = name or Path(dataset.removeprefix("shipped:")).stem
+        sources.require_name("--eval-dataset", dataset, name)
         if name in named:
             raise UserError(
                 f"--eval-dataset {entry}: there is a set called {name!r} already; name one of "

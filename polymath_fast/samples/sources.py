@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from polymath_fast.errors import UserError
 
 SHIPPED = Path(__file__).parents[1] / "data"
 _BUILT_IN = SHIPPED / "samples.jsonl"
+_NOT_IN_NAMES = re.compile(r"[^\w.-]+")
 Row = tuple[str, dict[str, Any]]
 """where a row stands (for messages), and its columns"""
 
@@ -64,6 +66,29 @@ def split_name(entry: str) -> tuple[str, str | None]:
         return entry, None
     dataset, _, name = entry.rpartition("=")
     return dataset, name or None
+
+
+def require_name(flag: str, dataset: str, name: str) -> None:
+    """Raises UserError for the name of a set that would tear apart what it is reported under, such
+    as eval/NAME/mean@1."""
+    if not _NOT_IN_NAMES.search(name):
+        return
+    works = f"{dataset}={usable_name(name)}"
+    if " " in works or not works.isprintable():
+        works = repr(works)
+    raise UserError(
+        f"{flag}: the problems of {dataset!r} are called {name!r}, and a name must be made of "
+        f"letters, digits, '.', '_' and '-'; {flag} {works} works"
+    )
+
+
+def usable_name(name: str) -> str:
+    """`name` without what the name of a set may not hold.
+
+    >>> usable_name("a/b c")
+    'a_b_c'
+    """
+    return _NOT_IN_NAMES.sub("_", name).strip("_") or "held_out"
 
 
 def held_out(dataset: str | None) -> str | None:

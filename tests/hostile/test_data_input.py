@@ -276,9 +276,42 @@ def test_a_fault_of_an_evaluation_set_names_its_flag_and_the_value(
 
 def test_evaluation_sets_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
-    entries = (f"{tmp_path}/a.jsonl", f"{tmp_path}/a=b.jsonl", f"{tmp_path}/a=b.jsonl=a")
+    entries = (f"{tmp_path}/a.jsonl", f"{tmp_path}/a=b.jsonl=b", f"{tmp_path}/a=b.jsonl=a")
     (tmp_path / "a=b.jsonl").write_text(json.dumps(GOOD))
     sample = {"model": "random:tiny", "question": "1?", "answer": "1"}
-    assert set(read_inputs(Config(**sample, eval_dataset=entries[:2])).held_out) == {"a", "a=b"}
-    with pytest.raises(UserError, match=f"--eval-dataset {entries[2]}: .*{entries[1]}=a_2"):
+    assert set(read_inputs(Config(**sample, eval_dataset=entries[:2])).held_out) == {"a", "b"}
+    with pytest.raises(UserError, match=f"--eval-dataset {entries[2]}: .*/a=b.jsonl=a_2"):
         read_inputs(Config(**sample, eval_dataset=entries))
+
+
+@pytest.mark.parametrize(
+    ("entry", "works"),
+    [
+        ("ev.jsonl=a/b c\n", "ev.jsonl=a_b_c"),
+        ("ev.jsonl=//", "ev.jsonl=held_out"),
+        ("ev.jsonl=\u202ex", "ev.jsonl=x"),
+        ("my set.jsonl", "my set.jsonl=my_set"),
+        ("a=b.jsonl", "a=b.jsonl=a_b"),
+        ("line\n.jsonl", "line\n.jsonl=line"),
+    ],
+)
+def test_a_set_whose_name_would_tear_a_metric_apart(
+    entry: str, works: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("ev.jsonl", "my set.jsonl", "a=b.jsonl", "line\n.jsonl"):
+        Path(name).write_text(json.dumps(GOOD))
+    sample = {"model": "random:tiny", "question": "1?", "answer": "1"}
+    with pytest.raises(UserError, match="letters, digits, '.', '_' and '-'") as error:
+        read_inputs(Config(**sample, eval_dataset=(entry,)))
+    said = str(error.value)
+    assert said.startswith("--eval-dataset: ") and said.isprintable()
+    assert f"--eval-dataset {works} works" in said or f"--eval-dataset {works!r} works" in said
+    assert len(read_inputs(Config(**sample, eval_dataset=(works,))).held_out) == 1
+
+
+def test_names_of_sets_may_be_of_any_alphabet(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    entries = tuple(f"{tmp_path}/a.jsonl={name}" for name in ("Prüfung-2.b_c", "数学"))
+    config = Config(model="random:tiny", question="1?", answer="1", eval_dataset=entries)
+    assert set(read_inputs(config).held_out) == {"Prüfung-2.b_c", "数学"}
