@@ -136,6 +136,11 @@ def _choose(settings: EvalSettings) -> _Chosen:
     print(f"engine: {engine} ({reason})", flush=True)
     dtype, reason = precision.choose_dtype(settings.dtype, device)
     print(f"weights: {dtype} ({reason})", flush=True)
+    if engine == "vllm":
+        from polymath_fast.rollout.vllm_process import check_version, require_dtype
+
+        check_version()
+        require_dtype(dtype, device)
     return _Chosen(engine, device, dtype)
 
 

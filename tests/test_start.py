@@ -72,8 +72,8 @@ def test_main_gets_interrupts_as_ever(command) -> None:
         """
         import time
         def main():
-            print("at work", flush=True)
             try:
+                print("at work", flush=True)
                 time.sleep(60)
             except KeyboardInterrupt:
                 print("saved", flush=True)

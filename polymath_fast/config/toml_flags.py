@@ -32,7 +32,9 @@ def values_of(flag: str, args: Sequence[str]) -> list[str]:
     return found
 
 
-def refuse_unknown(args: Sequence[str], known: Iterable[str]) -> None:
+def refuse_unknown(
+    args: Sequence[str], known: Iterable[str], prog: str = "python -m polymath_fast.train"
+) -> None:
     """Raise UserError for a word in `args` that looks like a flag and is none, naming the nearest.
 
     The parser would refuse it too, but names a flag for some spellings only.
@@ -41,7 +43,7 @@ def refuse_unknown(args: Sequence[str], known: Iterable[str]) -> None:
     for arg in args:
         name = arg[2:].partition("=")[0].replace("-", "_")
         if arg.startswith("--") and name.removeprefix("no_") not in names:
-            raise UserError(f"unknown flag {arg.partition('=')[0]}. {_nearest(name, names)}")
+            raise UserError(f"unknown flag {arg.partition('=')[0]}. {_nearest(name, names, prog)}")
 
 
 def find(name: str) -> Path:
@@ -126,8 +128,8 @@ def _refuse_section(path: Path, section: str, table: dict, known: Mapping[str, o
     )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _nearest(name: str, known: Iterable[str], prog: str = "python -m polymath_fast.train") -> str:
     near = difflib.get_close_matches(name.rpartition(".")[2], sorted(known), n=1, cutoff=0.5)
     if near:
         return f"Perhaps you meant --{near[0].replace('_', '-')}"
-    return "python -m polymath_fast.train --help lists them all"
+    return f"{prog} --help lists them all"

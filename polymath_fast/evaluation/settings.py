@@ -10,6 +10,7 @@ from typing import Annotated, Literal, get_type_hints
 from polymath_fast.config.flag_values import refuse_unreadable
 from polymath_fast.config.ranges import Range, check_values, flag
 from polymath_fast.config.settings import EMBEDDED_MODEL, Count
+from polymath_fast.config.toml_flags import refuse_unknown
 from polymath_fast.errors import UserError
 from polymath_fast.folders import lookup
 from polymath_fast.samples.sources import on_hub, require_name, split_name
@@ -112,18 +113,18 @@ class EvalSettings:
 
 
 def parse(args: Sequence[str] | None = None) -> EvalSettings:
-    """Settings from the command line, not yet checked. Raises UserError for a value of another
-    kind; an unknown flag ends the process with code 2 and names the nearest one."""
+    """Settings from the command line, not yet checked. Raises UserError for an unknown flag, naming
+    the nearest one, and for a value of another kind."""
     import tyro
 
     args = list(sys.argv[1:] if args is None else args)
+    prog = "python -m polymath_fast.evaluate"
     hints = get_type_hints(EvalSettings, include_extras=True)
-    flags = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
-    if flags <= hints.keys():  # else a value would be blamed for the unknown flag before it
-        refuse_unreadable(args, hints)
+    refuse_unknown(args, hints, prog)
+    refuse_unreadable(args, hints)
     return tyro.cli(
         EvalSettings,
         args=args,
-        prog="python -m polymath_fast.evaluate",
+        prog=prog,
         description="Score a model on files of problems: mean@k and pass@k with 95 % intervals.",
     )

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from polymath_fast import machine
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.processes.child import Child
@@ -56,7 +57,7 @@ def require_devices(config: Config, device: str) -> None:
     asked = config.num_processes
     if asked == 1:
         return
-    found = len(visible_devices()) if device == "cuda" else len(os.sched_getaffinity(0))
+    found = len(visible_devices()) if device == "cuda" else machine.cores()
     if asked > found:
         kind = "GPUs" if device == "cuda" else "cores"
         works = f"--num-processes {found} works" if found > 1 else "leave it out"
