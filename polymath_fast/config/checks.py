@@ -190,3 +190,8 @@ def _check_sizes(config: Config) -> None:
             f"so it must be at least --max-completion-length ({config.max_completion_length}); "
             f"{max(16384, 2 * config.max_completion_length)} works"
         )
+    if config.warmup_steps >= config.max_steps:
+        raise UserError(
+            f"--warmup-steps is {config.warmup_steps} of {config.max_steps} steps, so the learning "
+            f"rate would never be reached; it must be less than --max-steps; 0 works"
+        )

@@ -176,7 +176,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("--epsilon 1", ["less than 1"]),
         ("--epsilon nan", ["--epsilon is nan"]),
         ("--epsilon-high -0.1", ["--epsilon-high is -0.1"]),
-        ("--delta 1.1", ["--delta is 1.1", "greater than 1.2", "3.2 works"]),
+        ("--delta 1", ["--delta is 1.0", "greater than 1", "4 works"]),
         ("--loss-type cispo", ["needs --epsilon-high", "5.0 works"]),
         ("--loss-type sapo --epsilon 0.1", ["--epsilon is 0.1", "sapo does not read"]),
         ("--loss-type reinforce --delta 9", ["--delta is 9.0", "reinforce does not read"]),

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from polymath_fast.kernels.policy_loss.choices import (
+from polymath_fast.kernels import loss_choices
+from polymath_fast.kernels.loss_choices import (
     AGGREGATIONS,
     CORRECTIONS,
     KL_ESTIMATORS,
@@ -154,7 +155,7 @@ class PolicyLossSpec:
     @property
     def formula(self) -> str:
         """Name of the token loss in the table."""
-        return LOSS_TYPES[self.loss_type][0]
+        return loss_choices.formula(self.loss_type)
 
     @property
     def level(self) -> str:

@@ -7,42 +7,22 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from polymath_fast.kernels.policy_loss.choices import (
+from polymath_fast.kernels.loss_choices import (
     AGGREGATIONS,
     CORRECTIONS,
+    DEPENDENT,
     KL_ESTIMATORS,
     LEVELS,
     LOSS_TYPES,
+    NEEDED,
+    READERS,
     SEQUENCE_SUM_NORM,
+    reads,
+    takes,
 )
 
 if TYPE_CHECKING:
     from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
-
-_READERS: dict[str, tuple[str, ...]] = {
-    "epsilon": ("clip", "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl"),
-    "epsilon_high": ("clip", "cispo", "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl"),
-    "delta": ("clip",),
-    "clip_ratio_c": ("clip", "dppo_tv", "dppo_kl"),
-    "sapo_temperature_pos": ("sapo",),
-    "sapo_temperature_neg": ("sapo",),
-    "vespo_k_pos": ("vespo",),
-    "vespo_lambda_pos": ("vespo",),
-    "vespo_k_neg": ("vespo",),
-    "vespo_lambda_neg": ("vespo",),
-    "dro_beta": ("dro",),
-}
-"""option -> formulas that read it"""
-
-_DEPENDENT: dict[str, str] = {
-    "importance_sampling_clip_max": "importance_sampling_mode",
-    "importance_sampling_clip_min": "importance_sampling_mode",
-    "kl_estimator": "beta",
-    "use_bias_correction_kl": "beta",
-    "kl_max": "beta",
-    "entropy_aggregation": "entropy_coef",
-}
-"""option -> option without which it means nothing"""
 
 _POSITIVE = (
     "temperature",
@@ -59,6 +39,12 @@ _POSITIVE = (
     "importance_sampling_clip_max",
     "off_policy_mask_threshold",
 )
+
+
+_EXAMPLES = {
+    "epsilon_high": ": the largest ratio itself, for example 5.0",
+    "dro_beta": ", for example 0.1",
+}
 
 
 def check(spec: PolicyLossSpec) -> None:
@@ -117,12 +103,9 @@ def check_bounds(low: str, least: float | None, high: str, most: float | None) -
 
 
 def _check_combinations(spec: PolicyLossSpec) -> None:
-    if spec.formula == "cispo" and spec.epsilon_high is None:
-        raise ValueError(
-            "loss_type='cispo' needs epsilon_high: the largest ratio itself, for example 5.0"
-        )
-    if spec.formula == "dro" and spec.dro_beta is None:
-        raise ValueError("loss_type='dro' needs dro_beta, for example 0.1")
+    needed = NEEDED.get(spec.formula)
+    if needed is not None and getattr(spec, needed) is None:
+        raise ValueError(f"loss_type={spec.loss_type!r} needs {needed}{_EXAMPLES[needed]}")
     if spec.formula in ("vespo", "reinforce", "dro") and spec.importance_sampling_level != "token":
         raise ValueError(
             f"importance_sampling_level={spec.importance_sampling_level!r} has no effect on "
@@ -130,10 +113,11 @@ def _check_combinations(spec: PolicyLossSpec) -> None:
         )
     if spec.formula == "geo_mean" and spec.importance_sampling_level == "sequence_token":
         raise ValueError("loss_type='geo_mean' has one ratio a completion; leave the level out")
-    if spec.formula == "vespo" and (spec.importance_sampling_mode or "").startswith("sequence"):
+    correction = spec.importance_sampling_mode
+    if correction is not None and not takes(spec.loss_type, correction):
         raise ValueError(
-            f"importance_sampling_mode={spec.importance_sampling_mode!r}: loss_type='vespo' takes "
-            "weights of tokens; use 'token_truncate' or 'token_mask'"
+            f"importance_sampling_mode={correction!r}: loss_type={spec.loss_type!r} takes weights "
+            "of tokens; use 'token_truncate' or 'token_mask'"
         )
     uses = [spec.token_aggregation] + [spec.entropy_aggregation] * bool(spec.entropy_coef)
     if SEQUENCE_SUM_NORM in uses and spec.max_completion_length is None:
@@ -152,13 +136,13 @@ def _check_combinations(spec: PolicyLossSpec) -> None:
 def _check_unused(spec: PolicyLossSpec) -> None:
     """An option that nothing reads is refused, never ignored."""
     defaults = {field.name: field.default for field in fields(spec)}
-    for name, readers in _READERS.items():
-        if getattr(spec, name) != defaults[name] and spec.formula not in readers:
+    for name in READERS:
+        if getattr(spec, name) != defaults[name] and not reads(spec.loss_type, name):
             raise ValueError(
                 f"{name}={getattr(spec, name)!r} has no effect on loss_type={spec.loss_type!r}; "
                 f"leave it at {defaults[name]!r}"
             )
-    for name, other in _DEPENDENT.items():
+    for name, other in DEPENDENT.items():
         if getattr(spec, name) != defaults[name] and not getattr(spec, other):
             raise ValueError(
                 f"{name}={getattr(spec, name)!r} has no effect without {other}; "
