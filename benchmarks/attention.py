@@ -10,9 +10,7 @@ from benchmarks import attention_rivals
 from benchmarks.attention_rivals import AttentionData
 from benchmarks.case import Case
 from polymath_fast.kernels import prefix_attention
-
-ROUNDING = 2.6e-3
-"""relative error that rounding to bf16 makes"""
+from polymath_fast.kernels.active_vocabulary import ROUNDING
 
 
 def prefix_attention_case(device: str) -> Case:

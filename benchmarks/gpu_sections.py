@@ -16,6 +16,7 @@ from benchmarks import gpu_rivals, gpu_sizes
 from benchmarks.gpu_timing import Timing, interleave
 from benchmarks.timing import Variants, copy_rate, gemm_rate
 from polymath_fast.kernels import PolicyLossSpec, grpo_loss, token_logprobs
+from polymath_fast.kernels.active_vocabulary import ROUNDING
 from polymath_fast.kernels.grpo_loss import _triton as logit_loss
 
 LOGPROB_ERROR = 1e-5
@@ -26,8 +27,6 @@ OF_TORCH = 2.0
 rounding, so the error of their sums has a direction and grows with their length"""
 GRADIENT_ERROR = 3e-3
 """relative to the gradient's norm; rounding the result to bf16 makes 1.7e-3"""
-AUTO_ERROR = 2.6e-3
-"""what `vocab_tol="auto"` may add"""
 COLUMNS_KEPT = 0.5
 """share; of those of `few_columns`, where one in twenty matters"""
 
@@ -104,7 +103,7 @@ def _limit(what: str, values: dict[str, float]) -> float:
     if "columns kept" in what:
         return COLUMNS_KEPT
     if "gradient" in what:
-        return GRADIENT_ERROR + AUTO_ERROR * ("auto" in what)
+        return GRADIENT_ERROR + ROUNDING * ("auto" in what)
     if "head" in what:
         return max(HEAD_ERROR, OF_TORCH * values.get(f"torch {what}", 0.0))
     return LOGPROB_ERROR

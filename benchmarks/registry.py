@@ -21,11 +21,10 @@ from polymath_fast.kernels import (
     policy_loss,
     token_logprobs,
 )
+from polymath_fast.kernels.active_vocabulary import ROUNDING
 from polymath_fast.precision import default_dtype
 
 LOGPROB_ERROR = 1e-5
-ROUNDING = 2.6e-3
-"""relative error of a gradient: what rounding it to bf16 makes"""
 CHECKED_ROWS = 256
 
 

@@ -7,7 +7,7 @@ import torch
 from heads import Head, distance, make_head
 
 from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss
-from polymath_fast.kernels.cpu.vocabulary import ROUNDING
+from polymath_fast.kernels.active_vocabulary import ROUNDING
 
 ROWS, VOCAB = 400, 3000
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from polymath_fast.kernels.active_vocabulary import ROUNDING
 from polymath_fast.kernels.cpu import vocabulary
 from polymath_fast.kernels.cpu.head import Head, odd_lines, rows_that_fit
 from polymath_fast.kernels.cpu.products import bits, padded_rows
@@ -159,7 +160,7 @@ class HeadGradient:
             d_weight = buffer("some_weight_gradient", shape, torch.float32)
             products.d_weight(some[:count], hidden, d_weight, False)
         bound = vocabulary.error_bound(raw, columns, lengths, d_hidden, d_weight)
-        if self._vocab_tol == "auto" and bound > vocabulary.ROUNDING:
+        if self._vocab_tol == "auto" and bound > ROUNDING:
             return False
         if d_weight is not None:
             if not self._started:

@@ -16,22 +16,19 @@ import numpy as np
 import torch
 from numba import njit
 
+from polymath_fast.kernels.active_vocabulary import (
+    CPU_BUDGETS,
+    MARGIN,
+    ROUNDING,
+    SAMPLED_ROWS,
+    SOME_COLUMNS,
+)
 from polymath_fast.kernels.cpu.products import Products, bits
 from polymath_fast.kernels.cpu.scalar import value
 from polymath_fast.kernels.cpu.threads import parallel, split
 
-ROUNDING = 2.6e-3
-"""relative error that rounding a gradient to bf16 makes anyway"""
-_BUDGETS = (ROUNDING / 2, ROUNDING / 8, ROUNDING / 32, ROUNDING / 128)
-"""shares of the gradient's mass that "auto" tries to leave out, greediest first"""
-_SAMPLE = 64
-"""rows on which "auto" looks up how long the gradient of `hidden` is"""
 _HEAVIEST = 256
-"""columns on which it looks up how long the weight's gradient is at least"""
-_MARGIN = 0.8
-"""part of the allowed error that may be planned for, because that length is an estimate"""
-_WORTH_IT = 0.5
-"""with more columns than this alive, gathering them costs more than it saves"""
+"""columns on which "auto" looks up how long the weight's gradient is at least"""
 
 
 @dataclass
@@ -92,13 +89,13 @@ def choose_by_error(
     _, mass = _sums_of_columns(raw, hidden, vocab)
     ordered, order = mass.double().sort()
     reached = ordered.cumsum(0) / ordered.sum()
-    allowed = _MARGIN * ROUNDING * _expected_norm(slopes, hidden.shape[1], lengths, products)
+    allowed = MARGIN * ROUNDING * _expected_norm(slopes, hidden.shape[1], lengths, products)
     heaviest = slopes[:, order[-_HEAVIEST:]].float()
-    weight_allowed = _MARGIN * ROUNDING * float((heaviest.T @ hidden.float()).double().norm())
-    for budget in _BUDGETS:
+    weight_allowed = MARGIN * ROUNDING * float((heaviest.T @ hidden.float()).double().norm())
+    for budget in CPU_BUDGETS:
         keep = torch.ones(vocab, dtype=torch.bool)
         keep[order[reached <= budget]] = False
-        if keep.sum() > _WORTH_IT * vocab:
+        if keep.sum() > SOME_COLUMNS * vocab:
             return None
         columns = _columns(keep, mass)
         if float(mass[columns.dropped].double().norm()) > weight_allowed:
@@ -112,7 +109,8 @@ def _expected_norm(
     slopes: torch.Tensor, size: int, lengths: torch.Tensor, products: Products
 ) -> float:
     """Norm of d_hidden, from its ratio to sum |slope| |weight| on a sample of rows."""
-    rows = torch.arange(min(_SAMPLE, len(slopes))) * len(slopes) // min(_SAMPLE, len(slopes))
+    count = min(SAMPLED_ROWS, len(slopes))
+    rows = torch.arange(count) * len(slopes) // count
     sample = torch.nn.functional.pad(slopes[rows], (0, 0, 0, -len(rows) % 8))
     exact = torch.empty(len(rows), size, dtype=torch.float32)
     products.d_hidden(sample, len(rows), None, exact)

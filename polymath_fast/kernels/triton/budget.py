@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from polymath_fast.kernels.active_vocabulary import SOME_COLUMNS
 from polymath_fast.kernels.triton.tiles import LIVE_STEP, TILES, best_rows, kind_of, processors
 
 MEMORY_SHARE = 64
@@ -17,8 +18,6 @@ SMALLEST_BUDGET = 2**27
 CELLS = {torch.bfloat16: 2, torch.float16: 6, torch.float32: 4}
 """bytes of a chunk's logit: its exponential, in the dtype of the inputs, and the fp32 logit where
 the product does not make exponentials by itself (in fp32 the one becomes the other)"""
-SOME_COLUMNS = 0.5
-"""with more of the vocabulary's columns than this alive, gathering them costs more than it saves"""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from polymath_fast.kernels.active_vocabulary import GPU_BUDGETS, MARGIN, ROUNDING, SAMPLED_ROWS
 from polymath_fast.kernels.scratch import Scratch
 from polymath_fast.kernels.triton.budget import room_for
 from polymath_fast.kernels.triton.head import Chunk
@@ -27,15 +28,6 @@ from polymath_fast.kernels.triton.vocabulary_kernels import (
     some_columns_kernel,
     some_rows_kernel,
 )
-
-ROUNDING = 2.6e-3
-"""relative error that rounding a gradient to bf16 makes anyway"""
-_BUDGETS = (ROUNDING / 2, ROUNDING / 4, ROUNDING / 8)
-"""shares of the gradient's mass that "auto" tries to leave out, greediest first"""
-_SAMPLE = 64
-"""rows on which "auto" looks up how long the gradient is"""
-_MARGIN = 0.8
-"""part of the allowed error that may be planned for, because that length is an estimate"""
 
 
 @dataclass(frozen=True)
@@ -183,18 +175,18 @@ class Vocabulary:
         """(V,) bool: as few columns as a relative error of `ROUNDING` allows; all: too many."""
         ordered, order = mass.double().sort()
         reached = ordered.cumsum(0) / ordered.sum()
-        keeps = torch.zeros(len(mass), len(_BUDGETS), dtype=torch.bool, device=mass.device)
-        for number, budget in enumerate(_BUDGETS):
+        keeps = torch.zeros(len(mass), len(GPU_BUDGETS), dtype=torch.bool, device=mass.device)
+        for number, budget in enumerate(GPU_BUDGETS):
             keeps[:, number] = torch.empty_like(keeps[:, 0]).index_copy(0, order, reached > budget)
         choices = torch.nn.functional.pad(keeps, (1, 0))
         masses = self._row_masses(chunk, a, torch.where(choices, 0, self._lengths[:, None]))
-        count = min(_SAMPLE, len(a))
+        count = min(SAMPLED_ROWS, len(a))
         rows = torch.arange(count, device=a.device) * chunk.live.long() // count
         exact = torch.empty(count, self.weight.shape[1], device=a.device, dtype=torch.float32)
         product(chunk.exps[rows], self.weight, exact)
         exact *= a[rows, None]
         expected = exact.norm() / masses[rows, 0].norm() * masses[:, 0].norm()
-        fits = masses[:, 1:].norm(dim=0) <= _MARGIN * ROUNDING * expected
+        fits = masses[:, 1:].norm(dim=0) <= MARGIN * ROUNDING * expected
         good = fits & (keeps.sum(0) <= self.room)
         first = good & (good.cumsum(0) == 1)
         return (keeps & first).any(1) | ~good.any()
