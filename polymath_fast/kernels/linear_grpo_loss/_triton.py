@@ -10,8 +10,6 @@ for E, 4 V H for the fp32 weight gradient and 2 V H + 2 N H for the results.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-
 import torch
 
 from polymath_fast.kernels.policy_loss import (
@@ -110,13 +108,7 @@ def _has_gradient(terms: PolicyTerms) -> torch.Tensor:
 
 def _take(batch: PolicyBatch, index: torch.Tensor) -> PolicyBatch:
     """Some tokens, for losses that take each by itself: completions mean nothing here."""
-    values = {
-        field.name: value[index]
-        for field in fields(batch)
-        if field.name != "cu_seqlens" and (value := getattr(batch, field.name)) is not None
-    }
-    ends = len(index) * torch.arange(2, device=index.device)
-    return replace(batch, cu_seqlens=ends, **values)
+    return batch.take(index, len(index) * torch.arange(2, device=index.device))
 
 
 def _unit(batch: PolicyBatch, spec: PolicyLossSpec) -> torch.Tensor:

@@ -36,14 +36,18 @@ class PolicyBatch:
 
     def rows(self, start: int, stop: int) -> PolicyBatch:
         """The same for tokens [start, stop); completions that reach over an end are cut there."""
-        cut = {
-            field.name: value[start:stop]
+        inside = (self.cu_seqlens[1:] > start) & (self.cu_seqlens[:-1] < stop)
+        ends = (self.cu_seqlens[1:][inside] - start).clamp(max=stop - start)
+        return self.take(slice(start, stop), torch.nn.functional.pad(ends, (1, 0)))
+
+    def take(self, index: slice | torch.Tensor, cu_seqlens: torch.Tensor) -> PolicyBatch:
+        """The tokens of `index`, which `cu_seqlens` divides into completions."""
+        taken = {
+            field.name: value[index]
             for field in fields(self)
             if field.name != "cu_seqlens" and (value := getattr(self, field.name)) is not None
         }
-        inside = (self.cu_seqlens[1:] > start) & (self.cu_seqlens[:-1] < stop)
-        ends = (self.cu_seqlens[1:][inside] - start).clamp(max=stop - start)
-        return replace(self, cu_seqlens=torch.nn.functional.pad(ends, (1, 0)), **cut)
+        return replace(self, cu_seqlens=cu_seqlens, **taken)
 
 
 def prepare(
