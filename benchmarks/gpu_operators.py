@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu_sizes, rivals
 from benchmarks.gpu_head import random_head
-from benchmarks.gpu_sections import GRADIENT_ERROR, timed_table
+from benchmarks.gpu_sections import GRADIENT_ERROR, gate, timed_table
 from benchmarks.gpu_timing import interleave
 from benchmarks.optimizer_pass import check_updates, flat_adamw_case
 from benchmarks.timing import Variants
@@ -32,7 +32,7 @@ def correct_optimizer(device: str = "cuda") -> dict[str, Any]:
     with _ours(device):
         values = {"relative error of the norm": float((grad_norm(grad) - truth).abs() / truth)}
         updates = check_updates(device)
-    found = _held(values, NORM_ERROR)
+    found = gate(values, lambda _: NORM_ERROR)
     return found | {"values": found["values"] | {f"{n} error": e for n, e in updates.items()}}
 
 
@@ -64,7 +64,7 @@ def correct_advantages(device: str = "cuda") -> dict[str, Any]:
             truth = group_advantages(rewards.double(), groups, impl="reference", **how)
             values[f"{scale}, {baseline} error"] = float((found - truth).abs().max())
             equal = max(equal, float(found[groups == 1].abs().max()))
-    held = _held(values, ADVANTAGE_ERROR)
+    held = gate(values, lambda _: ADVANTAGE_ERROR)
     return held | ({"error": f"equal rewards give {equal}, not 0"} if equal else {})
 
 
@@ -99,7 +99,7 @@ def correct_head_logprobs(
     for name, ours, truth in zip(("hidden", "weight"), *found, strict=True):
         error = (ours.double() - truth.double()).norm() / truth.double().norm()
         values[f"{name} gradient error"] = float(error)
-    return _held(values, GRADIENT_ERROR)
+    return gate(values, lambda _: GRADIENT_ERROR)
 
 
 def time_head_logprobs() -> dict[str, Any]:
@@ -148,9 +148,3 @@ def _rewards(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     count = gpu_sizes.SIZES.completions
     groups = torch.arange(count, device=device) // gpu_sizes.SIZES.group
     return torch.randint(0, 2, (count,), device=device).float(), groups
-
-
-def _held(values: dict[str, float], limit: float) -> dict[str, Any]:
-    """Values, and an error that keeps the suite from passing if one is too large."""
-    wrong = {name: value for name, value in values.items() if not value <= limit}
-    return {"values": values} | ({"error": f"beyond {limit}: {wrong}"} if wrong else {})

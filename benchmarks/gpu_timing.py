@@ -40,6 +40,12 @@ class Timing:
     """memory above what was there before the call"""
     error: str | None = None
 
+    def take(self, times: list[float]) -> None:
+        ordered = sorted(times)
+        self.median = statistics.median(times)
+        self.p20 = ordered[len(ordered) // 5]
+        self.p80 = ordered[-1 - len(ordered) // 5]
+
     def row(self) -> dict[str, float | str]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
@@ -75,10 +81,7 @@ def interleave(
                 )
     for name, times in samples.items():
         if not found[name].error:
-            ordered = sorted(times)
-            found[name].median = statistics.median(times)
-            found[name].p20 = ordered[len(ordered) // 5]
-            found[name].p80 = ordered[-1 - len(ordered) // 5]
+            found[name].take(times)
     return found
 
 

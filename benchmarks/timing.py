@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,10 +38,7 @@ def interleave(variants: Variants, device: str, repeats: int) -> dict[str, Timin
             variants[name]()
             times.append(1e3 * (time.perf_counter() - start))
     for name, times in samples.items():
-        ordered = sorted(times)
-        found[name].median = statistics.median(times)
-        found[name].p20 = ordered[len(ordered) // 5]
-        found[name].p80 = ordered[-1 - len(ordered) // 5]
+        found[name].take(times)
     return found
 
 
