@@ -17,8 +17,8 @@ class Sizes:
     """bytes written before each timed call: more than any L2 cache holds"""
     repeats: int | None = None
     """of every timed variant; None: what each section asks for"""
-    warmups: int | None = None
-    """likewise"""
+    warmups: int = 2
+    """calls of a variant before any is timed"""
 
     small_head: tuple[int, int] = (1536, 151_936)
     large_head: tuple[int, int] = (3584, 152_064)

@@ -54,7 +54,6 @@ def interleave(
     variants: dict[str, Callable[[], object]],
     *,
     repeats: int = 7,
-    warmups: int = 2,
     launches: bool = False,
 ) -> dict[str, Timing]:
     """Median time of each variant, all of them run in turn; one that fails says why.
@@ -63,14 +62,13 @@ def interleave(
     `launches` does the host's time to launch count.
     """
     sizes = gpu_sizes.SIZES
-    repeats, warmups = sizes.repeats or repeats, sizes.warmups or warmups
     flush = torch.empty(sizes.flush, dtype=torch.int8, device="cuda")
     ahead = 0 if launches else HEAD_START
     found = {name: Timing() for name in variants}
     for name, variant in variants.items():
-        _guarded(found[name], lambda timing, v=variant: _warm_up(timing, v, warmups))
+        _guarded(found[name], lambda timing, v=variant: _warm_up(timing, v, sizes.warmups))
     samples: dict[str, list[float]] = {n: [] for n, timing in found.items() if not timing.error}
-    for done in range(repeats):
+    for done in range(sizes.repeats or repeats):
         if done and time.monotonic() > deadline:
             break
         for name, times in samples.items():

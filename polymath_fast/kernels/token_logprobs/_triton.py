@@ -14,13 +14,10 @@ from polymath_fast.kernels.triton import rows
 
 
 def token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, inplace: bool = False
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logits` (N, V), `targets` (N,) int64 -> logprobs (N,), entropy (N,).
-
-    inplace: the backward pass writes the gradient over the logits, which nobody may need by then.
-    """
-    return _TokenLogprobs.apply(logits, targets, temperature, inplace)
+    """`logits` (N, V), `targets` (N,) int64 -> logprobs (N,), entropy (N,)."""
+    return _TokenLogprobs.apply(logits, targets, temperature)
 
 
 def gradient(
@@ -39,11 +36,11 @@ def gradient(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, targets, temperature, inplace):  # noqa: ANN001
+    def forward(ctx: Any, logits, targets, temperature):  # noqa: ANN001
         ctx.set_materialize_grads(False)
         found = rows.statistics(logits, targets, temperature)
         ctx.save_for_backward(logits, targets, found)
-        ctx.temperature, ctx.inplace = temperature, inplace
+        ctx.temperature = temperature
         return found[0].clone(), found[1].clone()
 
     @staticmethod
@@ -51,11 +48,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor | None, g_entropy: torch.Tensor | None):
         logits, targets, found = ctx.saved_tensors
         if g is None and g_entropy is None:
-            return None, None, None, None
-        out = logits if ctx.inplace else torch.empty_like(logits)
+            return None, None, None
+        out = torch.empty_like(logits)
         g = torch.zeros_like(found[0]) if g is None else g
         rows.slopes(logits, targets, found, g, g_entropy, ctx.temperature, out)
-        if ctx.inplace:
-            # a second backward pass, or another reader of the logits, fails instead of misreading
-            torch.autograd.graph.increment_version(logits)
-        return out, None, None, None
+        return out, None, None

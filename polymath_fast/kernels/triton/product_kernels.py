@@ -97,14 +97,13 @@ def hidden_gemm_kernel(
         tl.store(place, out.to(out_ptr.dtype.element_ty), mask=wanted[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def weight_gemm_kernel(
     exps,
     scaled,
     live_ptr,
     width_ptr,
     out_ptr,
-    rows,
     columns,
     depth,
     stride_exps,

@@ -80,7 +80,7 @@ def weight_product(
         live: (1,) int32 on the device.
         width: (1,) int32, how many rows of `out` are made; None: all.
     """
-    (rows, columns), depth = exps.shape, scaled.shape[1]
+    columns, depth = exps.shape[1], scaled.shape[1]
     tiles = backward_tiles_for(out.device)
     operands, described = _operands((exps, (tiles.k, tiles.m)), (scaled, (tiles.k, tiles.n)))
     weight_gemm_kernel[(triton.cdiv(columns, tiles.m) * triton.cdiv(depth, tiles.n),)](
@@ -88,7 +88,6 @@ def weight_product(
         live,
         width,
         out,
-        rows,
         columns,
         depth,
         exps.stride(0),
