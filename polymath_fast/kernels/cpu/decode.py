@@ -12,7 +12,7 @@ from numba import njit
 from polymath_fast.kernels.cpu import tiles
 from polymath_fast.kernels.cpu.attention_parts import PANEL
 from polymath_fast.kernels.cpu.decode_attention import ROWS, attend, place
-from polymath_fast.kernels.cpu.layers import copy_row, rms_norm
+from polymath_fast.kernels.cpu.layers import copy_row, rms_norm, round_row
 from polymath_fast.kernels.cpu.moves import copy
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 from polymath_fast.kernels.cpu.team import barrier, next_task
@@ -181,7 +181,7 @@ def _project(x, count, packed, panel, tile, bias, out):
         for r in range(min(tiles.ROWS, count - top)):
             if bias.size:
                 _add(tile[r], bias[left:right])
-            _round(tile[r], out[top + r, left:right])
+            round_row(tile[r], out[top + r, left:right])
 
 
 @njit(nogil=True, cache=True)
@@ -198,8 +198,8 @@ def _activate(x, count, packed, panel, tile, out, kept_rows, kept):
             _silu_times(gate, up, out[top + r, left:right])
             if top + r < kept_rows.size and kept_rows[top + r] >= 0:
                 row = kept[kept_rows[top + r]]
-                _round(gate, row[: tiles.COLUMNS])
-                _round(up, row[tiles.COLUMNS :])
+                round_row(gate, row[: tiles.COLUMNS])
+                round_row(up, row[tiles.COLUMNS :])
 
 
 @njit(inline="always")
@@ -214,12 +214,6 @@ def _tile(x, top, packed, out):
 def _add(row, other):
     for j in range(other.size):
         row[j] += other[j]
-
-
-@njit(nogil=True, cache=True)
-def _round(row, out):
-    for j in range(out.size):
-        put(out, j, row[j])
 
 
 @njit(nogil=True, cache=True)

@@ -82,7 +82,7 @@ def rotate_gradient(
                 into = d_norms[slots[start], head]
                 _norm_gradient(source, norms[head], scale, row, nothing, out[i, head], into)
             else:
-                _narrow(row, out[i, head])
+                round_row(row, out[i, head])
         for head in range(keys):
             copy_row(d_v[i, head], out[i, queries + keys + head])
 
@@ -116,6 +116,13 @@ def copy_row(source, out):
     """out = source; a loop, because numba takes a second to compile each assignment of arrays."""
     for j in range(out.size):
         out[j] = source[j]
+
+
+@njit(nogil=True, cache=True)
+def round_row(row, out):
+    """out (D,) = the first D of row, fp32, rounded to the dtype of `out`."""
+    for j in range(out.size):
+        put(out, j, row[j])
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -162,12 +169,6 @@ def _norm_dot(row, weight, scale, upstream):
 def _widen(row, out):
     for j in range(row.size):
         out[j] = value(row[j])
-
-
-@njit(nogil=True, cache=True)
-def _narrow(row, out):
-    for j in range(row.size):
-        put(out, j, row[j])
 
 
 @njit(nogil=True, cache=True)

@@ -98,7 +98,7 @@ def logits_statistics(start, stop, source, step, vocab, half, targets, scale, fo
     (`half`) fp16 bits."""
     row = np.empty(vocab, np.float32)
     for i in range(start, stop):
-        _load(source[i * step : i * step + vocab], half, row)
+        scalar.load_row(source[i * step : i * step + vocab], half, np.float32(1), row)
         _statistics(row, targets[i], scale, found[:, i])
 
 
@@ -114,7 +114,7 @@ def logits_slopes(
         if by_logprob[i] == 0 and by_entropy[i] == 0:
             target_row[:] = 0
         else:
-            _load(source[i * step : i * step + vocab], half, row)
+            scalar.load_row(source[i * step : i * step + vocab], half, np.float32(1), row)
             _slopes(
                 row, targets[i], scale, found[:, i], by_logprob[i], by_entropy[i], target_row, half
             )
@@ -211,26 +211,3 @@ def _compiled_store(out, index, value, half):
             out[index] = value
 
     return store
-
-
-def _load(source, half, row):
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_load)
-def _compiled_load(source, half, row):
-    if source.dtype == types.uint16:
-
-        def load(source, half, row):
-            if half:
-                for v in range(row.size):
-                    row[v] = scalar.from_float16(source[v])
-            else:
-                for v in range(row.size):
-                    row[v] = scalar.from_bfloat16(source[v])
-    else:
-
-        def load(source, half, row):
-            row[:] = source
-
-    return load
