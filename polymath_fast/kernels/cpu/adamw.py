@@ -26,7 +26,7 @@ def squares(start, stop, grad, out):
         out[chunk] = _squares(grad[chunk * CHUNK : (chunk + 1) * CHUNK])
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"}, forceinline=True)
 def _squares(values):
     total = 0.0
     for i in range(values.size):

@@ -160,7 +160,7 @@ def _slopes(scores, slopes, scale, log_sum, delta, probs, d_scores):
         put(d_scores, i, p * (slopes[i] - delta) * scale)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
 def _dot(left, right):
     total = np.float32(0)
     for d in range(left.size):

@@ -151,7 +151,7 @@ def softmax(row, seen, base, own, scale, out):
     return total, top + np.float32(math.log(total))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
 def _largest(row):
     top = np.float32(-np.inf)
     for i in range(row.size):
@@ -159,7 +159,7 @@ def _largest(row):
     return top
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
 def _exponentials(row, scale, top, out):
     total = np.float32(0)
     for i in range(row.size):

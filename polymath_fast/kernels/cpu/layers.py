@@ -125,7 +125,7 @@ def round_row(row, out):
         put(out, j, row[j])
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
 def _inverse_rms(row, eps):
     total = np.float32(0)
     for j in range(row.size):
@@ -157,7 +157,7 @@ def _norm_gradient(row, weight, scale, upstream, residual, out, d_weight):
         put(out, j, value(residual[j]) + slope)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
 def _norm_dot(row, weight, scale, upstream):
     dot = np.float32(0)
     for j in range(row.size):

@@ -142,7 +142,7 @@ def _statistics(row, target, scale, found):
     found[3] = total / everything
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
 def _sums(row, scale, top):
     """Largest x = row * scale, sum of exp(x - largest) and of exp(x - largest) (x - largest)."""
     total = 0.0
