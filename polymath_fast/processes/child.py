@@ -36,15 +36,16 @@ class Child:
             )
         self.channel = Channel(ours, timeout=None)
 
-    def close(self, *, ask: str | None = None) -> None:
-        """Wait until it ends, which it is asked for with a message `ask`, or kill it."""
+    def close(self, *, ask: str | None = None, patience: float = _PATIENCE) -> None:
+        """Wait until it ends, which it is asked for with a message `ask`, or kill it after
+        `patience` seconds."""
         if self.channel.busy:  # interrupted while it worked: there is nothing to wait for
             self.process.kill()
         if self.process.poll() is None:
             try:
                 if ask is not None:
                     self.channel.send(ask)
-                self.process.wait(_PATIENCE)
+                self.process.wait(patience)
             except (EngineError, subprocess.TimeoutExpired):
                 self.process.kill()
         self.process.wait()

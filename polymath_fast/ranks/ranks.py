@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from polymath_fast.processes.child import Child
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+_PATIENCE = 3.0  # seconds for all members to end; they have nothing to save
 
 
 class Ranks:
@@ -103,8 +107,9 @@ class Leader(_Several):
     def close(self) -> None:
         for child in self._children:
             child.channel.close()  # they end when they hear nothing more
+        last = time.monotonic() + _PATIENCE
         for child in self._children:
-            child.close()
+            child.close(patience=max(0.0, last - time.monotonic()))
 
 
 class Member(_Several):
