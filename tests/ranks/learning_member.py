@@ -1,5 +1,5 @@
-"""Another process that learns from its part of a batch, as `python -m polymath_fast.ranks.member`
-does from a run's: reads what from its channel, says its metrics and a checksum of its weights."""
+"""Another process that learns from its part of batches, as `python -m polymath_fast.ranks.member`
+does from a run's: hears of them on its channel, says metrics and a checksum of its weights."""
 
 from __future__ import annotations
 
@@ -35,11 +35,14 @@ def learned(
 
 def main(descriptor: int) -> None:
     channel = inherited(descriptor)
-    start = channel.receive("start")
-    ranks = Member(channel, start["rank"], start["size"], Path(start["folder"]), "cpu")
     torch.set_num_threads(1)
-    metrics, weights = learned(start["model"], start["settings"], start["rows"], ranks)
-    channel.send("value", value=[metrics, weights.double().sum().item()])
+    while True:
+        start = channel.receive("start", "close")
+        if start["kind"] == "close":
+            return
+        ranks = Member(channel, start["rank"], start["size"], Path(start["folder"]), "cpu")
+        metrics, weights = learned(start["model"], start["settings"], start["rows"], ranks)
+        channel.send("value", value=[metrics, weights.double().sum().item()])
 
 
 if __name__ == "__main__":
