@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from polymath_fast import environment
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Threads that wait for each other in a loop take the processor from the one they wait for, whenever
-# another process wants it: small models then are ten times as slow. Before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+environment.prepare()  # as every command does, before torch is loaded
 
 
 def pytest_configure() -> None:

@@ -173,3 +173,14 @@ def test_a_head_may_be_off_by_what_products_of_torch_are() -> None:
     assert "error" not in gpu_sections.gate({f"torch {name}": 2e-5, name: 3.9e-5})
     assert "error" in gpu_sections.gate({f"torch {name}": 2e-5, name: 4.1e-5})
     assert "error" in gpu_sections.gate({"64 head logprob error": float("nan")})
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    root = Path(__file__).parents[1]
+    results = root / "benchmarks/results/amd-epyc-family-25-avx512-bf16-2-threads/end_to_end.md"
+    said = " ".join((root / "README.md").read_text().split())
+    for contender in ("TRL", "plain loop"):
+        measured = re.search(
+            rf"\* {contender} takes ([\d.]+) times as long a token", results.read_text()
+        )
+        assert re.search(rf"{contender}(?: takes)? {re.escape(measured[1])} times", said), contender
