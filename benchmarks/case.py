@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.timing import Variants
 
@@ -21,3 +21,9 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     """what the best algorithm must do, for the share of the machine's rate"""
+    other_bytes: dict[str, float] = field(default_factory=dict)
+    """of variants that move another number of them"""
+
+    def bytes_of(self, variant: str) -> float:
+        """What this one must move."""
+        return self.other_bytes.get(variant, self.bytes)

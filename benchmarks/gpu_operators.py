@@ -39,10 +39,7 @@ def correct_optimizer(device: str = "cuda") -> dict[str, Any]:
 def time_optimizer() -> dict[str, Any]:
     """2^28 weights: norm, clip and update beside torch's clip, fused AdamW and copy; the norm."""
     case = flat_adamw_case("cuda")
-    rows = timed_table(case.variants, byte_count=int(case.bytes))["rows"]
-    for row in rows:
-        if "remainder" in row["what"] and "share" in row:  # two of 34 bytes a weight are not moved
-            row |= {"bytes": row["bytes"] * 32 // 34, "share": row["share"] * 32 / 34}
+    rows = timed_table(case.variants, byte_count=lambda name: int(case.bytes_of(name)))["rows"]
     grad = torch.randn(case.shape["n"], device="cuda")
     norms: Variants = {
         "grad_norm": lambda: grad_norm(grad),

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from benchmarks import gpu_rivals, gpu_sizes
-from benchmarks.gpu_timing import Timing, interleave
+from benchmarks.gpu_timing import interleave
 from benchmarks.timing import Variants, copy_rate, gemm_rate
 from polymath_fast.kernels import PolicyLossSpec, grpo_loss, token_logprobs
 from polymath_fast.kernels.active_vocabulary import ROUNDING
@@ -165,24 +165,20 @@ def _logit_variants(logits: torch.Tensor, targets: torch.Tensor, old: torch.Tens
 def timed_table(
     variants: Variants,
     *,
-    byte_count: int | None = None,
+    byte_count: int | Callable[[str], int] | None = None,
     flop_count: int | None = None,
     repeats: int = 7,
 ) -> dict[str, Any]:
-    """Times, each as a share of what the bytes or FLOPs that are needed would take at full rate."""
+    """Times, each as a share of what the bytes (by name of the variant, where they differ) or FLOPs
+    that are needed would take at full rate."""
     gemm, copy = _rates()
-    floor = flop_count / gemm if flop_count else byte_count / copy
     found = []
     for name, timing in interleave(variants, repeats=repeats).items():
-        row = {"what": name} | timing.row() | _work(timing, floor, byte_count, flop_count)
+        row = {"what": name} | timing.row()
+        if timing.median is not None:
+            moved = byte_count(name) if callable(byte_count) else byte_count
+            work = {"flops": flop_count} if flop_count else {"bytes": moved}
+            floor = flop_count / gemm if flop_count else moved / copy
+            row |= work | {"share": 1e3 * floor / timing.median}
         found.append(row)
     return {"rows": found}
-
-
-def _work(
-    timing: Timing, floor: float, byte_count: int | None, flop_count: int | None
-) -> dict[str, Any]:
-    if timing.median is None:
-        return {}
-    work = {"bytes": byte_count} if byte_count else {"flops": flop_count}
-    return work | {"share": 1e3 * floor / timing.median}

@@ -30,6 +30,8 @@ def flat_adamw_case(device: str) -> Case:
         check=lambda: check_updates(device),
         # read gradient twice, master and moments; write master, moments, live weights
         bytes=34.0 * count,
+        # half of a master, read and written, and live weights that are read as well
+        other_bytes={"ours, 16-bit remainder": 32.0 * count},
     )
 
 

@@ -89,7 +89,7 @@ def measure(
             seconds = 1e-3 * timing.median
             row["times faster than baseline"] = baseline / timing.median if baseline else None
             row["share of product rate"] = case.flops / seconds / rates["gemm"]
-            row["share of copy rate"] = case.bytes / seconds / rates["copy"]
+            row["share of copy rate"] = case.bytes_of(variant) / seconds / rates["copy"]
         rows[variant] = row
     return result | {
         "baseline": case.baseline,

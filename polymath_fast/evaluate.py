@@ -137,10 +137,9 @@ def _choose(settings: EvalSettings) -> _Chosen:
     dtype, reason = precision.choose_dtype(settings.dtype, device)
     print(f"weights: {dtype} ({reason})", flush=True)
     if engine == "vllm":
-        from polymath_fast.rollout.vllm_process import check_version, require_dtype
+        from polymath_fast.rollout.vllm_process import require_usable
 
-        check_version()
-        require_dtype(dtype, device)
+        require_usable(dtype, device)
     return _Chosen(engine, device, dtype)
 
 

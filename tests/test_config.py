@@ -168,6 +168,7 @@ def test_settings_cannot_be_changed() -> None:
         (["--loss-type", "ppo"], "--loss-type is 'ppo'; it must be one of"),
         (["--max-steps"], "--max-steps takes one value, but has none"),
         (["--max-steps", "3", "4"], "--max-steps takes one value, but has 2 (3 4)"),
+        (["--seed=1", "2"], "'2' belongs to no flag"),
         (["--seed="], "--seed is ''; it must be a whole number; 0 works"),
         (["train", "--seed", "1"], "'train' belongs to no flag"),
         (["--log-to", "wandb", "mlflow"], "--log-to is 'mlflow'; it must be one of wandb"),

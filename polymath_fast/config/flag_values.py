@@ -18,7 +18,7 @@ def refuse_unreadable(words: Sequence[str], hints: Mapping[str, object]) -> None
     """
     if {"-h", "--help"} & set(words):
         return
-    for flag, values in _given(words):
+    for flag, values in given(words):
         name = flag[2:].replace("-", "_")
         if not flag:
             raise UserError(f"{values[0]!r} belongs to no flag; see --help for what there is")
@@ -28,15 +28,19 @@ def refuse_unreadable(words: Sequence[str], hints: Mapping[str, object]) -> None
             raise UserError(f"{flag} takes no value, but {values[0]!r} follows; leave that out")
 
 
-def _given(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Every flag with what follows it; "" for what stands before the first."""
+def given(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Every flag with its values, read the way the parser reads them; "" for what is no flag's:
+    it stands before the first, or behind a value that "=" joins to its flag."""
     flag, values = "", []
     for word in words:
         if word.startswith("--"):
             if flag or values:
                 yield flag, values
             flag, equals, value = word.partition("=")
-            values = [value] if equals else []
+            values = []
+            if equals:
+                yield flag, [value]
+                flag = ""
         else:
             values.append(word)
     if flag or values:

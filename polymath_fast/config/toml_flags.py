@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args, get_origin
 
+from polymath_fast.config.flag_values import given
 from polymath_fast.errors import UserError
 from polymath_fast.folders import lookup
 
@@ -15,21 +16,12 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 
 def values_of(flag: str, args: Sequence[str]) -> list[str]:
-    """Everything given for `flag` in `args`, in order, read the way the parser reads it.
+    """Everything given for `flag` in `args`, in order.
 
     >>> values_of("--config", ["--seed", "1", "--config", "a", "b", "--config=c"])
     ['a', 'b', 'c']
     """
-    found: list[str] = []
-    taking = False
-    for arg in args:
-        if arg.startswith("--"):
-            name, equals, value = arg.partition("=")
-            taking = name == flag and not equals
-            found += [value] if name == flag and equals else []
-        elif taking:
-            found.append(arg)
-    return found
+    return [value for name, values in given(args) if name == flag for value in values]
 
 
 def refuse_unknown(

@@ -234,8 +234,9 @@ class Learner:
         self, rows: Sequence[TrainingRow], policy: Policy, field: str
     ) -> list[TrainingRow]:
         """The rows, with `policy`'s log-probs of the tokens in `field` of this process's own."""
-        filled, own = list(rows), self._own(rows)
+        filled = list(rows)
         places = [index for index, row in enumerate(rows) if row.rank == self.ranks.rank]
+        own = [rows[index] for index in places]
         for chunk, batch, hidden in self._microbatches(policy, own):
             lengths = [len(own[index].token_ids) for index in chunk]
             logprobs = self._logprobs(policy, batch, hidden).cpu().split(lengths)

@@ -7,7 +7,7 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from polymath_fast.errors import EngineError, UserError
@@ -51,6 +51,12 @@ class Channel:
             self._socket.sendall(struct.pack("<I", len(body)) + body)
         except OSError as error:
             raise EngineError(f"the other process is gone ({error})") from error
+
+    def fail(self, error: UserError | EngineError) -> None:
+        """Let the other side's `receive` raise an error of this kind, if it is still there."""
+        kind = "refused" if isinstance(error, UserError) else "failed"
+        with suppress(EngineError):
+            self.send(kind, reason=str(error))
 
     def receive(self, *kinds: str) -> dict[str, Any]:
         """The next message. Raises EngineError when it does not come, or is none of `kinds`."""

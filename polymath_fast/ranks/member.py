@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +38,7 @@ def main(descriptor: int) -> int:
         invitation = Invitation(ranks, Path(message["run_dir"]), checkpoint)
         return train(_settings(message["config"]), invitation)
     except (UserError, EngineError) as error:
-        kind = "refused" if isinstance(error, UserError) else "failed"
-        with suppress(EngineError):  # the leader may be what is gone
-            channel.send(kind, reason=str(error))
+        channel.fail(error)
         return 1
 
 

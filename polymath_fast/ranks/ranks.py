@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,21 +87,14 @@ class Leader(_Several):
         self._children = children
 
     def gather(self, value: Any) -> list[Any]:
-        values = [value]
-        with self._naming():
-            for child in self._children:
-                values.append(child.channel.receive("value")["value"])
-            for child in self._children:
-                child.channel.send("values", values=values)
-        return values
-
-    @contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Errors inside are those of another process."""
+        channels = [child.channel for child in self._children]
         try:
-            yield
+            values = [value, *(channel.receive("value")["value"] for channel in channels)]
+            for channel in channels:
+                channel.send("values", values=values)
         except EngineError as error:
             raise EngineError(f"one of the {self.size} processes of this run: {error}") from error
+        return values
 
     def close(self) -> None:
         for child in self._children:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from polymath_fast.errors import EngineError, UserError
@@ -33,9 +32,7 @@ def serve(
         channel.send("ready")
         _answer(channel, engine, make_driver(settings["device"]))
     except (UserError, EngineError) as error:
-        kind = "refused" if isinstance(error, UserError) else "failed"
-        with suppress(EngineError):  # the parent may be what is gone
-            channel.send(kind, reason=str(error))
+        channel.fail(error)
     finally:
         if engine is not None:
             engine.close()

@@ -75,9 +75,8 @@ class VllmEngine(StreamingEngine):
         vllm_process.require_first_device(device)
         if VllmEngine._running:
             raise UserError("a vLLM engine runs in this process already; close() it first")
-        vllm_process.check_version()
         dtype = dtype or choose_dtype("auto", device)[0]
-        vllm_process.require_dtype(dtype, device)
+        vllm_process.require_usable(dtype, device)
         vllm_process.prepare(device, kv_cache_gib, threads)
         from vllm import LLM
 

@@ -46,6 +46,12 @@ def require_first_device(device: str) -> None:
         )
 
 
+def require_usable(dtype: str, device: str) -> None:
+    """Raise UserError where the vLLM that is installed, or its products in `dtype`, will not do."""
+    check_version()
+    require_dtype(dtype, device)
+
+
 def require_dtype(dtype: str, device: str) -> None:
     """Raise UserError where vLLM's CPU products do not exist in `dtype`."""
     import torch

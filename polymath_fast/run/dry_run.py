@@ -57,13 +57,15 @@ def _memory_facts(config: Config, inputs: Inputs) -> dict[str, str]:
     needs = _needs(config, inputs)
     total, free = sum(needs.values()), _free_gib(inputs.device)
     parts = ", ".join(f"{name} {size:.2f}" for name, size in needs.items())
-    if inputs.device == "cpu" and config.num_processes > 1:  # a GPU has one of them
-        total *= config.num_processes
-        parts = f"{config.num_processes} times {parts}"
-    if total > free:
+    copies = config.num_processes if inputs.device == "cpu" else 1  # a GPU has one of them
+    if copies > 1:
+        parts = f"{copies} times {parts}"
+    missing = total - free / copies
+    total *= copies
+    if missing > 0:
         raise UserError(
             f"the run needs about {total:.1f} GiB on {inputs.device} ({parts}), but {free:.1f} GiB "
-            f"are free; {_advice(config, needs, total - free, inputs)}"
+            f"are free; {_advice(config, needs, missing, inputs)}"
         )
     return {
         "parameters": f"{memory.parameters(inputs.shape):,}",

@@ -89,10 +89,9 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         in_tiles=_decodes_in_tiles(config, shape, device, dtype),
     )
     if engine_name == "vllm":
-        from polymath_fast.rollout.vllm_process import check_version, require_dtype
+        from polymath_fast.rollout.vllm_process import require_usable
 
-        check_version()
-        require_dtype(dtype, device)
+        require_usable(dtype, device)
     if config.release_kv_cache:
         _check_release(engine_name, device)
     sync_name, sync_reason = rollout.choose_weight_sync(

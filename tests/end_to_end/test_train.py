@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from polymath_fast import train
+from polymath_fast import machine, train
+from polymath_fast.run import dry_run
 
 REWARD = '''
 def vowels(prompts, completions, completion_ids, **columns):
@@ -251,6 +252,21 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     for word in ("random:tiny", "transformers", "gold", "wrong", "GiB"):
         assert word in said
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_dry_run_that_finds_too_little_memory_names_what_would_do(
+    tmp_path, capsys, monkeypatch, processes
+):
+    """A tape of 4 GiB for each process, and 1.5 GiB free for each."""
+    monkeypatch.setattr(dry_run, "_free_gib", lambda device: 1.5 * processes)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    words = ["--model", "random:tiny", "--question", "1+1?", "--answer", "2", "--dry-run"]
+    words += ["--num-generations", "200000", "--max-completion-length", "512", "--tape-gib", "4"]
+    run_here([*words, "--num-processes", str(processes)], tmp_path / "run", expect=2)
+    said = capsys.readouterr().err
+    assert f"{1.5 * processes:.1f} GiB are free; --tape-gib 0 works" in said
+    assert ("2 times weights" in said) == (processes == 2)
 
 
 def test_a_dry_run_refuses_a_reward_that_prefers_wrong_answers(tmp_path, capsys):
