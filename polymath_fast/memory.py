@@ -41,33 +41,26 @@ def parameters(shape: dict[str, Any]) -> int:
 
 
 def activation_bytes(
-    shape: dict[str, Any],
-    *,
-    device: str,
-    dtype: str = "bfloat16",
-    gradient_checkpointing: bool = False,
+    shape: dict[str, Any], *, dtype: str = "bfloat16", gradient_checkpointing: bool = False
 ) -> int:
     """What autograd keeps of one token's forward pass below the LM head, in bytes.
 
-    Counted from the layers. transformers' own: both norms keep a float32 copy of their input and
-    what they give, before and after its weight (Gemma's the former in float32), the gate keeps four
-    vectors of the MLP's width, attention its inputs and output. The fused ones of a CPU keep
-    neither norms nor activations. With `gradient_checkpointing` all but the input of a layer is
-    kept of one layer at a time.
+    Counted from the layers. The fused ones keep neither norms nor activations. Gemma's are
+    transformers' own: both norms keep a float32 copy of their input and of what they give, the gate
+    keeps four vectors of the MLP's width, attention its inputs and output. With
+    `gradient_checkpointing` all but the input of a layer is kept of one layer at a time.
     """
     size = BYTES[dtype]
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     q, kv, head = widths(shape)
     heads, layers = shape["num_attention_heads"], shape["num_hidden_layers"]
-    qwen3, gemma = (shape["model_type"] == name for name in ("qwen3", "gemma"))
-    if device == "cpu" and not gemma:
+    if shape["model_type"] == "gemma":
+        layer = 2 * (8 + size) * hidden + size * (4 * inner + 2 * q + 2 * kv) + 4 * heads + 8
+        rest = 8 * hidden + 2 * size * head
+    else:
+        qwen3 = shape["model_type"] == "qwen3"
         layer = size * (2 * (hidden + inner + q + kv) + (q + 2 * kv) * qwen3) + 4 * heads
         rest = size * hidden + 16
-    else:
-        normed = 4 + (4 if gemma else size)
-        layer = 2 * (normed + size) * hidden + size * (4 * inner + 2 * q + 2 * kv) + 4 * heads + 8
-        layer += ((4 + size) * (q + kv) + 4 * (q + kv) // head) * qwen3
-        rest = normed * hidden + 2 * size * head
     if gradient_checkpointing:
         return layers * size * hidden + layer + rest
     return layers * layer + rest
@@ -148,10 +141,7 @@ def estimate(
     if engine == "vllm":
         cached = vllm_kv_cache_gib(shape, config, prompt_tokens, device=device, dtype=dtype) * GIB
     kept = activation_bytes(
-        shape,
-        device=device,
-        dtype=dtype,
-        gradient_checkpointing=config.gradient_checkpointing,
+        shape, dtype=dtype, gradient_checkpointing=config.gradient_checkpointing
     )
     size, kind = BYTES[dtype], {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     # on a GPU they are the learner's; CPU builds of vLLM multiply with a packed copy all the same

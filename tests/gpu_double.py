@@ -2,7 +2,7 @@
 
 What it replaces, and nothing else does: where tensors of "cuda" lie, events, streams and memory
 counters; which implementation a tensor of that CPU gets; torch.compile, which hands the function
-back; products with an fp32 result, which only CUDA has; layers, which only a CPU fuses;
+back; products with an fp32 result, which only CUDA has; what the learner has for a CPU alone;
 csrc/weight_sync.cu, in torch.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-from polymath_fast.kernels import dispatch
+from polymath_fast.kernels import dense, dispatch
 from polymath_fast.kernels.weight_sync import _cuda
 from polymath_fast.kernels.weight_sync.table import DTYPES, ROW
 from polymath_fast.learner import fused_layers
@@ -44,10 +45,6 @@ class OnCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.to:
             args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
-        if func in (torch.mm, torch.addmm) and "out_dtype" in kwargs:
-            wide, out = kwargs.pop("out_dtype"), kwargs.pop("out", None)
-            found = func(*(arg.to(wide) for arg in args), **kwargs)
-            return found if out is None else out.copy_(found)
         return func(*args, **kwargs)
 
 
@@ -92,6 +89,23 @@ def _matrix(address: int, rows: int, cols: int, ld: int, dtype: torch.dtype) -> 
     size = ((int(rows) - 1) * int(ld) + int(cols)) * dtype.itemsize
     flat = torch.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype=dtype)
     return flat.as_strided((int(rows), int(cols)), (int(ld), 1))
+
+
+def _with_wide_results(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch.mm or torch.addmm, with the `out_dtype` that CUDA's have."""
+
+    def call(
+        *args: torch.Tensor,
+        out_dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        if out_dtype is None:
+            return product(*args, out=out, **options)
+        found = product(*(arg.to(out_dtype) for arg in args), **options)
+        return found if out is None else out.copy_(found)
+
+    return call
 
 
 def _is_cuda(device: Any) -> bool:
@@ -161,9 +175,12 @@ def installed():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for owner, name, value in (
             (torch, "compile", _compile),
+            (torch, "mm", _with_wide_results(torch.mm)),
+            (torch, "addmm", _with_wide_results(torch.addmm)),
             (torch, "Generator", Generator),
             (DeviceContext, "__init__", _enter_device),
-            (fused_layers, "fuse", lambda model, attention: "its weights are on cuda"),
+            (dense, "_add_on_cpu", dense._add_on_gpu),
+            (fused_layers, "fuse_embedding", lambda embedding: None),
             (dispatch, "choose_here", _choose_here),
             (dispatch, "library_path", lambda op: Path(__file__)),
             (_cuda, "library", WeightSync),

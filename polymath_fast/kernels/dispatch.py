@@ -38,6 +38,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "prefix_attention": ("flash", "triton", "cpu", "reference"),
     "weight_sync": ("cuda", "triton", "cpu", "reference"),
     "flat_adamw": ("triton", "cpu", "reference"),
+    "layer_rows": ("triton", "cpu", "reference"),
 }
 """operator -> what exists for it, fastest first"""
 

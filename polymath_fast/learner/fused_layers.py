@@ -1,7 +1,7 @@
-"""Decoder layers of Llama, Qwen2 and Qwen3 models on a CPU, in three steps instead of thirty.
+"""Decoder layers of Llama, Qwen2 and Qwen3 models, in three steps instead of thirty.
 
 A layer becomes [norm, q/k/v projection, rotation], attention, [output projection, norm, MLP]. The
-first and the last are one autograd node each, see `layer_passes`: passes over rows are compiled,
+first and the last are one autograd node each, see `layer_passes`: passes over rows are kernels,
 weights that lie side by side are multiplied at once, and the backward pass computes norms and
 activations again instead of keeping them. Attention stays whatever the model was loaded with, so
 everything that goes through transformers' attention registry works as before.
@@ -18,12 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polymath_fast.kernels import layer_rows
 from polymath_fast.kernels.autograd import first_order
-from polymath_fast.kernels.cpu.dense import linear
-from polymath_fast.kernels.cpu.workspace import buffer
+from polymath_fast.kernels.dense import linear, scratch
 from polymath_fast.learner import layer_passes
 from polymath_fast.learner.fused_embedding import fuse_embedding
 from polymath_fast.learner.layer_passes import Mlp, Projections, Rotation
+
+_DTYPES = {
+    "cpu": (torch.bfloat16, torch.float32),
+    "cuda": (torch.bfloat16, torch.float16, torch.float32),
+}
 
 
 def fuse(model: nn.Module, attention: Callable[..., tuple[Tensor, None]]) -> str | None:
@@ -31,7 +36,7 @@ def fuse(model: nn.Module, attention: Callable[..., tuple[Tensor, None]]) -> str
     known shape.
 
     Args:
-        model: a causal language model of transformers, on the CPU, in bfloat16 or float32.
+        model: a causal language model of transformers, on a CPU or a GPU.
         attention: what the model's attention modules call, as transformers' registry has it.
 
     Returns:
@@ -52,7 +57,7 @@ def fuse(model: nn.Module, attention: Callable[..., tuple[Tensor, None]]) -> str
 def _unlike(layer: nn.Module) -> str | None:
     attention, mlp = layer.self_attn, layer.mlp
     weight = mlp.down_proj.weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float32):
+    if weight.dtype not in _DTYPES.get(weight.device.type, ()):
         return f"weights are {weight.dtype} on {weight.device}"
     if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
         return f"the MLP's activation is {type(mlp.act_fn).__name__}"
@@ -98,14 +103,14 @@ class Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return layer_passes.normed(x, weight, eps, torch.empty_like(x))
+        return layer_rows.rms_norm(x.contiguous(), weight, eps, torch.empty_like(x))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, upstream: Tensor):
         x, weight = ctx.saved_tensors
-        nothing = torch.zeros_like(x)
-        return *layer_passes.norm_gradient(x, weight, ctx.eps, upstream, nothing), None
+        upstream = upstream.contiguous()
+        return *layer_rows.rms_norm_gradient(x.contiguous(), weight, ctx.eps, upstream), None
 
 
 class QueryKeyValue(torch.autograd.Function):
@@ -118,14 +123,15 @@ class QueryKeyValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, of: Projections, rotation: Rotation, *_: Tensor | None):
         size = rotation.cos.shape[1]
-        normed = layer_passes.normed(x, of.norm, of.eps, buffer("normed", x.shape, x.dtype))
+        normed = layer_passes.normed(x, of.norm, of.eps)
         stacked = linear(normed, of.weights, of.biases).view(len(x), -1, size)
         normalised = of.head_norms[0] is not None
         rotated = torch.empty_like(stacked) if normalised else stacked
         layer_passes.rotate(stacked, of, rotation, rotated)
         ctx.save_for_backward(x, stacked if normalised else None, *of.parameters)
         ctx.eps, ctx.rotation = of.eps, rotation
-        return *rotated.split(of.counts(size), dim=1), x.view_as(x)
+        queries, keys = of.counts(size)
+        return *rotated.split([queries, keys, keys], dim=1), x.view_as(x)
 
     @staticmethod
     @first_order
@@ -146,11 +152,9 @@ class OutputAndMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, attended: Tensor, x: Tensor, of: Mlp, *_: Tensor):
         between = torch.addmm(x, attended, of.output.t())
-        normed = layer_passes.normed(between, of.norm, of.eps, buffer("normed", x.shape, x.dtype))
-        gate_up = linear(normed, (of.gate, of.up))
-        active = layer_passes.activate(
-            gate_up, buffer("active", (len(x), of.gate.shape[0]), x.dtype)
-        )
+        gate_up = linear(layer_passes.normed(between, of.norm, of.eps), (of.gate, of.up))
+        active = scratch("active", (len(x), of.gate.shape[0]), x)
+        layer_rows.swiglu(gate_up, active)
         ctx.save_for_backward(attended, between, gate_up, *of.parameters)
         ctx.eps = of.eps
         return torch.addmm(between, active, of.down.t())

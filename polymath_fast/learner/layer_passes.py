@@ -1,4 +1,4 @@
-"""What the fused layers of a CPU compute, forward and backward: products and passes over rows.
+"""What the fused layers compute, forward and backward: products and passes over rows.
 
 Norms and activations are computed again on the way back instead of being kept.
 
@@ -7,21 +7,14 @@ Legend: N rows, H hidden, D head size, Hq / Hkv query and key heads, I width of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polymath_fast.kernels.cpu import layers
-from polymath_fast.kernels.cpu.dense import input_gradient, weight_gradients
-from polymath_fast.kernels.cpu.products import bits
-from polymath_fast.kernels.cpu.threads import parallel, split
-from polymath_fast.kernels.cpu.workspace import buffer
-
-_SMALL = 1 << 16
-"""elements of a pass below which a second thread is not worth waking"""
+from polymath_fast.kernels import layer_rows
+from polymath_fast.kernels.dense import input_gradient, scratch, weight_gradients
 
 
 class Rotation(NamedTuple):
@@ -36,11 +29,8 @@ class Rotation(NamedTuple):
     def of(cls, position_embeddings: tuple[Tensor, Tensor], batch: int) -> Rotation:
         """transformers' (1 or `batch`, T, D), for batch T rows."""
         size = position_embeddings[0].shape[-1]
-        return cls(*(x.expand(batch, -1, -1).reshape(-1, size) for x in position_embeddings))
-
-    def bits(self) -> tuple[np.ndarray, np.ndarray]:
-        """For a compiled pass."""
-        return bits(self.cos.contiguous()), bits(self.sin.contiguous())
+        rows = (x.expand(batch, -1, -1).reshape(-1, size) for x in position_embeddings)
+        return cls(*(x.contiguous() for x in rows))
 
 
 class Projections(NamedTuple):
@@ -71,16 +61,9 @@ class Projections(NamedTuple):
         """All of them, in the order of their gradients."""
         return (self.norm, *self.weights, *self.biases, *self.head_norms)
 
-    def counts(self, size: int) -> list[int]:
-        """Heads of queries, keys and values, of that size."""
-        return [weight.shape[0] // size for weight in self.weights]
-
-    def norms_by_head(self, size: int) -> np.ndarray:
-        """(Hq + Hkv, D) weights of the norm of each head; (0, 1) where heads have none."""
-        if self.head_norms[0] is None:
-            return np.empty((0, 1), np.float32)
-        pairs = zip(self.head_norms, self.counts(size), strict=False)
-        return torch.cat([each.detach().float().expand(count, -1) for each, count in pairs]).numpy()
+    def counts(self, size: int) -> tuple[int, int]:
+        """Heads of queries and of keys, of that size."""
+        return self.weights[0].shape[0] // size, self.weights[1].shape[0] // size
 
 
 class Mlp(NamedTuple):
@@ -110,12 +93,8 @@ class Mlp(NamedTuple):
 def rotate(stacked: Tensor, of: Projections, rotation: Rotation, out: Tensor) -> None:
     """Queries and keys of stacked (N, heads, D), with their norms, rotated into `out`, which may be
     `stacked`; values as they are."""
-    size = stacked.shape[2]
-    queries, keys, _ = of.counts(size)
-    rows_pass(
-        layers.rotate, stacked, queries + keys, *rotation.bits(), of.norms_by_head(size),
-        np.float32(of.eps), bits(out),
-    )  # fmt: skip
+    counts = of.counts(stacked.shape[2])
+    layer_rows.rotate(stacked, counts, *rotation, of.head_norms, of.eps, out)
 
 
 def projections_gradient(
@@ -134,17 +113,13 @@ def projections_gradient(
         residual: (N, H) gradient of x from elsewhere.
     """
     rows, size = len(x), upstream[0].shape[2]
-    queries, keys, values = of.counts(size)
-    slopes = buffer("stacked_gradient", (rows, queries + keys + values, size), x.dtype)
-    ranges, slots = _ranges(rows, slopes.numel())
-    d_norms = torch.zeros(len(ranges), queries + keys, size, dtype=torch.float32)
-    parallel(
-        layers.rotate_gradient, ranges, bits(slopes if raw is None else raw), queries + keys,
-        *rotation.bits(), of.norms_by_head(size), np.float32(of.eps),
-        *(bits(d.contiguous()) for d in upstream), bits(slopes), slots, d_norms.numpy(),
-    )  # fmt: skip
+    counts = of.counts(size)
+    slopes = scratch("stacked_gradient", (rows, sum(counts) + counts[1], size), x)
+    d_heads = layer_rows.rotate_gradient(
+        raw, counts, *rotation, of.head_norms, of.eps, [d.contiguous() for d in upstream], slopes
+    )
     slopes = slopes.view(rows, -1)
-    again = normed(x, of.norm, of.eps, buffer("normed", x.shape, x.dtype))
+    again = normed(x, of.norm, of.eps)
     d_weights = weight_gradients(slopes, again, of.weights)
     parts = slopes.split([weight.shape[0] for weight in of.weights], dim=1)
     d_biases = [
@@ -152,17 +127,10 @@ def projections_gradient(
         for bias, part in zip(of.biases, parts, strict=True)
     ]
     d_normed = input_gradient(slopes, of.weights, "d_normed")
-    d_x, d_norm = norm_gradient(x, of.norm, of.eps, d_normed, residual.contiguous())
-    d_heads: list[Tensor | None] = [None, None]
-    if raw is not None:
-        d_heads = [part.sum(0).to(x.dtype) for part in d_norms.sum(0).split([queries, keys])]
+    d_x, d_norm = layer_rows.rms_norm_gradient(
+        x.contiguous(), of.norm, of.eps, d_normed, residual.contiguous()
+    )
     return d_x, (d_norm, *d_weights, *d_biases, *d_heads)
-
-
-def activate(gate_up: Tensor, out: Tensor) -> Tensor:
-    """out (N, I) = silu(gate) * up of gate_up (N, 2 I)."""
-    rows_pass(layers.swiglu, gate_up, bits(out))
-    return out
 
 
 def mlp_gradient(
@@ -174,47 +142,17 @@ def mlp_gradient(
     to, upstream (N, H) the gradient of the layer's output.
     """
     active = input_gradient(upstream, (of.down,), "active")
-    slopes = buffer("gate_up_gradient", gate_up.shape, gate_up.dtype)
-    rows_pass(layers.swiglu_gradient, gate_up, bits(active), bits(slopes))
+    slopes = scratch("gate_up_gradient", gate_up.shape, gate_up)
+    layer_rows.swiglu_gradient(gate_up, active, slopes)
     d_down = weight_gradients(upstream, active, (of.down,))
-    again = normed(between, of.norm, of.eps, buffer("normed", between.shape, between.dtype))
+    again = normed(between, of.norm, of.eps)
     d_gate_up = weight_gradients(slopes, again, (of.gate, of.up))
     d_normed = input_gradient(slopes, (of.gate, of.up), "d_normed")
-    d_between, d_norm = norm_gradient(between, of.norm, of.eps, d_normed, upstream)
+    d_between, d_norm = layer_rows.rms_norm_gradient(between, of.norm, of.eps, d_normed, upstream)
     d_output = weight_gradients(d_between, attended, (of.output,))
     return d_between @ of.output, d_between, (d_norm, *d_output, *d_gate_up, *d_down)
 
 
-def normed(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """out (N, H) = RMSNorm of x with weight (H,)."""
-    rows_pass(layers.rms_norm, x.contiguous(), bits(weight), np.float32(eps), bits(out))
-    return out
-
-
-def norm_gradient(
-    x: Tensor, weight: Tensor, eps: float, upstream: Tensor, residual: Tensor
-) -> tuple[Tensor, Tensor]:
-    """residual + gradient of x (N, H), and that of the norm's weight (H,)."""
-    out = torch.empty_like(x)
-    ranges, slots = _ranges(len(x), x.numel())
-    d_weight = torch.zeros(len(ranges), x.shape[1], dtype=torch.float32)
-    parallel(
-        layers.rms_norm_gradient, ranges, bits(x), bits(weight), np.float32(eps),
-        bits(upstream.contiguous()), bits(residual), bits(out), slots, d_weight.numpy(),
-    )  # fmt: skip
-    return out, d_weight.sum(0).to(weight.dtype)
-
-
-def rows_pass(kernel: Callable[..., None], x: Tensor, *args: Any) -> None:
-    """kernel(start, stop, x, *args) on ranges of x's rows."""
-    ranges = [(0, len(x))] if x.numel() < _SMALL else split(len(x))
-    parallel(kernel, ranges, bits(x), *args)
-
-
-def _ranges(rows: int, elements: int) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """Ranges of rows for the threads, and the number of a range by its first row."""
-    ranges = [(0, rows)] if elements < _SMALL else split(rows)
-    slots = np.zeros(rows + 1, np.int64)
-    for number, (start, _) in enumerate(ranges):
-        slots[start] = number
-    return ranges, slots
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(N, H) RMSNorm of x with weight (H,), in scratch memory."""
+    return layer_rows.rms_norm(x.contiguous(), weight, eps, scratch("normed", x.shape, x))

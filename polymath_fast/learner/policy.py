@@ -16,6 +16,7 @@ from polymath_fast.environment import no_progress_bars
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import prefix_attention_blocks
 from polymath_fast.learner.families import check_supported
+from polymath_fast.learner.fused_layers import fuse
 from polymath_fast.learner.packing import PackedBatch, pack_prompt
 from polymath_fast.learner.shared_prompt import SharedPrompt, SharedRows
 from polymath_fast.precision import default_dtype
@@ -127,7 +128,7 @@ class Policy:
     ) -> None:
         self.model = model.eval()  # no dropout, so ratio == 1 on policy
         self.config = model.config
-        self.unfused = _fuse(model)
+        self.unfused = fuse(model, shared_prompt_attention)
         self.device = device
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -195,16 +196,6 @@ class Policy:
         with no_progress_bars():
             self.model.save_pretrained(folder, safe_serialization=True)
             AutoTokenizer.from_pretrained(self.model_dir).save_pretrained(folder)
-
-
-def _fuse(model: PreTrainedModel) -> str | None:
-    """Give a model on a CPU the fused layers; returns why not, if not."""
-    place = model.get_output_embeddings().weight.device
-    if place.type != "cpu":
-        return f"weights are on {place}"
-    from polymath_fast.learner import fused_layers  # a GPU needs no compiler for CPUs
-
-    return fused_layers.fuse(model, shared_prompt_attention)
 
 
 @contextmanager

@@ -98,7 +98,8 @@ class TapedPass:
         normalised = before.head_norms[0] is not None
         rotated = torch.empty_like(stacked) if normalised else stacked
         layer_passes.rotate(stacked, before, rotation, rotated)
-        q, k, v = rotated.split(before.counts(stacked.shape[2]), dim=1)
+        queries, keys = before.counts(stacked.shape[2])
+        q, k, v = rotated.split([queries, keys, keys], dim=1)
         d_heads = self._attention(
             number, q, k, v, attended.view(q.shape), lse, d_attended.view(q.shape)
         )

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from polymath_fast.kernels.cpu import tiles
-from polymath_fast.kernels.cpu.dense import stacked_or_copied
 from polymath_fast.kernels.cpu.products import TileLogits, bits, pack_layers
+from polymath_fast.kernels.dense import stacked_or_copied
+from polymath_fast.kernels.layer_rows._cpu import norms_by_head
 from polymath_fast.learner.layer_passes import Projections
 from polymath_fast.learner.policy import Policy
 from polymath_fast.rollout.tape_room import DecoderSizes
@@ -17,7 +18,8 @@ from polymath_fast.rollout.tape_room import DecoderSizes
 def fits(policy: Policy) -> bool:
     """Whether `policy` can decode this way on this machine."""
     weight = policy.head.weight
-    if policy.unfused is not None or not tiles.available(weight.dtype):
+    on_cpu = weight.device.type == "cpu"
+    if policy.unfused is not None or not on_cpu or not tiles.available(weight.dtype):
         return False
     even = weight.shape[1] % 2 == 0 and policy.model.config.intermediate_size % 2 == 0
     size = policy.model.get_decoder().layers[0].self_attn.head_dim
@@ -41,7 +43,9 @@ class TileWeights:
         self.eps = np.float32(decoder.norm.variance_epsilon)
         self.norms = bits(torch.stack(_norms(decoder)))
         fronts = [Projections.of(layer) for layer in decoder.layers]
-        self.head_norms = np.stack([front.norms_by_head(self.size) for front in fronts])
+        self.head_norms = np.stack(
+            [norms_by_head(front.head_norms, front.counts(self.size)) for front in fronts]
+        )
         self.biases = np.stack([_biases(each) for each, _ in blocks])
         qkv = [[a.q_proj.weight, a.k_proj.weight, a.v_proj.weight] for a, _ in blocks]
         self.qkv = pack_layers("qkv", [stacked_or_copied(weights) for weights in qkv])

@@ -1,4 +1,4 @@
-"""Matrix products of linear layers that share their input, on whatever this processor does best.
+"""Matrix products of linear layers that share their input, on whatever the device does best.
 
 Weights that lie side by side in memory, as in a flat parameter buffer, are multiplied as one.
 N rows, H inputs, A outputs of one layer.
@@ -12,7 +12,6 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from polymath_fast.kernels.cpu.products import add_weight_gradient, packed_rows
 from polymath_fast.kernels.cpu.sink import sink_of
 from polymath_fast.kernels.cpu.workspace import buffer
 
@@ -31,8 +30,7 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 
 def input_gradient(upstream: Tensor, weights: Sequence[Tensor], name: str) -> Tensor:
     """(N, H) = upstream (N, sum of A) @ all weights, in the scratch memory called `name`."""
-    shape = (len(upstream), weights[0].shape[1])
-    out = buffer(name, shape, upstream.dtype)
+    out = scratch(name, (len(upstream), weights[0].shape[1]), upstream)
     stacked = _stacked(weights)
     if stacked is not None:
         return torch.mm(upstream, stacked, out=out)
@@ -54,14 +52,11 @@ def weight_gradients(upstream: Tensor, x: Tensor, weights: Sequence[Tensor]) -> 
         for part, sink in zip(parts, sinks, strict=True)
     ]
     totals = [(part, *sink()) for part, sink in zip(parts, sinks, strict=True) if sink is not None]
-    if not totals:
-        return found
-    packed = packed_rows(x)
     stacked = _stacked([total for _, total, _ in totals]) if len(totals) == len(weights) else None
     if stacked is not None and len({add for *_, add in totals}) == 1:
         totals = [(upstream, stacked, totals[0][2])]
-    for part, total, add in totals:
-        add_weight_gradient(part, x, packed, total, add)
+    if totals:
+        (_add_on_cpu if x.device.type == "cpu" else _add_on_gpu)(totals, x)
     return found
 
 
@@ -69,6 +64,36 @@ def stacked_or_copied(weights: Sequence[Tensor]) -> Tensor:
     """(sum of A, H): the weights as one matrix, which is a copy where they lie apart."""
     stacked = _stacked(weights)
     return torch.cat([weight.detach() for weight in weights]) if stacked is None else stacked
+
+
+def scratch(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised tensor that dies with the call that asks: on a CPU the one that `name` got
+    last time; a GPU's allocator does as much by itself."""
+    if like.device.type == "cpu":
+        return buffer(name, shape, like.dtype)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+_Totals = Sequence[tuple[Tensor, Tensor, bool]]
+"""upstream (N, A), the sum (A, H) fp32 that its product belongs to, and whether that holds any"""
+
+
+def _add_on_cpu(totals: _Totals, x: Tensor) -> None:
+    from polymath_fast.kernels.cpu.products import add_weight_gradient, packed_rows
+
+    packed = packed_rows(x)
+    for part, total, add in totals:
+        add_weight_gradient(part, x, packed, total, add)
+
+
+def _add_on_gpu(totals: _Totals, x: Tensor) -> None:
+    """By cuBLAS, whose fp32 sums are never rounded to the weights' dtype."""
+    wide = {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
+    for part, total, add in totals:
+        if add:
+            torch.addmm(total, part.t(), x, out=total, **wide)
+        else:
+            torch.mm(part.t(), x, out=total, **wide)
 
 
 def _columns(weights: Sequence[Tensor]) -> list[slice]:
