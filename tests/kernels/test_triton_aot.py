@@ -47,6 +47,12 @@ FEW = {
     "flat-adamw-bf16",
     "flat-adamw-bf16-remainder-zero",
     "grad-norm",
+    "rms-norm-bf16-1536",
+    "rms-norm-gradient-bf16-1536",
+    "rotate-bf16-12-2-128",
+    "rotate-gradient-bf16-12-2-128",
+    "rotate-gradient-bf16-32-8-128",
+    "swiglu-gradient-bf16",
 }
 """what is compiled in every run of the tests; the rest is marked slow"""
 MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

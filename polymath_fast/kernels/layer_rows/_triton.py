@@ -23,12 +23,13 @@ from polymath_fast.kernels.triton.layer_kernels import (
 
 NORM_ROWS, HEAD_ROWS = 32, 16
 """rows whose shares of a norm's weight gradient one program adds up"""
+ROTATE_WARPS = 8
 SWIGLU_BLOCK, SWIGLU_WARPS = 1024, 4
 
 
-def warps_for(entries: int) -> int:
-    """Eight entries a thread: one vector of a 2-byte dtype."""
-    return min(16, max(1, triton.next_power_of_2(entries) // 256))
+def warps_for(entries: int, most: int = 16) -> int:
+    """Eight entries a thread, one vector of a 2-byte dtype, unless that takes too many threads."""
+    return min(most, max(1, triton.next_power_of_2(entries) // 256))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -79,7 +80,7 @@ def rotate(
         rotate_kernel[(rows,)](
             stacked, cos, sin, *head_norms, out, eps,
             **shape, NORMS=head_norms[0] is not None, COPY=out.data_ptr() != stacked.data_ptr(),
-            num_warps=warps_for(shape["HEADS"] * shape["HALF_BLOCK"]),
+            num_warps=warps_for(shape["HEADS"] * shape["HALF_BLOCK"], most=ROTATE_WARPS),
         )  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def rotate_gradient(
             rotate_gradient_kernel[(programs,)](
                 raw if normalised else None, cos, sin, *head_norms, *upstream, out, shares, eps,
                 rows, **shape, NORMS=normalised, ROWS=at_once,
-                num_warps=warps_for(shape["HEADS"] * shape["HALF_BLOCK"]),
+                num_warps=warps_for(shape["HEADS"] * shape["HALF_BLOCK"], most=ROTATE_WARPS),
             )  # fmt: skip
     if shares is None:
         return None, None

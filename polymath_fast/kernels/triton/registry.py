@@ -16,6 +16,7 @@ from polymath_fast.kernels.triton.aot import Variant
 from polymath_fast.kernels.triton.attention_registry import attention_variants
 from polymath_fast.kernels.triton.gradient_registry import gradient_variants
 from polymath_fast.kernels.triton.head_registry import head_variants
+from polymath_fast.kernels.triton.layer_registry import layer_variants
 from polymath_fast.kernels.triton.scaling import scale_kernel
 from polymath_fast.kernels.weight_sync import _triton as sync
 
@@ -38,6 +39,7 @@ def variants() -> Iterator[Variant]:
     for src, dst in (("fp32", "bf16"), ("bf16", "bf16"), ("fp32", "fp16"), ("bf16", "fp16")):
         yield _weight_sync(src, dst)
     yield from adamw_variants()
+    yield from layer_variants()
 
 
 def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
