@@ -1,4 +1,7 @@
-"""Row passes of a decoder layer in Triton's interpreter; `test_triton_interpreter.py` runs this."""
+"""Row passes of a decoder layer in Triton's interpreter, and layers that are made of them.
+
+`test_triton_interpreter.py` runs this file.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from interpreter import hurry
 from layer_checks import ROUNDING, Heads, compare_norm, compare_rotation, compare_swiglu
 from triton_checks import TRUNCATION
 
-from polymath_fast.kernels import dispatch
+from polymath_fast.kernels import dense, dispatch
 from polymath_fast.kernels.layer_rows import _triton
+from polymath_fast.learner.packing import TrainingRow, pack
+from polymath_fast.learner.policy import Policy
+from polymath_fast.models import random_models
 
 hurry()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -18,7 +24,12 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of the CPU go to the kernels."""
-    monkeypatch.setattr(dispatch, "resolve", lambda *_: _triton)
+    resolve = dispatch.resolve
+
+    def chosen(op: str, *given: object) -> object:
+        return _triton if op == "layer_rows" else resolve(op, *given)
+
+    monkeypatch.setattr(dispatch, "resolve", chosen)
     monkeypatch.setitem(ROUNDING, BF16, TRUNCATION)
 
 
@@ -51,3 +62,43 @@ def test_rotation(rows, queries, keys, size, dtype, norms: bool) -> None:
 )
 def test_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
     compare_swiglu("triton", rows, width, dtype)
+
+
+@pytest.mark.parametrize("family", ["tiny-qwen2", "tiny-qwen3"])
+def test_layers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states and gradients of fused layers against transformers' own."""
+    monkeypatch.setattr(dense, "_add_on_cpu", dense._add_on_gpu)
+    row = TrainingRow(
+        prompt_ids=(1, 2, 3),
+        token_ids=list(range(4, 41)),
+        sampling_logprobs=[-1.0] * 37,
+        advantage=1.0,
+    )
+    found = {}
+    for fused in (True, False):
+        policy = Policy.of(random_models.in_memory(family, "float32", "cpu"))
+        assert policy.unfused is None
+        sinks = dict.fromkeys(policy.model.parameters()) if fused else {}
+        for weight in sinks:
+            weight.gradient_sink = _sink(sinks, weight)
+        for module in () if fused else policy.model.modules():
+            module.__dict__.pop("forward", None)
+        states = policy.hidden(pack([row]))
+        states.square().sum().backward()
+        gradients = [sinks.get(w) if w.grad is None else w.grad for w in policy.model.parameters()]
+        assert not fused or any(total is not None for total in sinks.values())
+        found[fused] = [states.detach(), *gradients]
+    for ours, theirs in zip(found[True], found[False], strict=True):
+        if theirs is None:  # the head is not the embedding, and nothing went through it
+            continue
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def _sink(sinks: dict, weight: torch.Tensor):
+    def opened() -> tuple[torch.Tensor, bool]:
+        add = sinks[weight] is not None
+        if not add:
+            sinks[weight] = torch.full(weight.shape, torch.nan)
+        return sinks[weight], add
+
+    return opened
