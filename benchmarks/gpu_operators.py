@@ -1,4 +1,4 @@
-"""Sections of the GPU suite: the update, group advantages, and log-probs of the LM head.
+"""Sections of the GPU suite: the update, decoder layers, group advantages, the head's log-probs.
 
 The checks take a device, so that they run, and can be tested, without a GPU as well.
 """
@@ -15,6 +15,7 @@ from benchmarks import gpu_sizes, rivals
 from benchmarks.gpu_head import random_head
 from benchmarks.gpu_sections import GRADIENT_ERROR, gate, timed_table
 from benchmarks.gpu_timing import interleave
+from benchmarks.layer_passes import check_passes, layer_rows_case
 from benchmarks.optimizer_pass import check_updates, flat_adamw_case
 from benchmarks.timing import Variants
 from polymath_fast.kernels import grad_norm, group_advantages, linear_logprobs, use
@@ -46,6 +47,18 @@ def time_optimizer() -> dict[str, Any]:
         "torch, vector_norm": lambda: torch.linalg.vector_norm(grad),
     }
     return {"rows": rows + timed_table(norms, byte_count=grad.nbytes)["rows"]}
+
+
+def correct_layers(device: str = "cuda") -> dict[str, Any]:
+    """The row passes of a decoder layer and their gradients, against float64."""
+    with _ours(device):
+        return {"values": {f"{name} error": x for name, x in check_passes(device).items()}}
+
+
+def time_layers() -> dict[str, Any]:
+    """All of them, forward and backward, N = 8192, beside eager PyTorch, torch.compile, Liger."""
+    case = layer_rows_case("cuda")
+    return timed_table(case.variants, byte_count=int(case.bytes))
 
 
 def correct_advantages(device: str = "cuda") -> dict[str, Any]:

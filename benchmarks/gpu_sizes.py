@@ -37,7 +37,8 @@ class Sizes:
 
     attention_heads: tuple[int, int] = (12, 2)
     head_size: int = 128
-    """of Qwen2.5-1.5B"""
+    layer_width: int = 8960
+    """of the MLP, all of Qwen2.5-1.5B"""
     attention: dict[str, tuple[int, int, int]] = field(
         default_factory=lambda: {
             "P=512 B=64 R=1024": (512, 64, 1024),
@@ -58,10 +59,11 @@ class Sizes:
     learner_model: str = "qwen2.5-1.5b"
     update: tuple[int, int, int] = (150, 512, 1024)
     """likewise"""
-    completions_at_once: int = 12
+    completions_at_once: int = 24
     """of a micro-batch, without gradient checkpointing. For each of the 1.54e9 parameters 18 bytes
-    (bf16 weight, fp32 master, gradient and two moments): 27.8e9; for each of 12 x 1,024 + 150
-    tokens 2.91e6 bytes of activations: 36.2e9; 1.9e9 of the LM head: 65.9e9 bytes, 61.4 GiB"""
+    (bf16 weight, fp32 master, gradient and two moments): 27.8e9; for each of 24 x 1,024 + 150
+    tokens 1.39e6 bytes of activations: 34.3e9; 2e9 of the LM head: 64e9 bytes, 60 GiB"""
+    unfused_completions: int = 96
     rival_completions: int = 16
     rival_completions_at_once: int = 8
     """8 x 1,174 tokens: 27.3e9 bytes of activations, 6.2e9 of bf16 weights and gradients, and of

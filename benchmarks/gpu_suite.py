@@ -55,6 +55,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "correct: weights": gpu_weights.correct,
     "correct: attention": gpu_attention.correct_attention,
     "correct: optimizer": gpu_operators.correct_optimizer,
+    "correct: layers": gpu_operators.correct_layers,
     "correct: advantages": gpu_operators.correct_advantages,
     "correct: head logprobs": gpu_operators.correct_head_logprobs,
     "correct: learner": gpu_learner.correct_learner,
@@ -67,6 +68,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "grpo_loss": gpu_sections.time_grpo_loss,
     "linear_grpo_loss 1536": gpu_head.time_head_small,
     "prefix_attention": gpu_attention.time_attention,
+    "layer_rows": gpu_operators.time_layers,
     "learner 1.5B": gpu_learner.time_learner,
     "gpu tests": gpu_pytest.gpu_tests,
     "linear_logprobs": gpu_operators.time_head_logprobs,
@@ -89,6 +91,7 @@ NEEDS = {
     "flat_adamw": "correct: optimizer",
     "group_advantages": "correct: advantages",
     "prefix_attention": "correct: attention",
+    "layer_rows": "correct: layers",
     "attention tiles": "correct: attention",
     "learner 1.5B": "correct: learner",
 }

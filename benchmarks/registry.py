@@ -11,6 +11,7 @@ import torch
 from benchmarks import rivals
 from benchmarks.attention import prefix_attention_case
 from benchmarks.case import Case
+from benchmarks.layer_passes import layer_rows_case
 from benchmarks.optimizer_pass import flat_adamw_case
 from benchmarks.weight_copies import weight_sync_case, weight_sync_fp32_case
 from polymath_fast.kernels import (
@@ -166,6 +167,7 @@ OPERATORS: dict[str, Callable[[str], Case]] = {
     "weight_sync_fp32": weight_sync_fp32_case,
     "prefix_attention": prefix_attention_case,
     "flat_adamw": flat_adamw_case,
+    "layer_rows": layer_rows_case,
 }
 
 

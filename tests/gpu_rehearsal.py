@@ -25,6 +25,7 @@ from benchmarks import (
     gpu_sizes,
     gpu_suite,
     gpu_vllm,
+    layer_passes,
 )
 from polymath_fast.kernels.flat_adamw import _triton as adamw
 from polymath_fast.kernels.token_logprobs import _triton as logprobs
@@ -45,6 +46,7 @@ TINY = gpu_sizes.Sizes(
     vocabs=(250, 256),
     attention_heads=(2, 1),
     head_size=64,
+    layer_width=40,
     attention={"P=9": (9, 2, 12), "P=5": (5, 7, 3)},
     weights=2**12,
     checked_gradient=2**12 + 13,
@@ -54,6 +56,7 @@ TINY = gpu_sizes.Sizes(
     learner_model="tiny-qwen2",
     update=(5, 4, 4),
     completions_at_once=2,
+    unfused_completions=3,
     rival_completions=2,
     rival_completions_at_once=1,
     checked_model="tiny-qwen2",
@@ -108,7 +111,7 @@ def main() -> int:
     hurry()
     gpu_sizes.SIZES = TINY
     gpu_suite.WORKER = [sys.executable, __file__]
-    attention.ROUNDING = TRUNCATION
+    attention.ROUNDING = layer_passes.ERROR[torch.bfloat16] = TRUNCATION
     gpu_sections.GRADIENT_ERROR = gpu_operators.GRADIENT_ERROR = 1.5 * TRUNCATION
     gpu_attention.WAYS = {kernel: ways[-1:] for kernel, ways in gpu_attention.WAYS.items()}
     # of ten shapes of tiles the first, and the last, a persistent one

@@ -222,8 +222,9 @@ def test_an_update_that_would_not_end_in_time_is_not_begun(
     monkeypatch.setattr(gpu_sizes, "SIZES", sizes)
     monkeypatch.setattr(gpu_learner, "Learner", Slow)
     rows = gpu_learner.random_rows(sizes.update, 320)
+    first = 2 * [sizes.completions_at_once + 1]
     with gpu_double.installed():
-        for left, calls in ((-9.0, [13, 13]), (60.0, [13, 13, 500])):
+        for left, calls in ((-9.0, first), (60.0, [*first, 500])):
             begun.clear()
             monkeypatch.setattr(gpu_timing, "deadline", time.monotonic() + left)
             try:

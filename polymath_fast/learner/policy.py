@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from polymath_fast.environment import no_progress_bars
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import prefix_attention_blocks
+from polymath_fast.learner import fused_layers
 from polymath_fast.learner.families import check_supported
-from polymath_fast.learner.fused_layers import fuse
 from polymath_fast.learner.packing import PackedBatch, pack_prompt
 from polymath_fast.learner.shared_prompt import SharedPrompt, SharedRows
 from polymath_fast.precision import default_dtype
@@ -128,7 +128,7 @@ class Policy:
     ) -> None:
         self.model = model.eval()  # no dropout, so ratio == 1 on policy
         self.config = model.config
-        self.unfused = fuse(model, shared_prompt_attention)
+        self.unfused = fused_layers.fuse(model, shared_prompt_attention)
         self.device = device
         self.gradient_checkpointing = gradient_checkpointing
 
