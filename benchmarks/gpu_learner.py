@@ -179,8 +179,10 @@ def time_learner() -> dict[str, Any]:
     some, few = rows[: sizes.unfused_completions], rows[: sizes.rival_completions]
     table = [
         _row("ours, one update", partial(_ours, rows), shape, rows),
-        _row(f"ours, layers not fused, {len(some)}", partial(_unfused, some), shape, some),
-        _row(f"transformers, padded, {len(few)}", partial(_rival, few), shape, few),
+        _row(
+            f"ours, layers not fused, {len(some)} completions", partial(_unfused, some), shape, some
+        ),
+        _row(f"transformers, padded, {len(few)} completions", partial(_rival, few), shape, few),
     ]
     ours, *others = (row.get("us a token") for row in table)
     names = ("layers not fused / ours, a token", "transformers / ours, a token")
