@@ -6,6 +6,7 @@ N rows, H inputs, A outputs of one layer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -90,10 +91,25 @@ def _add_on_gpu(totals: _Totals, x: Tensor) -> None:
     """By cuBLAS, whose fp32 sums are never rounded to the weights' dtype."""
     wide = {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
     for part, total, add in totals:
-        if add:
+        if not add:
+            torch.mm(part.t(), x, out=total, **wide)
+        elif _adds_in_place(x.device, x.dtype):
             torch.addmm(total, part.t(), x, out=total, **wide)
         else:
-            torch.mm(part.t(), x, out=total, **wide)
+            total += torch.mm(part.t(), x, **wide)
+
+
+@functools.cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds products of `dtype` to an fp32 sum; earlier ones want one dtype."""
+    if dtype == torch.float32:
+        return True
+    one, total = torch.ones(8, 8, dtype=dtype, device=device), torch.ones(8, 8, device=device)
+    try:
+        torch.addmm(total, one, one, out=total, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _columns(weights: Sequence[Tensor]) -> list[slice]:

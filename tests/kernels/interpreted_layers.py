@@ -64,10 +64,13 @@ def test_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
     compare_swiglu("triton", rows, width, dtype)
 
 
-@pytest.mark.parametrize("family", ["tiny-qwen2", "tiny-qwen3"])
-def test_layers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "in_place"), [("tiny-qwen2", True), ("tiny-qwen2", False), ("tiny-qwen3", True)]
+)
+def test_layers(family: str, in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states and gradients of fused layers against transformers' own."""
     monkeypatch.setattr(dense, "_add_on_cpu", dense._add_on_gpu)
+    monkeypatch.setattr(dense, "_adds_in_place", lambda *_: in_place)
     row = TrainingRow(
         prompt_ids=(1, 2, 3),
         token_ids=list(range(4, 41)),
@@ -83,8 +86,9 @@ def test_layers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
             weight.gradient_sink = _sink(sinks, weight)
         for module in () if fused else policy.model.modules():
             module.__dict__.pop("forward", None)
-        states = policy.hidden(pack([row]))
-        states.square().sum().backward()
+        for _ in range(2):  # the second pass adds to what the first one left
+            states = policy.hidden(pack([row]))
+            states.square().sum().backward()
         gradients = [sinks.get(w) if w.grad is None else w.grad for w in policy.model.parameters()]
         assert not fused or any(total is not None for total in sinks.values())
         found[fused] = [states.detach(), *gradients]
