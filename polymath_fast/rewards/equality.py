@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 
-from polymath_fast.rewards.extraction import last_box, tidy
+from polymath_fast.rewards import units
+from polymath_fast.rewards.extraction import last_box, spell, tidy
 
 MAX_CHARS, MAX_DIGITS, MAX_NESTING = 300, 200, 20
 REL_TOLERANCE = 1e-4
@@ -21,13 +22,7 @@ _UNIT_AFTER_NUMBER = re.compile(
     r"([0-9}])\s*\\(?:text|textbf|mathrm|mbox|operatorname)\{[^{}0-9]*(?:\^\{?[0-9]\}?)?[^{}0-9]*\}"
     r"(?:\^\{?-?[0-9]\}?)?$"
 )
-_UNIT_WORDS = (
-    "degrees?|percent|dollars?|cents?|points?|units?|(?:square|cubic) [a-z]+|sq [a-z]+"
-    "|inch(?:es)?|feet|foot|ft|yards?|miles?|mph|mi|[ckm]?m|(?:centi|kilo|milli)?met(?:er|re)s?"
-    "|[km]?g|(?:kilo|milli)?grams?|lbs?|pounds?|ounces?|m?[lL]|(?:milli)?lit(?:er|re)s?"
-    "|ms|s|secs?|seconds?|mins?|minutes?|h|hrs?|hours?|days?|weeks?|months?|years?"
-    "|[kM]?Hz|[kM]?J|[kM]?W|[kM]?eV|m?V|m?A|N|K|Pa|atm|mol|moles?|M"
-)
+_UNIT_WORDS = rf"degrees?|percent|points?|units?|(?:square|cubic|sq) [a-z]+|{units.WORDS}"
 _UNIT_WORD_AFTER_NUMBER = re.compile(
     rf"([0-9}}])\s+(?:{_UNIT_WORDS})(?:\s*(?:/|per)\s*(?:{_UNIT_WORDS}))?(?:\^\{{?-?[0-9]\}}?)?$"
 )
@@ -53,7 +48,7 @@ _WHOLE = re.compile(r"[-+]?[0-9]+(?:\.0*)?")
 
 def unwrap(text: str) -> str:
     """`text` without surrounding blanks, box and math delimiters; its characters made ASCII."""
-    text = tidy(text).strip()
+    text = spell(tidy(text)).strip()
     if "\\boxed" in text or "\\fbox" in text:
         text = last_box(text) or text
     for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
@@ -69,7 +64,7 @@ def normalise(answer: str) -> str:
     case."""
     text = unwrap(answer).rstrip(".,; ")
     text = text.replace(r"\$", "").replace("$", "").replace("\\dfrac", "\\frac")
-    text = text.replace("\\tfrac", "\\frac").replace("\\%", "%").replace("\u03c0", "\\pi ")
+    text = text.replace("\\tfrac", "\\frac").replace("\\%", "%")
     text = _SPACING.sub(" ", _TIGHT_COMMA.sub(",", text)).strip()
     text = _DEGREES.sub("", text).strip()
     text = _UNIT_AFTER_NUMBER.sub(r"\1", text)
@@ -82,6 +77,12 @@ def normalise(answer: str) -> str:
         text = text.replace(",", "")
     text = _MIXED.sub(_improper, text) if _MIXED.fullmatch(text) else text
     return "".join(text.split()).rstrip(".").casefold()
+
+
+def _without_wrapping(answer: str) -> str:
+    """`answer` with its units as bare words."""
+    text = _SPACING.sub(" ", _TIGHT_COMMA.sub(",", unwrap(answer).rstrip(".,; ")))
+    return _WRAPPED.sub(r" \1 ", text)
 
 
 def _spell_fraction(match: re.Match[str]) -> str:
@@ -147,7 +148,7 @@ def settle(answer: str, gold: str) -> bool | None:
     if max(len(answer), len(gold)) > max(MAX_CHARS, 2 * len(gold)):
         return False
     a, b = normalise(answer), normalise(gold)
-    if not a:
+    if not a or units.differ(_without_wrapping(answer), _without_wrapping(gold)):
         return False
     if ("=" in a) != ("=" in b):
         a, b = _ASSIGNMENT.sub("", a, count=1), _ASSIGNMENT.sub("", b, count=1)

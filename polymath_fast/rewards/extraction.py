@@ -21,6 +21,29 @@ _TIDY |= {0x2044: "/", 0x2212: "-", 0x2013: "-", 0x3000: " ", 0x00A0: " ", 0x200
 _TIDY |= dict.fromkeys([0, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F)])
 _TIDY |= dict.fromkeys(range(0x2066, 0x206A))
 
+_SYMBOLS = {
+    "\u03c0": r"\pi ",
+    "\u03b8": r"\theta ",
+    "\u221e": r"\infty ",
+    "\u00d7": r"\times ",
+    "\u00b7": r"\cdot ",
+    "\u22c5": r"\cdot ",
+    "\u00f7": r"\div ",
+    "\u00b1": r"\pm ",
+    "\u2264": r"\le ",
+    "\u2265": r"\ge ",
+    "\u2260": r"\ne ",
+    "\u2208": r"\in ",
+    "\u222a": r"\cup ",
+    "\u2229": r"\cap ",
+    "\u2205": r"\emptyset ",
+}
+_TO_LATEX = str.maketrans(_SYMBOLS)
+_RAISED = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207f", "0123456789-n"
+)
+_EXPONENT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b\u207f]+")
+_ROOT = re.compile(r"\u221a\s*(?:\(([^()\u221a]*)\)|([0-9]+(?:\.[0-9]+)?|[A-Za-z]))")
 _BRACES = re.compile(r"\\(?:boxed|fbox)[ \t\n]*\{|\\(?!\\f?box).|[{}]", re.DOTALL)
 _ANSWER_IS = re.compile(r"answer(?: is)?[ \t]*:|answer is", re.IGNORECASE)
 _NUMBER_BODY = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
@@ -40,6 +63,16 @@ def tidy(text: str) -> str:
     """`text` with full-width forms, fractions of one character and Unicode minus as ASCII, and
     invisible controls removed."""
     return text.translate(_TIDY) if "\0" in text or not text.isascii() else text
+
+
+def spell(answer: str) -> str:
+    r"""`answer` with mathematical characters as LaTeX: \sqrt{3}, x^{2}, \infty. For answers, not
+    for whole texts, where an exponent would pass for the last number."""
+    if answer.isascii():
+        return answer
+    text = _EXPONENT.sub(lambda found: f"^{{{found.group().translate(_RAISED)}}}", answer)
+    text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2]}}}", text)
+    return text.translate(_TO_LATEX)
 
 
 def final_part(text: str) -> str:
@@ -86,9 +119,8 @@ def extract_answer(completion: str) -> str | None:
     """
     text = tidy(final_part(completion))
     box = last_box(text)
-    if box is not None:
-        return box
-    return _after_answer_is(text) or _last_number(text)
+    phrase = _after_answer_is(text) if box is None else box
+    return spell(phrase) if phrase else _last_number(text)
 
 
 def _after_answer_is(text: str) -> str | None:

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from polymath_fast.errors import UserError
-from polymath_fast.rewards import RewardInput
+from polymath_fast.rewards import RewardInput, units
 from polymath_fast.rewards.equality import settle
 from polymath_fast.rewards.extraction import extract_answer, extract_choice
 from polymath_fast.rewards.math_reward import MathReward
@@ -111,6 +111,24 @@ def test_only_the_final_part_counts_after_thinking():
         ("2\u00bd", "2.5"),
         ("1/2", "\u00bd"),
         ("$5$.", "5"),
+        ("5 in", "5 inches"),
+        (r"12\text{ m}", "12 metres"),
+        ("3 m/s", r"3\,\mathrm{meters\ per\ second}"),
+        ("60 mph", "60 miles per hour"),
+        ("5 m\u00b2", "5 square meters"),
+        ("5 ft^2", "5 sq feet"),
+        ("3 mL", r"3\text{ cm}^3"),
+        (r"\$5", "5 dollars"),
+        ("12 cm", "12"),
+        ("12", r"12\text{ cm}"),
+        ("x = 5 m", "5 m"),
+        (r"2\pi", "2\u03c0"),
+        ("x\u00b2 + 1", "x^{2} + 1"),
+        ("2\u221a3", r"2\sqrt{3}"),
+        ("\u221a(x+1)", r"\sqrt{x+1}"),
+        ("10\u207b\u00b3", "10^{-3}"),
+        ("(-\u221e, 3]", r"(-\infty, 3]"),
+        ("4.5 \u00d7 10\u00b3\u00b3", "4.5e33"),
     ],
 )
 def test_spellings_of_the_same_value_need_no_worker(answer, gold):
@@ -133,6 +151,19 @@ def test_spellings_of_the_same_value_need_no_worker(answer, gold):
         ("9" * 400, "9" * 399),
         ("1" * 200_000, "5"),
         ("(" * 50, "5"),
+        ("12 m", "12 cm"),
+        ("12m", "12cm"),
+        (r"12\text{ m}", r"12\text{ cm}"),
+        ("x = 12 m", "12 cm"),
+        (r"\frac{1}{2} \text{ hour}", r"\frac{1}{2} \text{ minute}"),
+        (r"2\pi \text{ m}", r"2\pi \text{ km}"),
+        ("12 cm^2", "12 cm^3"),
+        ("12 cm", "12 square cm"),
+        ("5 m/s", "5 km/h"),
+        ("5 m/s", "5 m/s^2"),
+        ("5 N", "5 J"),
+        ("1,200 kg", "1,200 g"),
+        (r"\$5", "5 cents"),
     ],
 )
 def test_other_values_need_no_worker_either(answer, gold):
@@ -180,6 +211,34 @@ def test_other_values_need_no_worker_either(answer, gold):
 )
 def test_symbolic_equality(reward, answer, gold, right):
     assert score(reward, [rf"so \boxed{{{answer}}}"], gold) == [float(right)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("5 cm, 3 m", "3 m, 5 cm"),  # the last unit is not that of the whole
+        (r"3 J/kg \cdot K", r"3 J/(kg \cdot K)"),
+        ("5 apples", "5 cm"),
+        ("5 ft 3 in", "63 in"),
+    ],
+)
+def test_what_is_no_single_quantity_has_no_unit(answer, gold):
+    assert None in (units.size_of(answer), units.size_of(gold))
+
+
+def test_units_of_the_same_size_are_one_unit():
+    assert not units.differ("2 N", r"2 kg \cdot m/s^2")
+    assert not units.differ("2 mL", "2 cm^3")
+    assert units.differ("2 N", r"2 kg \cdot m/s")
+
+
+def test_an_exponent_is_not_the_last_number(reward):
+    assert score(reward, ["the area is 12 m\u00b2", "so x is \\boxed{\u03c0/2}"], "12") == [
+        1.0,
+        0.0,
+    ]
+    assert score(reward, [r"\boxed{\pi/2}", "\\boxed{\u03c0/2}"], r"\frac{\pi}{2}") == [1.0, 1.0]
+    assert score(reward, [r"\boxed{(x+1)^2}"], "x\u00b2 + 2x + 1") == [1.0]
 
 
 def test_gold_answers_may_come_boxed_or_between_dollars(reward):
