@@ -191,6 +191,19 @@ def test_a_value_of_another_kind_in_a_file_names_the_file(tmp_path: Path) -> Non
         parse(["--config", str(path)])
 
 
+@pytest.mark.parametrize("answer", ["-x", r"-\frac{3}{4}", "-3/4", "-3", "-", "-h(x)", "-config"])
+def test_an_answer_may_begin_with_a_minus(answer: str) -> None:
+    words = ["--question", "-x + 2 = 0?", "--answer", answer, "--dry-run", "--seed", "3"]
+    config = parse(words)
+    assert (config.question, config.answer) == ("-x + 2 = 0?", answer)
+    assert (config.dry_run, config.seed) == (True, 3)
+
+
+def test_negative_numbers_of_a_list_stay_apart() -> None:
+    config = parse(["--reward", "math", "length", "--reward-weights", "1", "-0.5"])
+    assert config.reward_weights == (1.0, -0.5)
+
+
 def test_values_that_can_be_read_are_not_refused() -> None:
     words = ["--seed=3", "--tape-gib", "None", "--reward", "math", "format", "--max-grad-norm"]
     found = parse([*words, "inf", "--no-verify-sync", "--learning-rate", "1e-6", "--dry-run"])

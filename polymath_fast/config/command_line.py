@@ -8,7 +8,7 @@ from dataclasses import fields, make_dataclass
 from typing import Annotated, get_type_hints
 
 from polymath_fast.config import Config, toml_flags
-from polymath_fast.config.flag_values import refuse_unreadable
+from polymath_fast.config.flag_values import joined, refuse_unreadable
 from polymath_fast.config.settings import EMBEDDED_MODEL, SECTIONS
 from polymath_fast.errors import UserError
 
@@ -38,7 +38,7 @@ def parse(args: Sequence[str] | None = None, prog: str = "python -m polymath_fas
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         words += [*_displaced_source(flags), *flags]
-    return Config(**_parse_flags([*words, *_displaced_source(args), *args], prog))
+    return Config(**_parse_flags([*words, *_displaced_source(args), *joined(args, hints)], prog))
 
 
 def _displaced_source(words: Sequence[str]) -> list[str]:

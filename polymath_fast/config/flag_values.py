@@ -47,6 +47,25 @@ def given(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield flag, values
 
 
+def joined(words: Sequence[str], hints: Mapping[str, object]) -> list[str]:
+    """`words` with values that begin with a hyphen, such as the answer -x, joined to their flags:
+    standing alone they would look like flags to the parser.
+
+    >>> joined(["--answer", "-x", "--seed", "3"], {"answer": str, "seed": int})
+    ['--answer=-x', '--seed', '3']
+    """
+    found: list[str] = []
+    for word in words:
+        flag = found[-1] if found and found[-1].startswith("--") else ""
+        kinds = parts(hints.get(flag[2:].replace("-", "_"), bool))
+        takes_one = bool not in kinds and not any(get_origin(kind) is tuple for kind in kinds)
+        if takes_one and word.startswith("-") and word[:2] != "--" and word != "-h":
+            found[-1] = f"{flag}={word}"
+        else:
+            found.append(word)
+    return found
+
+
 def _check(flag: str, values: list[str], kinds: Sequence[object]) -> None:
     if bool in kinds:
         if values:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_type_hints
 
-from polymath_fast.config.flag_values import refuse_unreadable
+from polymath_fast.config.flag_values import joined, refuse_unreadable
 from polymath_fast.config.ranges import Range, check_values, flag
 from polymath_fast.config.settings import EMBEDDED_MODEL, Count
 from polymath_fast.config.toml_flags import refuse_unknown
@@ -124,7 +124,7 @@ def parse(args: Sequence[str] | None = None) -> EvalSettings:
     refuse_unreadable(args, hints)
     return tyro.cli(
         EvalSettings,
-        args=args,
+        args=joined(args, hints),
         prog=prog,
         description="Score a model on files of problems: mean@k and pass@k with 95 % intervals.",
     )
