@@ -130,9 +130,9 @@ class RewardSet:
         for reward in self.rewards:
             reward.prepare(batch, stop)
 
-    def check(self, sample: Sample) -> RewardCheck:
-        r"""Scores `\boxed{answer}` and a wrong answer of `sample`; for --dry-run. The token ids
-        passed along are the bytes of the text."""
+    def check(self, sample: Sample, encode: Callable[[str], Sequence[int]]) -> RewardCheck:
+        r"""Scores `\boxed{answer}` and a wrong answer of `sample`, in the token ids that `encode`
+        gives them; for --dry-run."""
         answer = "" if sample.answer is None else str(sample.answer)
         wrong = "1" if answer.strip() in ("0", "") else "0"
         texts = [rf"\boxed{{{answer}}}", rf"\boxed{{{wrong}}}"]
@@ -140,7 +140,7 @@ class RewardSet:
         result = self.score(
             [sample.prompt] * 2,
             texts,
-            [list(text.encode()) for text in texts],
+            [list(encode(text)) for text in texts],
             {name: [value] * 2 for name, value in columns.items()},
         )
         return RewardCheck(

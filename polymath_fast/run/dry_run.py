@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from polymath_fast import memory
@@ -33,9 +34,10 @@ def dry_run(config: Config) -> int:
 
 def _reward_facts(inputs: Inputs) -> dict[str, str]:
     """Rewards of the right and of a wrong answer to every sample; they must differ."""
+    encode = partial(inputs.tokenizer.encode, add_special_tokens=False)
     facts = {}
     for sample in inputs.samples:
-        found = inputs.rewards.check(sample)
+        found = inputs.rewards.check(sample, encode)
         if not facts:
             facts["reward, gold"] = f"{found.gold_completion} -> {found.gold}"
             facts["reward, wrong"] = f"{found.wrong_completion} -> {found.wrong}"
@@ -47,7 +49,7 @@ def _reward_facts(inputs: Inputs) -> dict[str, str]:
             )
     for name, held_out in inputs.held_out.items():
         try:
-            inputs.rewards.check(held_out[0])
+            inputs.rewards.check(held_out[0], encode)
         except UserError as error:
             raise UserError(f"evaluation set {name!r} (--eval-dataset): {error}") from None
     return facts

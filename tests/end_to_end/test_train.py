@@ -276,6 +276,16 @@ def test_a_dry_run_refuses_a_reward_that_prefers_wrong_answers(tmp_path, capsys)
     assert "the reward gives -1.0 to the right answer" in said and said.count("\n") == 1
 
 
+def test_a_dry_run_measures_the_right_answer_in_tokens(tmp_path, capsys):
+    """96 of them are allowed; the answer has more bytes than that, and half as many tokens."""
+    answer = (
+        r"\begin{pmatrix} \text{multiplication} & \text{multiplication} \end{pmatrix}" + " " * 30
+    )
+    words = ["--question", "what?", "--answer", answer + "and addition", "--dry-run"]
+    run_here([*words, "--reward", "math", "length"], tmp_path / "run")
+    assert "-> 1.0" in capsys.readouterr().out
+
+
 def test_the_tape_saves_the_forward_pass_and_changes_nothing_else(flags, tmp_path):
     taped, plain, little = (tmp_path / name for name in ("taped", "plain", "little"))
     # small steps: AdamW makes whole ones of rounding, and one drawn token more that differs

@@ -151,11 +151,11 @@ def test_length_reward_is_the_soft_overlong_punishment():
 def test_check_tells_right_from_wrong():
     sample = SimpleNamespace(prompt="p", answer="0", columns={})
     with rewards.build(["math", "format"], [1.0, 0.5]) as built:
-        check = built.check(sample)
+        check = built.check(sample, str.encode)
     assert (check.gold, check.wrong) == (1.5, 0.5)
     assert (check.gold_completion, check.wrong_completion) == (r"\boxed{0}", r"\boxed{1}")
     assert check.separates
-    assert not rewards.build(["format"]).check(sample).separates
+    assert not rewards.build(["format"]).check(sample, str.encode).separates
 
 
 @pytest.mark.parametrize(
