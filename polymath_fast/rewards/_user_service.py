@@ -3,6 +3,7 @@ result checked where it still has its type."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -73,11 +74,14 @@ _STARS = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 class _Handler:
     def __init__(self, function: Callable[..., Any], file: str) -> None:
         self.function, self.file = function, file
+        self.loop = asyncio.Runner()  # one for all calls: clients that are kept belong to a loop
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         """{"rewards": [...]}, {"invalid": what it returned} or {"failed": what it raised}."""
         try:
             returned = self.function(**request["arguments"])
+            if inspect.iscoroutine(returned):
+                returned = self.loop.run(returned)
         except BaseException as error:
             # KeyboardInterrupt and SystemExit too: nothing the function does ends the run
             return {"failed": _describe(error, self.file)}

@@ -71,6 +71,36 @@ def test_the_signature_is_trls(reward_of):
     assert result.total == [6.0] * 7 + [13.0] + [6.0] * 2
 
 
+def test_a_coroutine_function_keeps_its_event_loop(reward_of):
+    built = reward_of("""
+        import asyncio
+
+        lock, loops = asyncio.Lock(), []
+
+        async def judged(text):
+            async with lock:
+                await asyncio.sleep(0)
+                loops.append(asyncio.get_running_loop())
+            return float(text[-1])
+
+        async def reward(completions, **columns):
+            values = await asyncio.gather(*map(judged, completions))
+            return values if len(set(loops)) == 1 else None
+    """)
+    for _ in range(2):
+        assert score(built).total == [float(k) for k in range(10)]
+
+
+def test_a_coroutine_function_may_fail(reward_of):
+    built = reward_of("""
+        async def reward(completions, **columns):
+            if "text 3" in completions:
+                raise ValueError("three")
+            return [1.0] * len(completions)
+    """)
+    assert score(built).total == [1.0, 1.0, 1.0, None, *[1.0] * 6]
+
+
 def test_a_function_gets_only_what_it_accepts(reward_of):
     built = reward_of("def reward(completions, answer, level=3): return [level] * len(completions)")
     assert score(built, unused=[datetime.date(2026, 1, 1)] * 10).total == [3.0] * 10
