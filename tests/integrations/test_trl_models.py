@@ -206,7 +206,8 @@ def test_vocab_tolerance_is_logged(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"args.fp16": True}, "fp16=True"),
+        ({"args.fp16": True}, "fp16"),
+        ({"accelerator.mixed_precision": "fp16"}, "fp16"),
         ({"args.torch_compile": True}, "torch_compile"),
         ({"is_fsdp_enabled": True}, "FSDP"),
         ({"is_deepspeed_enabled": True}, "DeepSpeed"),
@@ -223,7 +224,7 @@ def test_settings_that_are_refused(changes: dict[str, Any], named: str) -> None:
     model = _fresh("Llama")()
     trainer = SimpleNamespace(
         args=SimpleNamespace(fp16=False, torch_compile=False, top_entropy_quantile=1.0),
-        accelerator=SimpleNamespace(num_processes=1),
+        accelerator=SimpleNamespace(num_processes=1, mixed_precision="no"),
         config=model.config,
         is_fsdp_enabled=False,
         is_deepspeed_enabled=False,

@@ -120,6 +120,30 @@ def test_every_loss_type(tiny_model: Path, tmp_path: Path, loss_type: str, beta:
         assert ours.history[1]["clip_ratio/region_mean"] > 0
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("beta", 5.0), ("epsilon_low", 1e-3), ("loss_type", "bnpo"), ("top_entropy_quantile", 0.3)],
+)
+def test_what_changes_on_the_way_counts(
+    tiny_model: Path, tmp_path: Path, attribute: str, value: Any
+) -> None:
+    """Schedules of TRL's users set attributes of the trainer between steps."""
+
+    def scheduled(trainer: type) -> type:
+        class Scheduled(trainer):
+            def log(self, logs: dict[str, float], *args: Any) -> None:
+                super().log(logs, *args)
+                setattr(self, attribute, value)
+
+        return Scheduled
+
+    ours, theirs = (
+        train(scheduled(trainer), tiny_model, tmp_path, rollout_func=rollouts(320, 2), beta=0.1)
+        for trainer in (FastGRPOTrainer, GRPOTrainer)
+    )
+    assert_same_run(ours, theirs)
+
+
 def test_two_trainers_of_one_model_are_told_apart(tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,11 +15,21 @@ from polymath_fast.kernels import PolicyLossSpec
 if TYPE_CHECKING:
     from trl import GRPOConfig, GRPOTrainer
 
+_HELD_BY_TRAINER = {
+    "loss_type": "loss_type",
+    "epsilon": "epsilon_low",
+    "epsilon_high": "epsilon_high",
+    "beta": "beta",
+    "importance_sampling_level": "importance_sampling_level",
+    "off_policy_mask_threshold": "off_policy_mask_threshold",
+    "top_entropy_quantile": "top_entropy_quantile",
+    "max_completion_length": "max_completion_length",
+}
 _BY_TOKENS_OF_THE_STEP = ("dapo", "cispo", "vespo")
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
-def policy_spec(args: GRPOConfig, temperature: float) -> PolicyLossSpec:
+def policy_spec(args: GRPOConfig | SimpleNamespace, temperature: float) -> PolicyLossSpec:
     """The policy loss that `args` describe; normalisers come with each batch.
 
     Raises:
@@ -50,6 +61,11 @@ def policy_spec(args: GRPOConfig, temperature: float) -> PolicyLossSpec:
         )
     except ValueError as error:
         raise UserError(f"FastGRPOTrainer: {error}") from None
+
+
+def held_options(trainer: GRPOTrainer) -> dict[str, Any]:
+    """Options that TRL reads from the trainer, not from its `args`: callbacks may change them."""
+    return {name: getattr(trainer, attribute) for name, attribute in _HELD_BY_TRAINER.items()}
 
 
 def batch_spec(
@@ -115,8 +131,9 @@ def check_supported(trainer: GRPOTrainer, model: PreTrainedModel) -> None:
         "an LM head without floating-point weights: load it in bfloat16": (
             head is None or not head.weight.is_floating_point()
         ),
-        "fp16=True: gradients come before the loss scaler and would underflow; use bf16=True": (
-            args.fp16
+        "fp16: gradients come before the loss scaler and would underflow; use bf16=True": (
+            # `accelerate launch --mixed_precision fp16` leaves args.fp16 as it is
+            args.fp16 or trainer.accelerator.mixed_precision == "fp16"
         ),
         "torch_compile=True: the fused head is not traced; set torch_compile=False": (
             args.torch_compile

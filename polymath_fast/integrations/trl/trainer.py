@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -13,10 +14,11 @@ from polymath_fast.integrations.trl.head import FusedHead, Objective
 from polymath_fast.integrations.trl.settings import (
     batch_spec,
     check_supported,
+    held_options,
     logit_scale,
     policy_spec,
 )
-from polymath_fast.kernels import dispatch
+from polymath_fast.kernels import PolicyLossSpec, dispatch
 from polymath_fast.kernels.checks import check_vocab_tol
 
 
@@ -49,8 +51,9 @@ class FastGRPOTrainer(GRPOTrainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         model = getattr(unwrapped, "get_base_model", lambda: unwrapped)()
         check_supported(self, model)
-        temperature = self.temperature / logit_scale(model)
-        self._policy_spec = policy_spec(self.args, temperature)
+        temperature = self._logit_temperature = self.temperature / logit_scale(model)
+        policy_spec(self.args, temperature)
+        self._held_at_start = held_options(self)
         options = {"in_float32": self.args.cast_lm_head_to_fp32, "impl": impl}
         self._fused_head = FusedHead(model, temperature=temperature, vocab_tol=vocab_tol, **options)
         if self.ref_model is not None:
@@ -85,7 +88,7 @@ class FastGRPOTrainer(GRPOTrainer):
         completion = inputs["completion_mask"].bool()  # (B, T)
         trained = completion & inputs.get("tool_mask", completion).bool()
         spec = batch_spec(
-            self._policy_spec,
+            self._spec_now(),
             self,
             completions=len(completion),
             tokens=int(trained.sum()),
@@ -118,6 +121,14 @@ class FastGRPOTrainer(GRPOTrainer):
             },
             spec=spec,
         )
+
+    def _spec_now(self) -> PolicyLossSpec:
+        """The loss that TRL would compute now, with what callbacks have changed since the start."""
+        held, before = held_options(self), self._held_at_start
+        changed = {name: value for name, value in held.items() if value != before[name]}
+        if "epsilon" in changed:  # TRL lets one bound serve for both at the start only
+            changed["epsilon_high"] = held["epsilon_high"]
+        return policy_spec(SimpleNamespace(**(vars(self.args) | changed)), self._logit_temperature)
 
     def _importance_weights(
         self, inputs: dict[str, Any], completion: torch.Tensor, some: torch.Tensor
