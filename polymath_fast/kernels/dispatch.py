@@ -137,13 +137,13 @@ def resolve(
 
 def choose_here(
     op: str,
-    device: torch.device,
+    device: torch.device | str,
     dtype: torch.dtype,
     impl: str = "auto",
     unable: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str, str]:
     """`choose` with the defaults and the device of this process."""
-    default = default_implementation()
+    default, device = default_implementation(), torch.device(device)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return choose(
         op, device, dtype, impl=impl, default=default, capability=capability, unable=unable

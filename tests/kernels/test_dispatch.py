@@ -34,6 +34,12 @@ def test_auto_takes_what_can_run() -> None:
     assert "7.5 is below 8.0" in reason
 
 
+def test_a_device_may_be_given_by_name() -> None:
+    found = dispatch.choose_here("grpo_loss", "cpu", torch.float64)
+    assert found == dispatch.choose_here("grpo_loss", torch.device("cpu"), torch.float64)
+    assert found[0] == "reference"
+
+
 def test_a_library_runs_where_it_is_installed() -> None:
     op, hopper = "prefix_attention", (9, 0)
 
