@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ UNFINISHED = ("plain", "polymath")
 """templates that leave start tokens to the tokenizer; the others write their own control tokens"""
 DEFAULT_INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 
+# Some templates write today's date, which would give a resumed run another prompt. This is the
+# day that Llama's own take where there is no clock.
+_TODAY = datetime.date(2024, 7, 26)
 # The exact wording is part of the recipe of arXiv 2601.03111 (after Open-Reasoner-Zero).
 _POLYMATH = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
@@ -79,13 +83,17 @@ def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a conversation up to where the assistant's turn begins. Raises UserError."""
+    """The text of a conversation up to where the assistant's turn begins, the same on every day.
+    Raises UserError."""
     from jinja2 import TemplateError
 
     _require_chat_template(tokenizer)
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=True,
+            strftime_now=_TODAY.strftime,
         )
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"the model's chat template refuses these messages: {error}") from None

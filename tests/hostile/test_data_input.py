@@ -238,6 +238,18 @@ def test_a_chat_template_that_refuses_the_conversation(tokenizer: Any, tmp_path:
     strict = AutoTokenizer.from_pretrained(resolve_model("random:tiny"))
     strict.chat_template = "{{ raise_exception('no system turn here') }}"
     refused(strict, "shipped:rectangle", "no system turn here", template="chat")
+    strict.chat_template = {"tool_use": "x", "rag": "y"}
+    refused(strict, "shipped:rectangle", "refuses these messages", template="chat")
+
+
+def test_a_chat_template_with_a_clock_asks_the_same_every_day(tokenizer: Any) -> None:
+    """A resumed run goes on with the prompt that it began with."""
+    from transformers import AutoTokenizer
+
+    dated = AutoTokenizer.from_pretrained(resolve_model("random:tiny"))
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}"
+    sample = load(dated, "shipped:rectangle", template="chat")[0]
+    assert sample.prompt.startswith("26 Jul 2024: A rectangle")
 
 
 @pytest.mark.parametrize(
