@@ -25,6 +25,7 @@ from polymath_fast.evaluation import problem_files, result_folder
 from polymath_fast.evaluation.grading import EvalResult, evaluate_samples
 from polymath_fast.evaluation.problem_files import EvalProblem, Grading
 from polymath_fast.evaluation.settings import OF_GRADING, EvalSettings, parse
+from polymath_fast.folders import asking
 from polymath_fast.monitor.console import print_error
 from polymath_fast.samples import Sample, load_tokenizer, ready, sources
 
@@ -55,6 +56,8 @@ def evaluate(settings: EvalSettings) -> dict[str, EvalResult]:
     tokenizer = load_tokenizer(model_dir)
     context = models.context_length(model_dir)
     asked = _ask(problems, settings, tokenizer, context)
+    if note := asking.difference(Path(model_dir).resolve(), settings):
+        print(note)
     folder = result_folder.new_folder(settings.output_dir)
     results: dict[str, EvalResult] = {}
     with ExitStack() as stack:

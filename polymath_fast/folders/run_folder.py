@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from polymath_fast.errors import UserError
+from polymath_fast.folders import asking
 
 LOCK_FILE = ".polymath_fast.lock"
 # Left by a run that ended before its first step: nothing is lost by starting over.
@@ -192,9 +193,9 @@ def report_command(run_dir: Path) -> str:
 
 
 def evaluate_command(checkpoint: Path) -> str:
-    """The shell command that scores a checkpoint."""
+    """The shell command that scores a checkpoint, asked as its run asked."""
     words = [_python(), "-m", "polymath_fast.evaluate", "--model", _as_argument(checkpoint)]
-    return shlex.join(words)
+    return shlex.join([*words, *asking.as_flags(asking.as_trained(checkpoint))])
 
 
 def _python() -> str:

@@ -158,6 +158,33 @@ def test_commands_call_the_python_that_runs(tmp_path, monkeypatch):
     assert shlex.split(commands[0]())[0] == str(python)
 
 
+@pytest.mark.parametrize("words", [["--instruction", ""], ["--template", "plain"]])
+def test_the_command_that_scores_a_checkpoint_asks_as_the_run_did(tmp_path, words, capsys):
+    """A policy that was trained on other prompts scores worse on the default ones."""
+    from polymath_fast import evaluate, train
+    from polymath_fast.samples.prompts import DEFAULT_INSTRUCTION
+
+    common = ["--max-steps", "1", "--num-generations", "2", "--groups-per-step", "1"]
+    common += ["--max-completion-length", "4", "--eval-dataset", "--model", "random:tiny"]
+    run_dir = tmp_path / "run"
+    assert train.main([*common, *words, "--output-dir", str(run_dir)]) == 0
+    command = shlex.split(capsys.readouterr().out.partition("try it:")[2].splitlines()[0])
+    asked = command[command.index("--model") :]
+    cheap = ["--max-problems", "1", "--engine", "transformers", "--device", "cpu"]
+    assert evaluate.main([*asked, *cheap, "--output-dir", str(tmp_path / "like")]) == 0
+    assert "note: the run" not in capsys.readouterr().out
+    plain = [*asked[:2], *cheap, "--max-completion-length", "4"]
+    assert evaluate.main([*plain, "--output-dir", str(tmp_path / "unlike")]) == 0
+    assert f"asked with {'--template chat ' * (words[0] != '--template')}{shlex.join(words)}, " in (
+        capsys.readouterr().out
+    )
+    ways = []
+    for name in ("run", "like", "unlike"):
+        row = json.loads((tmp_path / name / "completions.jsonl").read_text().splitlines()[0])
+        ways.append((DEFAULT_INSTRUCTION in row["prompt"], "<|im_start|>" in row["prompt"]))
+    assert ways[0] == ways[1] != ways[2] == (True, True)
+
+
 def test_command_for_a_name_that_looks_like_a_flag():
     words = shlex.split(run_folder.resume_command(Path("-dash")))
     assert not {"-dash", "-dash/config.toml"} & set(words)
