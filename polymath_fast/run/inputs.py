@@ -13,8 +13,11 @@ from polymath_fast.errors import UserError
 from polymath_fast.kernels import dispatch
 from polymath_fast.learner.families import check_shape
 from polymath_fast.rewards import RewardSet
+from polymath_fast.rewards.equality import settle
+from polymath_fast.rewards.extraction import extract_answer
 from polymath_fast.run import resuming
 from polymath_fast.samples import Sample, sources
+from polymath_fast.samples.prompts import DEFAULT_INSTRUCTION
 
 
 @dataclass
@@ -123,6 +126,8 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         for name, (dataset, entry) in _evaluation_datasets(config).items()
     }
     _check_microbatch(config, trained)
+    if "math" in config.reward:
+        _note_unasked_boxes(trained, notify)
     inputs = Inputs(
         model_dir=model_dir,
         shape=shape,
@@ -193,6 +198,20 @@ def _evaluation_datasets(config: Config) -> dict[str, tuple[str, str]]:
             )
         named[name] = (dataset, entry)
     return named
+
+
+def _note_unasked_boxes(trained: list[Sample], notify: Callable[[str], None]) -> None:
+    """Without a box the last number counts: an answer that is none would hardly ever be found."""
+    for sample in trained:
+        found = extract_answer(f"So it is {sample.answer}.")
+        plain = found is not None and settle(found, sample.answer)
+        if not plain and not any(words in sample.prompt for words in ("boxed", "answer is")):
+            notify(
+                f"the prompt asks for no \\boxed{{}}, and outside of one the reward 'math' finds "
+                f'numbers, or what follows "answer is": {sample.answer!r} may never be found; '
+                f'ask for one, for example with --instruction "{DEFAULT_INSTRUCTION}"'
+            )
+            return
 
 
 def _check_microbatch(config: Config, trained: list[Sample]) -> None:

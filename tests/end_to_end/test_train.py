@@ -276,6 +276,21 @@ def test_a_dry_run_refuses_a_reward_that_prefers_wrong_answers(tmp_path, capsys)
     assert "the reward gives -1.0 to the right answer" in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("answer", "more", "said"),
+    [
+        ("yes", [], True),
+        ("yes", ["--instruction", r"Write \boxed{yes} or \boxed{no}."], False),
+        ("-3/4 cm", [], False),
+    ],
+)
+def test_an_answer_that_needs_a_box_is_told(tmp_path, capsys, answer, more, said):
+    """The preset of the embedded model asks for none."""
+    words = ["--model", "random:tiny", "--config", "cpu_demo", "--question", "what?", "--dry-run"]
+    run_here([*words, "--answer", answer, *more], tmp_path / "run")
+    assert ("asks for no \\boxed{}" in capsys.readouterr().out) == said
+
+
 def test_a_dry_run_measures_the_right_answer_in_tokens(tmp_path, capsys):
     """96 of them are allowed; the answer has more bytes than that, and half as many tokens."""
     answer = (
