@@ -82,6 +82,11 @@ def _answer(where: str, row: dict[str, Any]) -> str:
         if not isinstance(value, int) and not math.isfinite(value):
             raise UserError(f"{where}: {name} is {value}; it must be a finite number or text")
         value = str(value)
+    if isinstance(value, list | tuple):
+        raise UserError(
+            f"{where}: {name} is a list; it must be one text or number: where several are right, "
+            "name them in another column for a --reward of your own"
+        )
     _check_text(where, name, value, empty=True)
     return value.rpartition("####")[2].strip()
 

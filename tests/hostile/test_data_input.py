@@ -99,7 +99,7 @@ def test_a_byte_order_mark_crlf_blank_lines_and_line_separators_do_no_harm(
         ({"problem": {"a": 1}, "answer": "1"}, ["problem is a dict"]),
         ({"problem": "x"}, ["no column answer", "'problem'"]),
         ({"problem": "x", "answer": None}, ["answer is null"]),
-        ({"problem": "x", "answer": ["1"]}, ["answer is a list"]),
+        ({"problem": "x", "answer": ["1", "2"]}, ["answer is a list", "a --reward of your own"]),
         ({"problem": "x", "answer": True}, ["answer is a bool"]),
         ({"problem": "x", "reward_model": {"style": "rule"}}, ["no column answer"]),
         ({"problem": "x", "reward_model": "y"}, ["no column answer"]),
