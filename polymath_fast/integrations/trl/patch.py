@@ -1,4 +1,4 @@
-"""`patch_trl()`: every TRL trainer scores tokens with our kernels; undone by its handle."""
+"""`patch_trl()`: TRL's trainers score tokens with our kernels; undone by its handle."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _ONLY_TRL = ("log_sum_sq_probs", "mean_logits", "is_top1")
 def patch_trl() -> Patch:
     """Put our kernels in the place of the functions that TRL's trainers score tokens with.
 
-    The chunked LM head behind `add_fused_lm_head` (GRPO, RLOO, DPO, KTO, SFT, ...) becomes
-    `linear_logprobs`; `selective_log_softmax`, `entropy_from_logits` and
+    The chunked LM head behind `add_fused_lm_head` (GRPO, RLOO, reference models of DPO and KTO)
+    becomes `linear_logprobs`; `selective_log_softmax`, `entropy_from_logits` and
     `selective_log_softmax_and_entropy` become `token_logprobs`, with fp32 results. A call that
-    those do not cover (softcapped logits, several indices a row, sums of squared probabilities)
-    stays with TRL and warns once.
+    those do not cover (softcapped logits, several indices a row, and the mean logits or top tokens
+    that the policies of SFT, DPO and KTO ask for) stays with TRL and warns once.
 
     Returns:
         A handle: `handle.undo()`, or `with patch_trl(): ...`.
