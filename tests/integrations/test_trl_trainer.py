@@ -165,6 +165,16 @@ def test_options_are_checked_at_construction(wrong: dict[str, Any]) -> None:
         FastGRPOTrainer(**wrong)
 
 
+def test_overrides_that_would_be_ignored_are_refused() -> None:
+    class Mine(FastGRPOTrainer):
+        @staticmethod
+        def get_off_policy_mask(**_: Any) -> float:
+            return 1.0
+
+    with pytest.raises(UserError, match="Mine.get_off_policy_mask would have no effect"):
+        Mine()
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_every_option(tiny_model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     ours, theirs = _both(tiny_model, tmp_path, 320, 2, **options)

@@ -21,6 +21,8 @@ from polymath_fast.integrations.trl.settings import (
 from polymath_fast.kernels import PolicyLossSpec, dispatch
 from polymath_fast.kernels.checks import check_vocab_tol
 
+_IN_THE_KERNELS = ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights")
+
 
 class FastGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` with three matrix products an LM head where TRL does four, and no logits.
@@ -33,8 +35,9 @@ class FastGRPOTrainer(GRPOTrainer):
         impl: see `linear_grpo_loss`.
 
     Raises:
-        UserError: at construction, a setting or model that the operators do not cover; later, a
-            model that was given to another one since.
+        UserError: at construction, a setting or model that the operators do not cover, or a
+            subclass with another `get_off_policy_mask` and the like; later, a model that was given
+            to another one since.
         ValueError: `vocab_tol` or `impl` that there is not.
     """
 
@@ -47,6 +50,12 @@ class FastGRPOTrainer(GRPOTrainer):
     ) -> None:
         check_vocab_tol(vocab_tol)
         dispatch.check_name(impl, "impl")
+        for name in _IN_THE_KERNELS:
+            if getattr(type(self), name) is not getattr(GRPOTrainer, name):
+                raise UserError(
+                    f"{type(self).__name__}.{name} would have no effect: FastGRPOTrainer does that "
+                    "inside its kernels; derive from trl.GRPOTrainer to replace it"
+                )
         super().__init__(*args, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
         model = getattr(unwrapped, "get_base_model", lambda: unwrapped)()
