@@ -71,13 +71,16 @@ def kv_cache_bytes(shape: dict[str, Any], dtype: str = "bfloat16") -> int:
     return shape["num_hidden_layers"] * 2 * BYTES[dtype] * widths(shape)[1]
 
 
-def optimizer_bytes(config: Config, dtype: str = "bfloat16") -> dict[str, int]:
-    """Bytes a parameter that learning needs on the device, beside the weights themselves."""
+def optimizer_bytes(config: Config, dtype: str = "bfloat16") -> dict[str, float]:
+    """Bytes a parameter that learning needs on the device of each process, beside the weights
+    themselves."""
     state = {"AdamW moments (fp32)": 8}
     if config.master_weights == "remainder":
         state["remainder of master weights (int16)"] = 2
     elif dtype != "float32":
         state["master weights (fp32)"] = 4
+    if config.shard_optimizer:
+        state = {name: size / config.num_processes for name, size in state.items()}
     return {GRADIENT: 4} | ({} if config.offload_optimizer else state)
 
 
@@ -128,8 +131,9 @@ def estimate(
     An estimate: allocators round up.
     """
     taped, tape = _tape(shape, config, engine, prompt_tokens, device, dtype)
-    config = config.of_one_process()
     weights = parameters(shape)
+    held = {name: each * weights for name, each in optimizer_bytes(config, dtype).items()}
+    config = config.of_one_process()
     rollouts = config.num_generations * config.groups_per_step
     rows = prompt_tokens + rollouts * config.max_completion_length
     alone = prompt_tokens + config.max_completion_length
@@ -154,7 +158,6 @@ def estimate(
     head = _head_bytes(shape, config, tokens, device, dtype, gpu, room)
     sampling = {"KV cache": cached}
     learning = {f"activations of {tokens} tokens": kept * tokens, "LM head": head}
-    held = {name: each * weights for name, each in optimizer_bytes(config, dtype).items()}
     if engine == "vllm":
         largest = sampling | learning
     else:  # on a CPU the sampler packs its weights where the gradient will be

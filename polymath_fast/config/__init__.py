@@ -58,6 +58,7 @@ class Config(
         return replace(
             self,
             num_processes=1,
+            shard_optimizer=False,
             num_generations=share,
             num_train_generations=None,
             updates_per_batch=min(self.updates_per_batch, share * self.groups_per_step),

@@ -121,6 +121,11 @@ def _check_rollouts(config: Config) -> None:
             f"two completions at least, and --num-generations is {config.num_generations}; "
             f"--num-processes {fitting} works, or --num-generations {2 * config.num_processes}"
         )
+    if config.shard_optimizer and config.num_processes == 1:
+        raise UserError(
+            "--shard-optimizer shares the optimizer's state out to the processes of a run, and "
+            "--num-processes is 1; leave it out, or pass --num-processes 2 or more"
+        )
     completions = config.num_generations * config.groups_per_step
     if config.updates_per_batch > completions:
         raise UserError(

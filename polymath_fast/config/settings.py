@@ -189,6 +189,10 @@ class OptimizerSettings:
     offload_optimizer: bool = False
     """keep moments and master weights in the host's memory and stream them through the GPU at each
     update: 12 bytes a parameter (10 with a remainder) less on the GPU"""
+    shard_optimizer: bool = False
+    """with --num-processes N each process keeps moments and master weights of an N-th of the
+    weights only, and updates those (ZeRO stage 1); changes no result. Off, any process that is left
+    can save the run when another one dies; on, what was saved before is all there is then"""
     updates_per_batch: Annotated[int, Range(ge=1, le=10_000, works=1)] = 1
     """optimizer updates per batch of rollouts; with 1 the ratio is 1 and no old log-probs are
     needed"""

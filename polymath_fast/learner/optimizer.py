@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polymath_fast.config import Config
-from polymath_fast.kernels import flat_adamw, grad_norm
+from polymath_fast.kernels import flat_adamw
 from polymath_fast.kernels.flat_adamw.segments import Segments
 from polymath_fast.kernels.scratch import Arena
 from polymath_fast.learner.flat_storage import FlatStorage, decayed, trained
 from polymath_fast.learner.gradients import FlatGradient
 from polymath_fast.learner.optimizer_state import OptimizerState
+from polymath_fast.learner.sharding import Replicated, Sharded
+from polymath_fast.ranks import ALONE, Ranks
 
 
 class FlatAdamW:
@@ -33,12 +37,20 @@ class FlatAdamW:
         storage: where the weights are to lie, for example in the memory an engine samples from;
             a buffer of its own when left out. The weights of `model` are copied there. What
             `tensors` returns does not depend on it, so a run may be resumed in another storage.
+        ranks: the processes whose gradients add up; with `config.shard_optimizer` each of them
+            keeps the state of a part of the weights.
 
     Raises:
         UserError: `config` asks for what these weights or this device cannot do.
     """
 
-    def __init__(self, model: nn.Module, config: Config, storage: FlatStorage | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        storage: FlatStorage | None = None,
+        ranks: Ranks = ALONE,
+    ):
         self.config = config
         params = trained(model)
         self.storage = storage or FlatStorage.of(model)
@@ -47,9 +59,13 @@ class FlatAdamW:
         spans = self.storage.spans()
         self._gradient = FlatGradient(self.live.numel(), self.live.device)
         self._gradient.gather((param, spans[name]) for name, param in params.items())
-        self._state = OptimizerState(
+        self._exchange = (Sharded if config.shard_optimizer else Replicated)(
+            ranks, self.live.numel()
+        )
+        self.state = OptimizerState(
             self.live,
             [spans[name] for name in params],
+            self._exchange.part,
             config.master_weights,
             config.offload_optimizer,
         )
@@ -83,14 +99,18 @@ class FlatAdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
-        """Clip, update, round into the live weights, forget the gradient, without waiting.
+        """Add up everybody's gradients, clip, update, round into the live weights, forget the
+        gradient, without waiting for the device; all processes have to call it.
 
         Returns:
-            0-d tensors on the device: the gradient's norm before clipping, and whether the update
-            was made. A gradient that is not finite is thrown away and no weight changes.
+            0-d tensors on the device: the sum's norm before clipping, and whether the update was
+            made. A gradient that is not finite is thrown away and no weight changes.
+
+        Raises:
+            EngineError: another process is gone or failed.
         """
         config, grad = self.config, self.grad
-        norm = grad_norm(grad)
+        norm = self._exchange.add_up(grad)
 
         def update(start: int, stop: int, state: dict[str, Tensor]) -> None:
             flat_adamw(
@@ -109,24 +129,27 @@ class FlatAdamW:
                 **state,
             )
 
-        self._state.sweep(update)
+        self.state.sweep(update)
         finite = norm.isfinite()
         self._updates += finite
         self.zero_grad()
+        self._exchange.publish(self.live)
         return norm, finite
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold: (parameters,) float32 master, first and second moment.
 
         Parameters come in the order of `trained`, without gaps, whatever the storage and the form
-        of the master weights.
+        of the master weights. Where the processes share the state out, `state` has a part of it.
         """
-        return self._state.gather()
+        return self.state.gather()
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Continue exactly where `tensors` were taken, `updates` updates into the run."""
-        self._state.scatter(tensors)
+    def load(self, tensors: Mapping[str, Any], updates: int) -> None:
+        """Continue exactly where `tensors` were taken, `updates` updates into the run; each may be
+        anything of which slices are tensors. All processes have to call it."""
+        self.state.scatter(tensors)
+        self._exchange.publish(self.live)
         self._updates.fill_(updates)
 
 

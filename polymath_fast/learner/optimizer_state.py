@@ -5,7 +5,8 @@ Float32 weights are that value themselves, and need no master beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class OptimizerState:
     Args:
         live: (elements,) weights; their values are what the state begins with.
         spans: first and last + 1 element of each trained parameter, in the order of checkpoints.
+        part: first and last + 1 element whose state is kept here.
         master_weights: "float32", or "remainder": the 16 bits by which bfloat16 weights differ
             from their float32 values.
         offload: keep the state in the host's memory and send it through the GPU in chunks.
@@ -33,9 +35,16 @@ class OptimizerState:
     """
 
     def __init__(
-        self, live: Tensor, spans: list[tuple[int, int]], master_weights: str, offload: bool
+        self,
+        live: Tensor,
+        spans: list[tuple[int, int]],
+        part: tuple[int, int],
+        master_weights: str,
+        offload: bool,
     ):
-        self._live, self._spans = live, spans
+        self._spans, self._part = spans, part
+        self._live = live = live[slice(*part)]
+        self.elements = sum(stop - start for start, stop in spans)
         self._remainder = master_weights == "remainder"
         if self._remainder and live.dtype != torch.bfloat16:
             raise UserError(
@@ -61,10 +70,13 @@ class OptimizerState:
         self._offloaded = Offloaded(self._tensors, live.device) if offload else None
 
     def sweep(self, visit: Callable[[int, int, dict[str, Tensor]], None]) -> None:
-        """visit(start, stop, {name: state of elements [start, stop) on the weights' device})."""
+        """visit(start, stop, {name: state of elements [start, stop) on the weights' device}), for
+        all elements of the part."""
+        offset = self._part[0]
 
         def complete(start: int, stop: int, tensors: dict[str, Tensor]) -> None:
-            visit(start, stop, {"master": self._live[start:stop]} | tensors)
+            master = {"master": self._live[start:stop]}
+            visit(offset + start, offset + stop, master | tensors)
 
         if self._offloaded:
             self._offloaded.sweep(complete)
@@ -72,15 +84,31 @@ class OptimizerState:
             complete(0, self._live.numel(), self._tensors)
 
     def gather(self) -> dict[str, Tensor]:
-        """(parameters,) float32 for each of `NAMES`; views of the state where it has that form."""
-        if self._offloaded:
-            self._offloaded.settle()
+        """(parameters,) float32 for each of `NAMES`; views of the state where it has that form.
+        The part must be the whole."""
+        assert all(self._part[0] <= start and stop <= self._part[1] for start, stop in self._spans)
+        self.settle()
         return {name: self._gathered(name) for name in NAMES}
 
-    def scatter(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `gather` gave, here or elsewhere; the live weights follow the master."""
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Where in a checkpoint's tensor `name` what is kept of it here belongs, and (n,) float32 on
+        the CPU; `settle` comes before."""
+        state = self._tensors.get(name, self._live)
+        for here, there in self._pieces():
+            piece = state[here]
+            if piece.dtype == torch.int16:
+                piece = halves.join(self._live[here].to(piece.device), piece)
+            yield there.start, piece.cpu()
+
+    def settle(self) -> None:
+        """Wait until the host has everything."""
         if self._offloaded:
             self._offloaded.settle()
+
+    def scatter(self, tensors: Mapping[str, Any]) -> None:
+        """Take over the part of what `gather` gave, here or elsewhere, of tensors or what gives
+        them by slices; the live weights follow the master."""
+        self.settle()
         for name in NAMES:
             state = self._tensors.get(name)
             for here, there in self._pieces():
@@ -105,19 +133,18 @@ class OptimizerState:
         in_order = ends == [*(start for start, _ in self._spans), state.numel()]
         if in_order and state.dtype == torch.float32:
             return state
-        found = torch.empty(sum(stop - start for start, stop in self._spans))
-        for here, there in self._pieces():
-            part = state[here]
-            if part.dtype == torch.int16:
-                part = halves.join(self._live[here].to(part.device), part)
-            found[there] = part.cpu()
+        found = torch.empty(self.elements)
+        for first, piece in self.pieces(name):
+            found[first : first + len(piece)] = piece
         return found
 
     def _pieces(self) -> Iterator[tuple[slice, slice]]:
-        """Elements here, and the same ones in a checkpoint."""
+        """Elements of the part, and the same ones in a checkpoint."""
+        begin, end = self._part
         offset = 0
         for start, stop in self._spans:
-            for first in range(start, stop, _PIECE):
-                size = min(_PIECE, stop - first)
-                yield slice(first, first + size), slice(offset, offset + size)
-                offset += size
+            for first in range(max(start, begin), min(stop, end), _PIECE):
+                size = min(_PIECE, min(stop, end) - first)
+                here, there = first - begin, offset + first - start
+                yield slice(here, here + size), slice(there, there + size)
+            offset += stop - start

@@ -49,7 +49,7 @@ class Learner:
 
     `storage` is where the weights are to lie, for example in an engine's memory. With `lends` the
     gradient's memory is kept between updates, for a sampler that works there, see `lend`. Of rows
-    that belong to several processes each learns from its own, and `ranks` adds up their gradients.
+    that belong to several processes each learns from its own; gradients add up through `ranks`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Learner:
         self.config = config
         self.reference = reference
         self.ranks = ranks
-        self.optimizer = FlatAdamW(policy.model, config, storage)
+        self.optimizer = FlatAdamW(policy.model, config, storage, ranks)
         self._lends = lends
         self._trim()
         self.tree_rule = rule_for(
@@ -113,7 +113,6 @@ class Learner:
             needed = self._with_logprobs(needed, self.reference, "ref_logprobs")
         for part in minibatches(needed, config.updates_per_batch, f"{config.seed}-{step}"):
             self._accumulate(self._own(part), spec, metrics)
-            self.ranks.add(self.optimizer.grad)
             norm, updated = self.optimizer.step(learning_rate_at(step, config))
             metrics.add_update(norm, updated)
         return metrics.result(self.ranks)

@@ -59,7 +59,8 @@ class Channel:
             self.send(kind, reason=str(error))
 
     def receive(self, *kinds: str) -> dict[str, Any]:
-        """The next message. Raises EngineError when it does not come, or is none of `kinds`."""
+        """The next message. Raises EngineError when it does not come, or is none of `kinds`; what
+        the other side's `fail` sent is raised unless asked for."""
         (size,) = struct.unpack("<I", self._exactly(4))
         if size > MAX_MESSAGE:
             raise EngineError(f"a message of {size} bytes; {MAX_MESSAGE} are the most")
@@ -68,13 +69,13 @@ class Channel:
             kind = message["kind"]
         except (ValueError, TypeError, KeyError) as error:
             raise EngineError(f"the other process sent no message of ours: {error!r}") from None
+        if kind in kinds:
+            return message
         if kind == "refused":
             raise UserError(f"the other process refused: {message.get('reason')}")
         if kind == "failed":
             raise EngineError(f"the other process failed: {message.get('reason')}")
-        if kind not in kinds:
-            raise EngineError(f"the other process sent {kind!r}, expected {' or '.join(kinds)}")
-        return message
+        raise EngineError(f"the other process sent {kind!r}, expected {' or '.join(kinds)}")
 
     def close(self) -> None:
         """Say no more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 _PATIENCE = 3.0  # seconds for all members to end; they have nothing to save
+_GLANCE = 0.01  # seconds between looks at the members' sockets
+_MUSTER = 600.0  # seconds for a member to finish what it samples or evaluates
 
 
 class Ranks:
@@ -56,6 +58,22 @@ class Ranks:
         All get the same bytes. Raises as `gather`.
         """
 
+    def add_parts(self, tensor: Tensor, bounds: Sequence[int]) -> None:
+        """As `add`, but only elements [bounds[r], bounds[r + 1]) of process r become the sum; what
+        is left of the others is worth nothing."""
+
+    def share_parts(self, tensor: Tensor, bounds: Sequence[int]) -> None:
+        """Give all processes elements [bounds[r], bounds[r + 1]) of process r's tensor, for all r;
+        all have to call it. Raises as `gather`."""
+
+    def muster(self, error: Exception) -> None:
+        """After `error`, which not all need to have met: all break off what they do and come to
+        one place, from where they may `gather` again. The leader calls them; the others call this
+        whenever they failed, also by another's failure.
+
+        Raises EngineError when a process is gone, or the leader ends without calling.
+        """
+
     def close(self) -> None:
         """End the processes that this one started."""
 
@@ -72,10 +90,48 @@ class _Several(Ranks):
         self._group: Any = None
 
     def add(self, tensor: Tensor) -> None:
+        self._together(lambda group: [group.allreduce([tensor])])
+
+    def add_parts(self, tensor: Tensor, bounds: Sequence[int]) -> None:
+        from torch.distributed import ReduceOptions
+
+        def launch(group: Any) -> Iterable[Any]:
+            for rank, part in _parts(tensor, bounds):
+                options = ReduceOptions()
+                options.rootRank = rank
+                yield group.reduce([part], options)
+
+        self._together(launch)
+
+    def share_parts(self, tensor: Tensor, bounds: Sequence[int]) -> None:
+        import torch
+        from torch.distributed import BroadcastOptions
+
+        def launch(group: Any) -> Iterable[Any]:
+            for rank, part in _parts(tensor, bounds):
+                options = BroadcastOptions()
+                options.rootRank = rank
+                yield group.broadcast([part.view(torch.uint8)], options)
+
+        self._together(launch)
+
+    def _together(self, launch: Callable[[Any], Iterable[Any]]) -> None:
+        """Start the collectives that `launch(group)` gives, then wait for them all (on a GPU its
+        stream does, not the host)."""
+        import torch
+
         self.gather(None)  # one that is gone is noticed here, not by a collective that never ends
         if self._group is None:
             self._group = _process_group(self.rank, self.size, *self._meeting)
-        self._group.allreduce([tensor]).wait()
+        try:
+            for work in list(launch(self._group)):
+                work.wait()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise EngineError(
+                f"what the {self.size} processes of this run exchange broke off: {error}"
+            ) from error
 
 
 class Leader(_Several):
@@ -96,6 +152,24 @@ class Leader(_Several):
             raise EngineError(f"one of the {self.size} processes of this run: {error}") from error
         return values
 
+    def muster(self, error: Exception) -> None:
+        away = {rank: child.channel for rank, child in enumerate(self._children, start=1)}
+        last = time.monotonic() + _MUSTER
+        rank = 0
+        try:
+            for rank, channel in away.items():
+                channel.send("muster")
+            while away:
+                for rank, channel in list(away.items()):
+                    if channel.waiting() and _mustered(channel):
+                        del away[rank]
+                time.sleep(_GLANCE)
+                if away and time.monotonic() > last:
+                    rank = min(away)
+                    raise EngineError(f"no answer for {_MUSTER:g} s")
+        except EngineError as gone:
+            raise EngineError(f"process {rank} of this run is lost ({gone})") from gone
+
     def close(self) -> None:
         for child in self._children:
             child.channel.close()  # they end when they hear nothing more
@@ -110,10 +184,34 @@ class Member(_Several):
     def __init__(self, channel: Channel, rank: int, size: int, folder: Path, device: str) -> None:
         super().__init__(rank, size, folder, device)
         self._channel = channel
+        self._called = False
 
     def gather(self, value: Any) -> list[Any]:
         self._channel.send("value", value=value)
-        return self._channel.receive("values")["values"]
+        message = self._channel.receive("values", "muster")
+        if message["kind"] == "muster":
+            self._called = True
+            raise EngineError("another process of this run failed")
+        return message["values"]
+
+    def muster(self, error: Exception) -> None:
+        if not self._called:
+            self._channel.fail(error)
+            while self._channel.receive("values", "muster")["kind"] != "muster":
+                pass
+        self._called = False
+        self._channel.send("mustered")
+
+
+def _mustered(channel: Channel) -> bool:
+    """Whether the next message says so; what was sent before is of no use any more."""
+    return channel.receive("mustered", "value", "failed", "refused")["kind"] == "mustered"
+
+
+def _parts(tensor: Tensor, bounds: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """Each process that has a part of the tensor, and that."""
+    spans = enumerate(zip(bounds, bounds[1:], strict=False))
+    return [(rank, tensor[first:last]) for rank, (first, last) in spans if first < last]
 
 
 def _process_group(

@@ -107,6 +107,10 @@ def _advice(config: Config, needs: dict[str, float], missing: float, inputs: Inp
         tokens = int(now * (1 - missing / size) * 0.9)
         if name.startswith("activations") and tokens >= smallest:
             return f"--tokens-per-microbatch {tokens} works"
+    if config.num_processes > 1 and not config.shard_optimizer:
+        shared = sum(_needs(replace(config, shard_optimizer=True), inputs).values())
+        if shared <= sum(needs.values()) - missing:
+            return "--shard-optimizer works"
     return "take a smaller model"
 
 

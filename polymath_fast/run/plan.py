@@ -46,11 +46,12 @@ def plan(config: Config, inputs: Inputs, run_dir: Path | None, steps_done: int) 
 
 def _processes(config: Config, device: str) -> str:
     count = config.num_processes
+    shared = " and of the optimizer's state" if config.shard_optimizer else ""
     if device == "cpu":
-        return f"{count}, each with its part of the cores and of every group"
+        return f"{count}, each with its part of the cores and of every group{shared}"
     seen = len(visible_devices())
     if count > 1:
-        return f"{count}, each with a GPU and its part of every group"
+        return f"{count}, each with a GPU and its part of every group{shared}"
     return "1" if seen == 1 else f"1; {seen} GPUs are visible, --num-processes {seen} uses them"
 
 

@@ -57,7 +57,7 @@ def gradients(count: int, size: float = 1.0) -> list[Tensor]:
 def update(name: str, state: dict, grad: Tensor, step: int, settings: Settings) -> Tensor:
     """One step by implementation `name` ("_cpu", "_triton", "reference"); returns the norm."""
     module = importlib.import_module(f"polymath_fast.kernels.flat_adamw.{name}")
-    norm = module.grad_norm(grad)
+    norm = module.root(module.squares(grad, 0, len(grad)))
     found = _coefficients(
         norm,
         torch.tensor(step, device=grad.device),

@@ -7,7 +7,7 @@ import torch
 from adamw_checks import Settings, compare, gradients, run, start, update
 from interpreter import hurry
 
-from polymath_fast.kernels.flat_adamw import _triton
+from polymath_fast.kernels.flat_adamw import PART, _triton
 
 hurry()
 
@@ -43,9 +43,15 @@ def test_flat_adamw_of_a_gradient_that_is_not_finite(remainder) -> None:
     assert not grad[3:2900].any() and grad[4500:].any()
 
 
-def test_grad_norm_of_several_programs() -> None:
-    grad = torch.randn(40_000, generator=torch.Generator().manual_seed(0))
+def test_squares_of_several_programs() -> None:
+    """Their root is the norm; those of parts are the same, each in its place."""
+    grad = torch.randn(90_000, generator=torch.Generator().manual_seed(0))
     grad[17] = 1e30
-    found = _triton.grad_norm(grad)
+    whole = _triton.squares(grad, 0, len(grad))
+    found = _triton.root(whole)
     assert found.item() == pytest.approx(grad.double().norm().item(), rel=1e-14)
-    assert _triton.grad_norm(torch.empty(0)) == 0
+    assert not _triton.squares(torch.empty(0), 0, 0).numel()
+    assert _triton.root(_triton.squares(torch.empty(0), 0, 0)) == 0
+    parts = [_triton.squares(grad, *part) for part in ((0, PART), (PART, PART), (PART, 90_000))]
+    assert torch.equal(sum(parts), whole) and not parts[1].any()
+    assert not parts[0][4:].any() and not parts[2][:4].any()

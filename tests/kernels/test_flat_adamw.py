@@ -10,7 +10,7 @@ from adamw_checks import SIZE, Settings, compare, gradients, run, start, truth, 
 
 from polymath_fast.kernels import flat_adamw, grad_norm
 from polymath_fast.kernels.cpu import adamw
-from polymath_fast.kernels.flat_adamw import Segments, _cpu, halves
+from polymath_fast.kernels.flat_adamw import PART, Segments, _cpu, halves
 
 IMPLEMENTATIONS = pytest.mark.parametrize("name", ["_cpu", "reference"])
 SETTINGS = {
@@ -160,6 +160,23 @@ def test_the_norm_over_several_chunks(impl: str) -> None:
     grad[-1] = math.nan
     assert grad_norm(grad, impl=impl).isnan()
     assert grad_norm(torch.empty(0), impl=impl) == 0
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_the_norm_of_parts_that_are_added_up(impl: str) -> None:
+    """The same bits as of the whole in compiled code; one part may be empty."""
+    generator = torch.Generator().manual_seed(3)
+    grad = torch.randn(3 * PART + 77, generator=generator)
+    parts = [(0, PART), (PART, PART), (PART, len(grad))]
+    seen: list[torch.Tensor] = []
+    for part in parts:
+        grad_norm(grad, part=part, add=lambda sums: seen.append(sums.clone()), impl=impl)
+    found = grad_norm(grad, part=(0, 0), add=lambda sums: sums.add_(sum(seen)), impl=impl)
+    whole = grad_norm(grad, impl=impl)
+    assert found == whole if impl == "cpu" else found.item() == pytest.approx(whole.item())
+    for part in ((1, PART), (0, 7), (PART, 0), (0, 4 * PART)):
+        with pytest.raises(ValueError, match=f"part is {part[0]}:{part[1]} of"):
+            grad_norm(grad, part=part, impl=impl)
 
 
 def test_halves_hold_every_number() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -15,14 +16,26 @@ __all__ = ["Segments", "flat_adamw", "grad_norm"]
 _STATE = (torch.float32, torch.float64)
 _LIVE = (torch.bfloat16, torch.float16, torch.float32)
 _SMALLEST = 2.0**-126
+PART = 1 << 16
+"""a part of a gradient whose squares are added up elsewhere begins at a multiple of it"""
 
 
 @dispatch.untraced
-def grad_norm(grad: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+def grad_norm(
+    grad: torch.Tensor,
+    *,
+    part: tuple[int, int] | None = None,
+    add: Callable[[torch.Tensor], None] | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
     """Euclidean norm of a gradient, read once; two runs give the same bits.
 
     Args:
         grad: (n,) fp32 (or fp64, reference only), contiguous.
+        part: first element and the one after the last that are read here; the first is a multiple
+            of `PART`, the last is, too, or n. All of them when left out.
+        add: turns an fp64 tensor on the device of `grad` into the sum of everybody's, in place: of
+            what each reads the norm comes out as of the whole, on "cpu" and "triton" the same bits.
         impl: "auto", "reference", "cpu" or "triton".
 
     Returns:
@@ -30,10 +43,20 @@ def grad_norm(grad: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
         The host does not wait for it.
 
     Raises:
-        ValueError: wrong shape, dtype or strides.
+        ValueError: wrong shape, dtype or strides, or a part that does not begin or end there.
     """
     _check_flat("grad", grad, grad, _STATE)
-    return dispatch.resolve("flat_adamw", grad, impl).grad_norm(grad.detach())
+    first, last = part or (0, len(grad))
+    if not 0 <= first <= last <= len(grad) or first % PART or (last % PART and last < len(grad)):
+        raise ValueError(
+            f"part is {first}:{last} of {len(grad)} elements: it must begin and end at multiples "
+            f"of {PART}, or with the gradient"
+        )
+    implementation = dispatch.resolve("flat_adamw", grad, impl)
+    squares = implementation.squares(grad.detach(), first, last)
+    if add is not None:
+        add(squares)
+    return implementation.root(squares)
 
 
 @dispatch.untraced

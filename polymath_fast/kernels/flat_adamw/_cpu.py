@@ -19,12 +19,19 @@ _QUANTUM = 1 << 14
 """elements; threads write to pages of their own"""
 
 
-def grad_norm(grad: torch.Tensor) -> torch.Tensor:
-    """(n,) fp32 -> 0-d fp64; the same bits on any number of threads."""
-    squares = np.zeros(-(-len(grad) // adamw.CHUNK))
-    if squares.size:
-        parallel(adamw.squares, split(squares.size), grad.numpy(), squares)
-    return torch.tensor(math.sqrt(squares.sum()), dtype=torch.float64)
+def squares(grad: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """(n,) fp32 -> (chunks,) fp64 sums of squares of elements [first, last), 0 for other chunks;
+    the same bits on any number of threads."""
+    found = np.zeros(-(-len(grad) // adamw.CHUNK))
+    own = found[first // adamw.CHUNK : -(-last // adamw.CHUNK)]
+    if own.size:
+        parallel(adamw.squares, split(own.size), grad[first:last].numpy(), own)
+    return torch.from_numpy(found)
+
+
+def root(squares: torch.Tensor) -> torch.Tensor:
+    """(chunks,) -> 0-d fp64 root of their sum."""
+    return torch.tensor(math.sqrt(squares.numpy().sum()), dtype=torch.float64)
 
 
 def flat_adamw(

@@ -149,16 +149,26 @@ def _write(live_ptr, master_ptr, offsets, mask, p, REMAINDER: tl.constexpr):
         tl.store(live_ptr + offsets, p.to(live_ptr.dtype.element_ty), mask=mask)
 
 
-def grad_norm(grad: torch.Tensor) -> torch.Tensor:
-    """(n,) fp32 -> 0-d fp64."""
-    programs = triton.cdiv(len(grad), NORM_BLOCK * NORM_STEPS)
-    sums = torch.zeros(programs, dtype=torch.float64, device=grad.device)
-    if programs:
+def squares(grad: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """(n,) fp32 -> (chunks,) fp64 sums of squares of elements [first, last), 0 for other chunks."""
+    chunk = NORM_BLOCK * NORM_STEPS
+    sums = torch.zeros(triton.cdiv(len(grad), chunk), dtype=torch.float64, device=grad.device)
+    if first < last:
         with torch.cuda.device_of(grad):
-            squares_kernel[(programs,)](
-                grad, sums, len(grad), BLOCK=NORM_BLOCK, STEPS=NORM_STEPS, num_warps=NORM_WARPS
+            squares_kernel[(triton.cdiv(last - first, chunk),)](
+                grad[first:last],
+                sums[first // chunk :],
+                last - first,
+                BLOCK=NORM_BLOCK,
+                STEPS=NORM_STEPS,
+                num_warps=NORM_WARPS,
             )
-    return sums.sum().sqrt()
+    return sums
+
+
+def root(squares: torch.Tensor) -> torch.Tensor:
+    """(chunks,) -> 0-d fp64 root of their sum."""
+    return squares.sum().sqrt()
 
 
 def flat_adamw(

@@ -8,9 +8,14 @@ from polymath_fast.kernels.flat_adamw import halves
 from polymath_fast.kernels.flat_adamw.segments import Segments
 
 
-def grad_norm(grad: torch.Tensor) -> torch.Tensor:
-    """(n,) -> 0-d fp64."""
-    return torch.linalg.vector_norm(grad, dtype=torch.float64)
+def squares(grad: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """(n,) -> (1,) fp64 sum of squares of elements [first, last)."""
+    return torch.linalg.vector_norm(grad[first:last], dtype=torch.float64).square().reshape(1)
+
+
+def root(squares: torch.Tensor) -> torch.Tensor:
+    """(1,) -> 0-d fp64."""
+    return squares.sqrt().reshape(())
 
 
 def flat_adamw(
