@@ -17,13 +17,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polymath_fast.errors import UserError
-from polymath_fast.folders import manifest, step_folders
+from polymath_fast.folders import manifest, step_folders, tensor_file
 from polymath_fast.folders.permissions import share_weights
 
 if TYPE_CHECKING:
@@ -54,6 +55,14 @@ class Checkpoint:
 
         return load_file(self.path / "trainer" / "state.safetensors")
 
+    @contextmanager
+    def slices(self) -> Iterator[dict[str, Any]]:
+        """Inside, what `tensors` gives, but read from the disk slice by slice."""
+        from safetensors import safe_open
+
+        with safe_open(self.path / "trainer" / "state.safetensors", framework="pt") as file:
+            yield {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+
     def require_model(self, identity: Mapping[str, Any]) -> None:
         """Raise UserError unless the run that saved this trained the model of `identity`.
 
@@ -77,6 +86,15 @@ class Checkpoint:
         )
 
 
+class Shared(NamedTuple):
+    """(elements,) float32 tensors `names` that no process has as a whole."""
+
+    names: tuple[str, ...]
+    elements: int
+    fill: Callable[[Path, dict[str, int]], None]
+    """writes them, checked by `require_finite`, into the file, where each begins at that byte"""
+
+
 def model_identity(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What `trainer_state["model"]` must hold: the model's name and the shape of its weights.
 
@@ -93,22 +111,23 @@ def save(
     trainer_tensors: Mapping[str, Tensor],
     trainer_state: Mapping[str, Any],
     keep: int,
+    shared: Shared | None = None,
 ) -> Path:
     """Write checkpoints/step_N, then drop all but the newest `keep`; returns its path.
 
     `model_files(folder)` writes the Hugging Face folder. `trainer_tensors` are contiguous and share
-    no memory; `trainer_state` is JSON. Checkpoints past `step` come from a future that the run
+    no memory; `trainer_state` is JSON. With `shared` further tensors are filled in. Checkpoints past `step` come from a future that the run
     resumed from before, and go too. Raises UserError when the disk fails or a weight is not finite;
     the earlier checkpoints are then untouched.
     """
     if keep < 1:
         raise UserError(f"--keep-checkpoints {keep}: at least 1 checkpoint must be kept; use 2")
-    _require_finite(trainer_tensors.items(), step)
+    require_finite(trainer_tensors.items(), step)
     root = Path(run_dir) / FOLDER
     temporary = step_folders.temporary(root, step)
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, model_files, trainer_tensors, trainer_state, step)
+        _write(temporary, model_files, trainer_tensors, trainer_state, step, shared)
         final = step_folders.publish(temporary, step)
     except Exception as error:
         reason = _disk_failure(error)
@@ -150,6 +169,7 @@ def _write(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     step: int,
+    shared: Shared | None,
 ) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -157,17 +177,22 @@ def _write(
     model_files(folder)
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
-            _require_finite(((name, file.get_tensor(name)) for name in file.keys()), step)  # noqa: SIM118
+            require_finite(((name, file.get_tensor(name)) for name in file.keys()), step)  # noqa: SIM118
     trainer = folder / "trainer"
     trainer.mkdir()
-    save_file(dict(tensors), trainer / "state.safetensors")
+    path = trainer / "state.safetensors"
+    if shared is None:
+        save_file(dict(tensors), path)
+    else:
+        shared.fill(path, tensor_file.lay_out(path, shared.names, shared.elements, tensors))
     text = json.dumps(state, indent=1, allow_nan=False)
     (trainer / "state.json").write_text(text + "\n", encoding="utf-8")
     share_weights(folder)
     manifest.write(folder, step=step)
 
 
-def _require_finite(tensors: Any, step: int) -> None:
+def require_finite(tensors: Iterable[tuple[str, Tensor]], step: int) -> None:
+    """Raise UserError for the first tensor that must not be saved as of `step`."""
     for name, tensor in tensors:
         if not _is_finite(tensor):
             raise UserError(

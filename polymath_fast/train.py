@@ -27,7 +27,7 @@ from polymath_fast.rollout.types import RolloutBatch
 from polymath_fast.run import assembly, saturation
 from polymath_fast.run.assembly import Parts
 from polymath_fast.run.interrupt import Interrupt, Stopped
-from polymath_fast.run.saving import last_saved, report_of, rescue, save
+from polymath_fast.run.saving import last_saved, report_of, rescuing, save
 
 if TYPE_CHECKING:
     from polymath_fast.ranks.member import Invitation
@@ -60,9 +60,9 @@ def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
     if parts.ranks.any(owes_evaluation(settings, parts)):
         evaluate(settings, parts, parts.steps_done)
     for step in range(parts.steps_done + 1, settings.max_steps + 1):
-        if asked_to_stop():
-            break
-        try:
+        with rescuing(settings, parts):
+            if asked_to_stop():
+                break
             learned = train_step(settings, parts, step)
             lost = lost + 1 if learned.get("update/nonfinite") else 0
             if lost == NONFINITE_LIMIT:
@@ -74,14 +74,12 @@ def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
             between = step < settings.max_steps
             if between and _due(step, settings.eval_every) and not asked_to_stop():
                 evaluate(settings, parts, step)
-        except (EngineError, UserError):
-            rescue(settings, parts)
-            raise
-        if parts.ranks.leads and _due(step, settings.save_every):
+        if _due(step, settings.save_every):
             saved = save(settings, parts)
     complete = parts.steps_done == settings.max_steps and not parts.inputs.held_out
-    stopped = asked_to_stop() and not complete
-    if parts.ranks.leads and parts.steps_done > parts.steps_saved:
+    with rescuing(settings, parts):
+        stopped = asked_to_stop() and not complete
+    if parts.steps_done > parts.steps_saved:
         saved = save(settings, parts)
     if not stopped:
         evaluate(settings, parts, parts.steps_done)

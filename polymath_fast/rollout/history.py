@@ -194,18 +194,23 @@ class History:
             found[f"{name}_lengths"] = torch.tensor([*map(len, arrays)], dtype=torch.int32)
         return {_PREFIX + name: tensor for name, tensor in found.items()}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` wrote; from a run without a history, nothing."""
+    def load(self, tensors: Mapping[str, Any]) -> None:
+        """Take over what `tensors` wrote, of tensors or what gives them by slices; from a run
+        without a history, nothing."""
         self._kept.clear()
         self._tables.clear()
         if _PREFIX + "steps" not in tensors:
             return
+
+        def saved(name: str) -> Tensor:
+            return tensors[_PREFIX + name][:]
+
         prompts, completions = (
-            torch.split(tensors[_PREFIX + name], tensors[f"{_PREFIX}{name}_lengths"].tolist())
+            torch.split(saved(name), saved(f"{name}_lengths").tolist())
             for name in ("prompts", "completions")
         )
         rest = iter(completions)
-        for number, count in tensors[_PREFIX + "steps"].tolist():
+        for number, count in saved("steps").tolist():
             self.add(prompts[number].tolist(), [each.numpy() for each in islice(rest, count)])
 
     def _all(self) -> Iterable[np.ndarray]:

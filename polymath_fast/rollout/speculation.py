@@ -92,7 +92,7 @@ class Speculation:
         """For the checkpoint: a resumed run drafts the same, so its products round the same."""
         return self.history.tensors() if self.most else {}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Any]) -> None:
         """Take over what `tensors` wrote, if this run drafts at all."""
         if self.most:
             self.history.load(tensors)

@@ -32,7 +32,7 @@ def tape_rows(
 
     The arguments are those of `memory.estimate`.
     """
-    kind, processes = torch_dtype(dtype), config.num_processes
+    kind, whole = torch_dtype(dtype), config
     config = config.of_one_process()
     if engine == "vllm" or device != "cpu" or not in_tiles(shape, kind):
         return 0
@@ -44,13 +44,13 @@ def tape_rows(
     if gib is None:
         rest = memory.estimate(
             shape,
-            replace(config, tape_gib=0),
+            replace(whole, tape_gib=0),
             engine=engine,
             prompt_tokens=prompt_tokens,
             device=device,
             dtype=dtype,
         )
-        left = machine.memory_bytes() / processes / memory.GIB - sum(rest.values())
+        left = machine.memory_bytes() / whole.num_processes / memory.GIB - sum(rest.values())
         gib = max(0, _DEFAULT_SHARE * left)
     attempts = 1 + config.max_resamples * (config.on_saturation == "resample")
     completions = attempts * config.asked_generations * config.groups_per_step

@@ -104,9 +104,10 @@ def build(config: Config, invitation: Invitation | None = None) -> Iterator[Part
             ranks=ranks,
         )
         if resumed:
-            learner.optimizer.load(resumed.tensors(), resumed.state["updates"])
+            with resumed.slices() as slices:
+                learner.optimizer.load(slices, resumed.state["updates"])
+                speculation.load(slices)
             engine.weights.push(policy.named_weights(), learner.optimizer.updates)
-            speculation.load(resumed.tensors())
         if config.verify_sync:
             engine.weights.verify(policy.named_weights())
         pending = NOTHING

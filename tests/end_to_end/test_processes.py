@@ -27,6 +27,18 @@ def vowels(*given, **columns):
     time.sleep(0.5)
     return _vowels(*given, **columns)
 """
+BREAKS_IN_A_MEMBER = """
+import os
+from pathlib import Path
+_vowels, calls = vowels, 0
+
+def vowels(*given, **columns):
+    global calls
+    calls += 1
+    judged = _vowels(*given, **columns)
+    parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    return judged[1:] if calls == 5 and b"ranks.member" in parent else judged
+"""
 TIMES = ("time/", "throughput/", "memory/")
 
 
@@ -107,6 +119,7 @@ def test_everything_at_once(tmp_path: Path) -> None:
             "--verify-sync",
             "--speculate",
             "2",
+            "--shard-optimizer",
             "--num-generations",
             "15",
         ),
@@ -175,9 +188,51 @@ def test_members_end_with_a_leader_that_is_killed_and_the_run_resumes_bit_for_bi
     assert_same_end(folder, straight[0])
 
 
+def test_a_run_with_a_sharded_optimizer_is_saved_by_all_and_goes_on_in_any_form(
+    straight: tuple[Path, str], tmp_path: Path
+) -> None:
+    """One of them fails in step 5, and none is gone."""
+    flags, folder = flags_of(tmp_path), tmp_path / "run"
+    code = (tmp_path / "my_reward.py").read_text()
+    (tmp_path / "my_reward.py").write_text(code + BREAKS_IN_A_MEMBER)
+    done = run([*flags, "--shard-optimizer"], folder, expect=2)
+    assert "the other process refused: --reward" in done.stderr and "Traceback" not in done.stderr
+    assert "saved" in done.stdout and newest(folder).step == 4 == len(metrics(folder))
+    (tmp_path / "my_reward.py").write_text(code)
+    run([*flags, "--resume", "auto"], folder)
+    assert comparable(folder) == comparable(straight[0])
+    assert_same_end(folder, straight[0])
+    state = "trainer/state.safetensors"
+    run([*flags, "--shard-optimizer", "--resume", str(folder / "checkpoints/step_000004")], folder)
+    assert_same_end(folder, straight[0])
+    ours, theirs = newest(folder).path, newest(straight[0]).path
+    assert (ours / state).read_bytes() == (theirs / state).read_bytes()
+
+
+def test_a_part_of_the_optimizer_that_is_gone_is_said(
+    straight: tuple[Path, str], tmp_path: Path
+) -> None:
+    began = straight[0] / "checkpoints" / "step_000003"
+    flags = flags_of(tmp_path, "--max-steps", "100000", "--shard-optimizer", "--save-every", "0")
+    with (tmp_path / "my_reward.py").open("a") as file:
+        file.write(SLOWER)
+    process = started([*flags, "--resume", str(began)], tmp_path / "run")
+    os.kill(members(process.pid)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, out + err
+    assert "Traceback" not in err and "of this run" in err
+    said = " ".join(out.split())
+    assert "process 1 of this run is lost" in said
+    assert "--shard-optimizer keeps nowhere else; nothing was saved" in said
+    assert "go on from where this run began" in said
+    assert newest(tmp_path / "run") is None
+    assert comparable(tmp_path / "run")[0] == comparable(straight[0])[3]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--num-processes", "1", "--shard-optimizer"], "pass --num-processes 2 or more"),
         (["--num-processes", "64"], "this run sees"),
         (["--num-generations", "3"], "--num-generations is 3; --num-processes 1 works"),
         (["--num-processes", "0"], "--num-processes"),
