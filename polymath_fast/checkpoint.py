@@ -116,9 +116,9 @@ def save(
     """Write checkpoints/step_N, then drop all but the newest `keep`; returns its path.
 
     `model_files(folder)` writes the Hugging Face folder. `trainer_tensors` are contiguous and share
-    no memory; `trainer_state` is JSON. With `shared` further tensors are filled in. Checkpoints past `step` come from a future that the run
-    resumed from before, and go too. Raises UserError when the disk fails or a weight is not finite;
-    the earlier checkpoints are then untouched.
+    no memory; with `shared` further tensors are filled in; `trainer_state` is JSON. Checkpoints
+    past `step` come from a future that the run resumed from before, and go too. Raises UserError
+    when the disk fails or a weight is not finite; the earlier checkpoints are then untouched.
     """
     if keep < 1:
         raise UserError(f"--keep-checkpoints {keep}: at least 1 checkpoint must be kept; use 2")

@@ -117,6 +117,11 @@ def test_parts_follow_the_settings() -> None:
     away = estimate(offload_optimizer=True)
     assert sum(away.values()) == pytest.approx(sum(plain.values()) - 12 * gib)
     assert away["gradient (fp32)"] == plain["gradient (fp32)"] == pytest.approx(4 * gib)
+    processes = {"num_processes": 8, "master_weights": "remainder"}
+    replicated, shared = (estimate(**processes, shard_optimizer=on) for on in (False, True))
+    assert sum(shared.values()) == pytest.approx(sum(replicated.values()) - 7 / 8 * 10 * gib)
+    assert shared["AdamW moments (fp32)"] == pytest.approx(gib)
+    assert shared["gradient (fp32)"] == pytest.approx(4 * gib)
     assert sum(estimate(beta=0.1).values()) == pytest.approx(sum(plain.values()) + 2 * gib)
     assert estimate("vllm", kv_cache_gib=7.0)["KV cache"] == 7
     tokens = 256 * 1024 + 100  # as many as decode together, at full length

@@ -91,8 +91,8 @@ class OptimizerState:
         return {name: self._gathered(name) for name in NAMES}
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Where in a checkpoint's tensor `name` what is kept of it here belongs, and (n,) float32 on
-        the CPU; `settle` comes before."""
+        """What is kept here of a checkpoint's tensor `name`: its first element there, and (n,)
+        float32 on the CPU. `settle` comes before."""
         state = self._tensors.get(name, self._live)
         for here, there in self._pieces():
             piece = state[here]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,20 +156,17 @@ class Leader(_Several):
     def muster(self, error: Exception) -> None:
         away = {rank: child.channel for rank, child in enumerate(self._children, start=1)}
         last = time.monotonic() + _MUSTER
-        rank = 0
-        try:
-            for rank, channel in away.items():
+        for rank, channel in away.items():
+            with _naming(rank):
                 channel.send("muster")
-            while away:
-                for rank, channel in list(away.items()):
+        while away:
+            time.sleep(_GLANCE)  # not for the first alone: it may wait for one that is gone
+            for rank, channel in list(away.items()):
+                with _naming(rank):
                     if channel.waiting() and _mustered(channel):
                         del away[rank]
-                time.sleep(_GLANCE)
-                if away and time.monotonic() > last:
-                    rank = min(away)
-                    raise EngineError(f"no answer for {_MUSTER:g} s")
-        except EngineError as gone:
-            raise EngineError(f"process {rank} of this run is lost ({gone})") from gone
+                    elif time.monotonic() > last:
+                        raise EngineError(f"no answer for {_MUSTER:g} s")
 
     def close(self) -> None:
         for child in self._children:
@@ -201,6 +199,14 @@ class Member(_Several):
                 pass
         self._called = False
         self._channel.send("mustered")
+
+
+@contextmanager
+def _naming(rank: int) -> Iterator[None]:
+    try:
+        yield
+    except EngineError as error:
+        raise EngineError(f"process {rank} of this run is lost ({error})") from error
 
 
 def _mustered(channel: Channel) -> bool:

@@ -107,8 +107,8 @@ def _muster(parts: Parts, failure: Exception) -> None:
         parts.ranks.muster(failure)
     except EngineError as error:
         raise EngineError(
-            f"{error}, and with it its part of the optimizer's state, which --shard-optimizer keeps "
-            f"nowhere else; {last_saved(parts)}"
+            f"{error}, and with it its part of the optimizer's state, which --shard-optimizer "
+            f"keeps nowhere else; {last_saved(parts)}"
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -267,6 +268,25 @@ def test_a_dry_run_that_finds_too_little_memory_names_what_would_do(
     said = capsys.readouterr().err
     assert f"{1.5 * processes:.1f} GiB are free; --tape-gib 0 works" in said
     assert ("2 times weights" in said) == (processes == 2)
+
+
+def test_a_dry_run_counts_a_part_of_the_optimizer_and_names_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    words = ["--model", "embedded:smollm2", "--question", "1+1?", "--answer", "2", "--dry-run"]
+    words += ["--num-processes", "2", "--num-generations", "4", "--groups-per-step", "1"]
+    words += ["--max-completion-length", "64", "--tape-gib", "0", "--gradient-checkpointing"]
+    needed = {}
+    for more in ([], ["--shard-optimizer"]):
+        monkeypatch.setattr(dry_run, "_free_gib", lambda device: 1000.0)
+        run_here([*words, *more], tmp_path / "run")
+        said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert ("of every group and of the optimizer's state" in said) == bool(more)
+        needed[bool(more)] = float(re.search(r"about ([\d.]+) GiB of", said)[1])
+    assert needed[False] - needed[True] > 1
+    monkeypatch.setattr(dry_run, "_free_gib", lambda device: needed[True] + 0.1)
+    run_here(words, tmp_path / "run", expect=2)
+    assert "GiB are free; --shard-optimizer works" in capsys.readouterr().err
+    run_here([*words, "--shard-optimizer"], tmp_path / "run")
 
 
 def test_a_dry_run_refuses_a_reward_that_prefers_wrong_answers(tmp_path, capsys):

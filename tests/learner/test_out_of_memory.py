@@ -75,6 +75,16 @@ def test_what_was_gathered_before_is_forgotten(learner):
         (1, {}, "with --gradient-checkpointing"),
         (1, {"gradient_checkpointing": True}, "with --max-completion-length 5"),
         (10, {"tokens_per_microbatch": 40}, "38 tokens"),
+        (
+            1,
+            {"gradient_checkpointing": True, "num_processes": 2},
+            "go on with --shard-optimizer$",
+        ),
+        (
+            1,
+            {"gradient_checkpointing": True, "num_processes": 2, "shard_optimizer": True},
+            "go on with --max-completion-length 5$",
+        ),
     ],
 )
 def test_the_advice_can_be_followed(learner, count, settings, advice):

@@ -5,22 +5,20 @@ from __future__ import annotations
 
 import math
 import random
-import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import learning_member
 import pytest
 import torch
+from together import at_once
 
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.evaluation.grading import EvalResult
-from polymath_fast.processes.channel import Channel
 from polymath_fast.processes.child import Child
 from polymath_fast.ranks import ALONE, Leader, Member, Ranks
+from polymath_fast.ranks import ranks as ranks_module
 from polymath_fast.ranks.alike import verify_alike
 from polymath_fast.ranks.pooling import pooled, pooled_evaluation
 from polymath_fast.rewards import RewardResult
@@ -31,34 +29,6 @@ SAMPLES = [
     Sample(problem=p, prompt=p, answer="1", prompt_ids=(number,), columns={})
     for number, p in enumerate(("first", "second"))
 ]
-
-
-@pytest.fixture
-def three(tmp_path: Path) -> Iterator[list[Ranks]]:
-    """A leader and two members, all in this process; threads may play them."""
-    pairs = [socket.socketpair() for _ in range(2)]
-    children = [SimpleNamespace(channel=Channel(ours, 20)) for ours, _ in pairs]
-    members = [
-        Member(Channel(theirs, 20), i + 1, 3, tmp_path, "cpu")
-        for i, (_, theirs) in enumerate(pairs)
-    ]
-    yield [Leader(children, 3, tmp_path, "cpu"), *members]
-    for pair in pairs:
-        for end in pair:
-            end.close()
-
-
-def at_once(ranks: list[Ranks], work: Callable[[Ranks], Any]) -> list[Any]:
-    found: dict[int, Any] = {}
-    threads = [
-        threading.Thread(target=lambda each=each: found.update({each.rank: work(each)}))
-        for each in ranks
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return [found[each.rank] for each in ranks]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 64, 1000])
@@ -93,6 +63,87 @@ def test_sums_are_the_same_bytes_everywhere(three: list[Ranks]) -> None:
         at_once(three, lambda ranks: ranks.add(sums[ranks.rank]))
     assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
     torch.testing.assert_close(sums[0], 3 * sum(given))
+
+
+BOUNDS = [0, 0, 700, 1003]
+
+
+def test_a_part_of_the_sum_reaches_its_process(three: list[Ranks]) -> None:
+    """The first one's is empty."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(1003, generator=generator) for _ in three]
+    sums = [tensor.clone() for tensor in given]
+    at_once(three, lambda ranks: ranks.add_parts(sums[ranks.rank], BOUNDS))
+    for rank, (first, last) in enumerate(zip(BOUNDS, BOUNDS[1:], strict=False)):
+        torch.testing.assert_close(sums[rank][first:last], sum(given)[first:last])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_parts_are_given_to_all(three: list[Ranks], dtype: torch.dtype) -> None:
+    given = [torch.randn(1003).to(dtype) for _ in three]
+    whole = torch.cat([t[a:b] for t, a, b in zip(given, BOUNDS, BOUNDS[1:], strict=False)])
+    at_once(three, lambda ranks: ranks.share_parts(given[ranks.rank], BOUNDS))
+    assert all(torch.equal(tensor, whole) for tensor in given)
+
+
+def test_an_exchange_that_breaks_off_is_no_bug_of_ours(three: list[Ranks]) -> None:
+    class Broken:
+        def allreduce(self, tensors: list[torch.Tensor]) -> None:
+            raise RuntimeError("Connection closed by peer")
+
+    def work(ranks: Ranks) -> str:
+        ranks._group = Broken()
+        with pytest.raises(EngineError, match="exchange broke off: Connection closed") as error:
+            ranks.add(torch.ones(1))
+        return str(error.value)
+
+    assert len(set(at_once(three, work))) == 1
+
+
+def test_after_a_failure_all_come_to_one_place(three: list[Ranks]) -> None:
+    """Whoever failed: here one in a gather, one that heard nothing of it yet, and the leader."""
+    said: dict[int, str] = {}
+
+    def work(ranks: Ranks) -> list[int]:
+        try:
+            if ranks.rank == 2:
+                raise UserError("out of memory here")
+            ranks.gather("before")
+            ranks.gather("never answered")
+        except (EngineError, UserError) as error:
+            said[ranks.rank] = str(error)
+            ranks.muster(error)
+        return ranks.gather(ranks.rank)
+
+    for _ in range(2):
+        assert at_once(three, work) == [[0, 1, 2]] * 3
+    assert "refused: out of memory here" in said[0] and said[1] == (
+        "another process of this run failed"
+    )
+    leader, *members = three
+
+    def leads(ranks: Ranks) -> list[int]:
+        if ranks is leader:
+            leader.muster(UserError("its own"))
+        else:
+            with pytest.raises(EngineError, match="another process of this run failed") as error:
+                ranks.gather(None)
+            ranks.muster(error.value)
+        return ranks.gather(ranks.rank)
+
+    assert at_once(three, leads) == [[0, 1, 2]] * 3
+
+
+def test_who_does_not_come_is_named(three: list[Ranks], monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, member, other = three
+    other._channel.close()  # while the first one is busy for long
+    with pytest.raises(EngineError, match="process 2 of this run is lost .*gone"):
+        leader.muster(EngineError("why"))
+    monkeypatch.setattr(ranks_module, "_MUSTER", 0.05)
+    leader._children.pop()
+    with pytest.raises(EngineError, match=r"process 1 of this run is lost \(no answer for 0.05 s"):
+        leader.muster(EngineError("why"))
+    member._channel.close()
 
 
 def test_a_process_that_is_gone_or_failed_is_an_error(three: list[Ranks]) -> None:
@@ -263,6 +314,27 @@ def test_two_processes_learn_what_one_does(
     apart = {"packing/rows_saved_ratio", "packing/tree_used"}  # of each process's own rows
     for name in alone.keys() - apart:
         assert metrics[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo, several updates"])
+def test_a_sharded_optimizer_changes_no_bit(
+    tiny_model: Path, tmp_path: Path, child: Child, name: str
+) -> None:
+    settings = SETTINGS[name] | {"learning_rate": 1e-3, "weight_decay": 0.1, "num_processes": 2}
+    found = []
+    for shard in (False, True):
+        (tmp_path / str(shard)).mkdir()
+        (metrics, weights), (theirs, checksum) = learned_by_two(
+            child,
+            tiny_model,
+            tmp_path / str(shard),
+            settings | {"shard_optimizer": shard},
+            some_rows(),
+        )
+        assert theirs == metrics and weights.double().sum().item() == checksum
+        found.append((metrics, weights))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_a_process_without_rows_takes_part(tiny_model: Path, tmp_path: Path, child: Child) -> None:
