@@ -17,6 +17,15 @@ from polymath_fast.run.assembly import Parts
 def save(settings: Config, parts: Parts) -> Path | None:
     """Write checkpoints/step_N, N the last step that was done: a Hugging Face folder and all that
     an exact resume needs. Returns its path in the process that leads; all have to call it."""
+    try:
+        return _save(settings, parts)
+    except EngineError as error:
+        if not parts.ranks.leads:  # where it waited to take part, it may be called to a rescue
+            rescue(settings, parts, error)
+        raise
+
+
+def _save(settings: Config, parts: Parts) -> Path | None:
     path = None
     if parts.ranks.leads:
         parts.monitor.phase("save")
@@ -86,7 +95,7 @@ def rescue(settings: Config, parts: Parts, failure: Exception) -> None:
         if settings.shard_optimizer:
             with suppress(EngineError, UserError):  # the leader tells
                 parts.ranks.muster(failure)
-                save(settings, parts)
+                _save(settings, parts)
         return
     if parts.learner.optimizer.updates != parts.updates_done:
         parts.monitor.note(
@@ -97,7 +106,7 @@ def rescue(settings: Config, parts: Parts, failure: Exception) -> None:
         try:
             if settings.shard_optimizer:
                 _muster(parts, failure)
-            parts.monitor.note(f"saved {save(settings, parts)}")
+            parts.monitor.note(f"saved {_save(settings, parts)}")
         except (EngineError, UserError) as error:  # what called for the rescue is the news
             parts.monitor.note(f"not saved: {error}")
 

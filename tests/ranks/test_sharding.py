@@ -1,4 +1,4 @@
-"""The optimizer's state in parts: three processes, played by threads, against one with all of it."""
+"""The optimizer's state in parts: three processes, played by threads, against one with it all."""
 
 from __future__ import annotations
 
