@@ -191,8 +191,9 @@ class OptimizerSettings:
     update: 12 bytes a parameter (10 with a remainder) less on the GPU"""
     shard_optimizer: bool = False
     """with --num-processes N each process keeps moments and master weights of an N-th of the
-    weights only, and updates those (ZeRO stage 1); changes no result. Off, any process that is left
-    can save the run when another one dies; on, what was saved before is all there is then"""
+    weights only, and updates those (ZeRO stage 1). Off, the first process saves the run when
+    another one dies; on, a part of the state dies with it, and the last checkpoint is what is
+    left"""
     updates_per_batch: Annotated[int, Range(ge=1, le=10_000, works=1)] = 1
     """optimizer updates per batch of rollouts; with 1 the ratio is 1 and no old log-probs are
     needed"""

@@ -29,7 +29,8 @@ class Replicated:
         return grad_norm(grad)
 
     def publish(self, live: Tensor) -> None:
-        """Give the part of the (elements,) weights to the others, and take theirs."""
+        """Give the part of the (elements,) weights to the others, and take theirs; nothing where
+        all have updated everything."""
 
 
 class Sharded(Replicated):

@@ -18,6 +18,7 @@ from polymath_fast.errors import EngineError, UserError
 from polymath_fast.kernels import linear_grpo_loss
 from polymath_fast.learner import loss as learner_loss
 from polymath_fast.monitor import Monitor
+from polymath_fast.ranks import Ranks
 from polymath_fast.rewards import RewardSet
 from polymath_fast.rollout.transformers_engine import TransformersEngine
 from polymath_fast.rollout.weights import IdentitySync
@@ -158,6 +159,16 @@ def test_an_engine_that_dies_while_sampling_leaves_the_last_whole_step(
         assert newest(folder).step == step
         assert run([*flags, "--resume", "auto"], folder) == 0
         assert_same_end(tmp_path / "straight", folder)
+
+
+@pytest.mark.parametrize(("call", "steps"), [(4, 2), (7, 5)])
+def test_a_process_that_is_gone_when_they_ask_whether_to_stop_costs_no_step(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, steps: int
+) -> None:
+    """Before a step, and after the last one."""
+    failing(monkeypatch, Ranks, "any", call)
+    assert run([*flags, "--save-every", "0"], tmp_path / "run") == 1
+    assert newest(tmp_path / "run").step == steps
 
 
 def test_a_reward_that_cannot_go_on_leaves_the_last_whole_step(flags, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from polymath_fast.learner.flat_storage import FlatStorage
 from polymath_fast.learner.optimizer import FlatAdamW
 from polymath_fast.learner.sharding import bounds
 from polymath_fast.ranks import ALONE, Ranks
-from polymath_fast.run import sharing
+from polymath_fast.run import saving, sharing
 
 SETTINGS: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 0.7, "num_processes": 3}
 FORMS = {
@@ -207,6 +208,68 @@ def test_the_file_is_as_safetensors_writes_it(tmp_path: Path) -> None:
         assert tensor_file.fill(tmp_path / "ours", starts[name], pieces) == 1003
     save_file(tensors, tmp_path / "theirs")
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def parts_of(ranks: Ranks, folder: Path, notes: list[str]) -> Any:
+    """What a run's loop works with, 4 steps on, as far as a save needs it."""
+    learner = SimpleNamespace(
+        optimizer=made("remainder", True, ranks),
+        save=lambda folder: (folder / "config.json").write_text("{}"),
+    )
+    monitor = SimpleNamespace(phase=lambda _: None, sync=lambda: None, note=notes.append)
+    empty = SimpleNamespace(tensors=dict, to_json=list)
+    return SimpleNamespace(
+        ranks=ranks, learner=learner, monitor=monitor, speculation=empty, pending=empty,
+        identity={"name": "m", "shape": {}}, run_dir=folder, steps_done=4, steps_saved=2,
+        updates_done=learner.optimizer.updates,
+    )  # fmt: skip
+
+
+def test_members_that_wait_to_save_hear_of_a_failure_and_save(
+    three: list[Ranks], tmp_path: Path
+) -> None:
+    """The leader fails after a step that is saved anyway; all others are at that save by then."""
+    settings, notes = SimpleNamespace(shard_optimizer=True, keep_checkpoints=2), []
+
+    def work(ranks: Ranks) -> int:
+        parts = parts_of(ranks, tmp_path, notes)
+        if ranks.leads:
+            saving.rescue(settings, parts, EngineError("the weights did not arrive"))
+        else:
+            with pytest.raises(EngineError, match="another process of this run failed"):
+                saving.save(settings, parts)
+        return parts.steps_saved
+
+    assert at_once(three, work) == [4, 4, 4]
+    path = tmp_path / "checkpoints" / "step_000004"
+    assert notes == [f"saved {path}"]
+    found = checkpoint.load(path, 4).tensors()
+    for name, tensor in made("remainder", True).tensors().items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_process_that_ends_during_a_save_leaves_no_checkpoint(
+    three: list[Ranks], tmp_path: Path
+) -> None:
+    settings = SimpleNamespace(shard_optimizer=True, keep_checkpoints=2)
+
+    def work(ranks: Ranks) -> str:
+        parts = parts_of(ranks, tmp_path, [])
+        if ranks.rank == 2:
+            sharing.require_alike(ranks, 4, 0)
+            ranks._channel.close()
+            return "step 4 could not be saved"
+        with pytest.raises(EngineError) as error:
+            saving.save(settings, parts)
+        if ranks.leads:
+            for child in ranks._children:
+                child.channel.close()
+        return str(error.value)
+
+    said = at_once(three, work)
+    assert all("step 4 could not be saved" in each for each in said)
+    assert "one of the 3 processes of this run" in said[0] and "nothing was saved" in said[0]
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_processes_that_are_at_different_updates_save_nothing(three: list[Ranks]) -> None:
