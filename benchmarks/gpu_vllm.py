@@ -156,6 +156,9 @@ class _Pair:
 
 
 def _checked(job: Job, pair: _Pair, values: dict[str, float]) -> dict[str, Any]:
+    # or the second one alone would find the prompt in the prefix cache: a pass of fewer tokens,
+    # which a GPU may round otherwise
+    pair.first_token()
     first, again = pair.sample(job), pair.sample(job)
     values["gap before"] = pair.gap(first)
     pair.learner.update(pair.rows(first), 0)

@@ -56,6 +56,15 @@ def test_what_does_not_hold_is_told() -> None:
     )
 
 
+def test_both_draws_of_a_seed_find_the_prompt_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("first_token", "sample"):
+        run = getattr(Pair, name)
+        monkeypatch.setattr(Pair, name, lambda *a, n=name, r=run: calls.append(n) or r(*a))
+    gpu_vllm._checked(gpu_vllm.Job("copy", "random:tiny"), Pair(), {})
+    assert calls[:3] == ["first_token", "sample", "sample"]
+
+
 def test_a_process_that_fails_or_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     found = gpu_vllm.run(gpu_vllm.Job("copy", "random:nothing"))
     assert "UserError" in found["error"] and "random:nothing" in found["error"]

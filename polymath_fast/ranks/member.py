@@ -40,6 +40,8 @@ def main(descriptor: int) -> int:
     except (UserError, EngineError) as error:
         channel.fail(error)
         return 1
+    finally:
+        ranks.close()
 
 
 def _settings(values: Mapping[str, Any]) -> Any:

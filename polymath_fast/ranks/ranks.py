@@ -76,7 +76,7 @@ class Ranks:
         """
 
     def close(self) -> None:
-        """End the processes that this one started."""
+        """Leave the others, and end the processes that this one started."""
 
 
 ALONE = Ranks()
@@ -134,6 +134,13 @@ class _Several(Ranks):
                 f"what the {self.size} processes of this run exchange broke off: {error}"
             ) from error
 
+    def close(self) -> None:
+        # NCCL's group has a thread that looks into `folder` every second, and waits five minutes
+        # where that is gone; the group would wait for the thread.
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
+
 
 class Leader(_Several):
     """The process that started the others, `children`."""
@@ -174,6 +181,7 @@ class Leader(_Several):
         last = time.monotonic() + _PATIENCE
         for child in self._children:
             child.close(patience=max(0.0, last - time.monotonic()))
+        super().close()
 
 
 class Member(_Several):

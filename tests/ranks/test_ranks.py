@@ -14,10 +14,11 @@ import pytest
 import torch
 from together import at_once
 
+from polymath_fast.config import Config
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.evaluation.grading import EvalResult
 from polymath_fast.processes.child import Child
-from polymath_fast.ranks import ALONE, Leader, Member, Ranks
+from polymath_fast.ranks import ALONE, Leader, Member, Ranks, launch, member
 from polymath_fast.ranks import ranks as ranks_module
 from polymath_fast.ranks.alike import verify_alike
 from polymath_fast.ranks.pooling import pooled, pooled_evaluation
@@ -364,3 +365,39 @@ def test_weights_that_went_apart_are_noticed() -> None:
     other = [1]
     with pytest.raises(EngineError, match="process 1 are not those of process 0"):
         verify_alike(Others(), weights)
+
+
+def test_the_group_is_left_while_its_meeting_place_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    quiet = SimpleNamespace(send=lambda *_, **__: None, close=lambda: seen.append("members end"))
+    child = SimpleNamespace(channel=quiet, close=lambda **_: seen.append("they have ended"))
+    monkeypatch.setattr(launch, "Child", lambda *_: child)
+    with launch.launched(Config(num_processes=2), "cpu", tmp_path, None) as leader:
+        folder, _ = leader._meeting
+        leader._group = SimpleNamespace(abort=lambda: seen.append(f"left, {folder.is_dir()}"))
+    assert seen == ["members end", "they have ended", "left, True"] and not folder.exists()
+
+
+@pytest.mark.parametrize("ends", [None, UserError("no such thing")])
+def test_a_member_leaves_the_group_however_its_run_ends(
+    ends: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    seen: list[str] = []
+
+    def train(settings: Config, invitation: member.Invitation) -> int:
+        invitation.ranks._group = SimpleNamespace(abort=lambda: seen.append("left"))
+        if ends is not None:
+            raise ends
+        return 0
+
+    monkeypatch.setattr("polymath_fast.train.train", train)
+    monkeypatch.setattr(member, "inherited", lambda descriptor: Channel(theirs, 20))
+    with ours, theirs:
+        about = {"rank": 1, "size": 2, "folder": str(tmp_path), "device": "cpu", "cores": []}
+        told = {"config": {}, "run_dir": str(tmp_path), "checkpoint": None}
+        Channel(ours, 20).send("start", **about, **told)
+        assert member.main(0) == int(ends is not None)
+    assert seen == ["left"]
