@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -17,7 +16,7 @@ from benchmarks.attention import check_attention
 from benchmarks.attention_rivals import AttentionData, passes, random_data, rivals
 from benchmarks.gpu_sections import timed_table
 from benchmarks.timing import Variants, late
-from polymath_fast.kernels import prefix_attention
+from polymath_fast.kernels import dispatch, prefix_attention
 from polymath_fast.kernels.prefix_attention.blocks import Block
 from polymath_fast.kernels.triton import attention_tiles
 from polymath_fast.kernels.triton.attention_schedule import Sizes, schedule
@@ -42,7 +41,7 @@ def _operations(data: AttentionData, of_a_pair: int) -> int:
 
 
 def _implementations() -> dict[str, Callable[..., Tensor]]:
-    names = ("triton", "flash") if find_spec("flash_attn") else ("triton",)
+    names = ("triton", "flash") if dispatch.has_flash_attn() else ("triton",)
     return {name: partial(prefix_attention, impl=name) for name in names}
 
 

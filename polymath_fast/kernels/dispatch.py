@@ -221,14 +221,18 @@ def _refusal(
         return f"csrc/{op}.cu is not compiled (pip install -e . with nvcc on the PATH does it)"
     if impl == "flash" and dtype == torch.float32:
         return "float32 inputs (bfloat16 and float16 work)"
-    if impl == "flash" and not (_has_flash_attn() if flash_attn is None else flash_attn):
+    if impl == "flash" and not (has_flash_attn() if flash_attn is None else flash_attn):
         return "flash-attn is not installed (pip install 'polymath-fast[flash-attn]')"
     return None
 
 
 @functools.cache
-def _has_flash_attn() -> bool:
-    return find_spec("flash_attn") is not None
+def has_flash_attn() -> bool:
+    """Whether the functions are there that "flash" calls. flash-attn-4 installs itself under the
+    same name without them."""
+    found = find_spec("flash_attn")
+    folders = (found.submodule_search_locations or ()) if found is not None else ()
+    return any((Path(folder) / "flash_attn_interface.py").is_file() for folder in folders)
 
 
 def check_name(impl: str, where: str) -> None:

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,26 @@ def test_a_library_runs_where_it_is_installed() -> None:
         choose(impl="flash", flash_attn=True, unable=NO_TREES)
     with pytest.raises(ValueError, match="7.5 is below 8.0"):
         dispatch.choose(op, "cuda", torch.float16, impl="flash", capability=(7, 5))
+
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        (("flash_attn/cute/__init__.py",), "triton"),  # flash-attn-4 alone
+        (("flash_attn/__init__.py", "flash_attn/flash_attn_interface.py"), "flash"),
+    ],
+)
+def test_a_library_of_the_same_name_is_another_one(
+    files: tuple[str, ...], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    dispatch.has_flash_attn.cache_clear()
+    chosen, _ = dispatch.choose("prefix_attention", "cuda", torch.bfloat16, capability=(9, 0))
+    dispatch.has_flash_attn.cache_clear()
+    assert chosen == name
 
 
 @pytest.mark.usefixtures("with_triton")

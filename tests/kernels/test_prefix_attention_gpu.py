@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from importlib.util import find_spec
 
 import pytest
 import torch
 from attention_checks import LAYOUTS, TREES, compare, make, offsets_of, run
 
-from polymath_fast.kernels import prefix_attention_blocks
+from polymath_fast.kernels import dispatch, prefix_attention_blocks
 
 pytestmark = pytest.mark.gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -23,7 +22,7 @@ REAL = {
 
 
 def implementation(name: str):
-    if name == "_flash" and find_spec("flash_attn") is None:
+    if name == "_flash" and not dispatch.has_flash_attn():
         pytest.skip("flash-attn is not installed")
     module = importlib.import_module(f"polymath_fast.kernels.prefix_attention.{name}")
     return module.prefix_attention

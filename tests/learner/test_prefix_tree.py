@@ -278,7 +278,7 @@ def test_the_rule_follows_the_implementation(monkeypatch):
 )
 def test_the_rule_on_a_gpu(monkeypatch, capability, flash, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(dispatch, "_has_flash_attn", lambda: flash)
+    monkeypatch.setattr(dispatch, "has_flash_attn", lambda: flash)
     assert tree_rule.rule_for("auto", GPU, torch.bfloat16, 128) == expected
     if expected is None:
         with pytest.raises(UserError, match="--prefix-tree is on, but only the slow reference"):
