@@ -65,6 +65,8 @@ class Parts:
 def build(config: Config, invitation: Invitation | None = None) -> Iterator[Parts]:
     """Lock the run folder, resume if asked, start the other processes, load the learner, start the
     engine; closes them all. One that has an `invitation` joins the run of another process."""
+    import torch
+
     from polymath_fast.learner.policy import Policy
     from polymath_fast.learner.step import Learner
     from polymath_fast.rollout.speculation import Speculation, pass_rows
@@ -103,6 +105,8 @@ def build(config: Config, invitation: Invitation | None = None) -> Iterator[Part
             lends=inputs.engine_name == "transformers" and inputs.device == "cpu",
             ranks=ranks,
         )
+        # NCCL sets itself up at its first sum, in memory that an update would have filled by then
+        ranks.add(torch.zeros(1, device=inputs.device))
         if resumed:
             with resumed.slices() as slices:
                 learner.optimizer.load(slices, resumed.state["updates"])

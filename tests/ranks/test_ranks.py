@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import math
 import random
+import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import learning_member
@@ -17,6 +20,7 @@ from together import at_once
 from polymath_fast.config import Config
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.evaluation.grading import EvalResult
+from polymath_fast.processes.channel import Channel
 from polymath_fast.processes.child import Child
 from polymath_fast.ranks import ALONE, Leader, Member, Ranks, launch, member
 from polymath_fast.ranks import ranks as ranks_module
@@ -24,6 +28,7 @@ from polymath_fast.ranks.alike import verify_alike
 from polymath_fast.ranks.pooling import pooled, pooled_evaluation
 from polymath_fast.rewards import RewardResult
 from polymath_fast.rollout.types import Completion, Group, RolloutBatch
+from polymath_fast.run import assembly
 from polymath_fast.samples import Sample
 
 SAMPLES = [
@@ -401,3 +406,18 @@ def test_a_member_leaves_the_group_however_its_run_ends(
         Channel(ours, 20).send("start", **about, **told)
         assert member.main(0) == int(ends is not None)
     assert seen == ["left"]
+
+
+def test_the_group_is_made_before_anything_is_sampled(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watched(Ranks):
+        sums = 0
+
+        def add(self, tensor: torch.Tensor) -> None:
+            self.sums += 1
+
+    monkeypatch.setattr(assembly, "launched", lambda *_: nullcontext(Watched()))
+    config = Config(model=str(tiny_model), engine="transformers", output_dir=str(tmp_path / "run"))
+    with assembly.build(config) as parts:
+        assert parts.ranks.sums == 1
