@@ -236,10 +236,14 @@ class Learner:
         filled = list(rows)
         places = [index for index, row in enumerate(rows) if row.rank == self.ranks.rank]
         own = [rows[index] for index in places]
-        for chunk, batch, hidden in self._microbatches(policy, own):
+        # read after the last pass, so that a GPU has one to do while the next is packed
+        found = [
+            (chunk, self._logprobs(policy, batch, hidden))
+            for chunk, batch, hidden in self._microbatches(policy, own)
+        ]
+        for chunk, logprobs in found:
             lengths = [len(own[index].token_ids) for index in chunk]
-            logprobs = self._logprobs(policy, batch, hidden).cpu().split(lengths)
-            for index, values in zip(chunk, logprobs, strict=True):
+            for index, values in zip(chunk, logprobs.cpu().split(lengths), strict=True):
                 filled[places[index]] = replace(own[index], **{field: values.tolist()})
         return filled
 

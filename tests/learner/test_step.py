@@ -94,6 +94,17 @@ def test_reference_model_is_where_training_began(tiny_model, rows):
     assert second["policy/kl"] > 1e-3
 
 
+def test_no_pass_of_the_reference_waits_for_the_one_before(tiny_model, rows, monkeypatch):
+    made = learner(tiny_model, config(beta=0.1, tokens_per_microbatch=17), reference=True)
+    calls, on_cpu, passes = [], torch.Tensor.cpu, made._logprobs
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: calls.append("read") or on_cpu(x))
+    monkeypatch.setattr(made, "_logprobs", lambda *given: calls.append("pass") or passes(*given))
+    filled = made._with_logprobs(rows, made.reference, "ref_logprobs")
+    assert calls[:2] == ["pass", "pass"] and calls == sorted(calls)
+    for row in filled:
+        assert row.ref_logprobs == pytest.approx(row.sampling_logprobs, abs=1e-4)
+
+
 def test_several_updates_have_a_real_ratio(tiny_model, rows):
     made = learner(tiny_model, config(updates_per_batch=3, learning_rate=0.02))
     metrics = made.update(rows, 0)
