@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_sizes
+from benchmarks import gpu_sizes, gpu_timing
 from benchmarks.attention import check_attention
 from benchmarks.attention_rivals import AttentionData, passes, random_data, rivals
 from benchmarks.gpu_sections import timed_table
@@ -75,6 +75,7 @@ def time_attention() -> dict[str, Any]:
                 repeats=5,
             )["rows"]
             found += [row | {"what": f"{shape} {what}: {row['what']}"} for row in rows]
+            gpu_timing.keep({"rows": found})
     return {"rows": found}
 
 

@@ -177,13 +177,14 @@ def time_learner() -> dict[str, Any]:
     shape = random_models.FAMILIES[sizes.learner_model]
     rows = random_rows(sizes.update, shape["vocab_size"])
     some, few = rows[: sizes.unfused_completions], rows[: sizes.rival_completions]
-    table = [
-        _row("ours, one update", partial(_ours, rows), shape, rows),
-        _row(
-            f"ours, layers not fused, {len(some)} completions", partial(_unfused, some), shape, some
-        ),
-        _row(f"transformers, padded, {len(few)} completions", partial(_rival, few), shape, few),
-    ]
+    table: list[dict[str, Any]] = []
+    for what, make, which in (
+        ("ours, one update", _ours, rows),
+        (f"ours, layers not fused, {len(some)} completions", _unfused, some),
+        (f"transformers, padded, {len(few)} completions", _rival, few),
+    ):
+        table.append(_row(what, partial(make, which), shape, which))
+        gpu_timing.keep({"rows": table})
     ours, *others = (row.get("us a token") for row in table)
     names = ("layers not fused / ours, a token", "transformers / ours, a token")
     ratios = {n: other / ours for n, other in zip(names, others, strict=True) if ours and other}

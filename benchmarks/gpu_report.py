@@ -33,11 +33,18 @@ def write(path: Path, results: dict[str, Any]) -> None:
     os.replace(aside, path)
 
 
-def add(path: Path, section: str, found: dict[str, Any]) -> None:
-    """Put the findings of a section, which runs no more, into the file."""
+def keep(path: Path, found: dict[str, Any]) -> None:
+    """Put what the section that runs has so far into the file, in case it is ended."""
     results = read(path)
-    results["sections"][section] = found
-    results.pop("running", None)
+    results["running"]["found"] = found
+    write(path, results)
+
+
+def add(path: Path, section: str, found: dict[str, Any]) -> None:
+    """Put the findings of a section, which runs no more, into the file, with what it had kept."""
+    results = read(path)
+    kept = results.pop("running", {}).get("found", {})
+    results["sections"][section] = kept | found
     write(path, results)
 
 

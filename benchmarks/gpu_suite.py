@@ -2,10 +2,11 @@
 
 Correctness at real shapes, then times beside others' code, as shares of the rates this GPU reaches
 on plain matrix products and copies, then the tests marked gpu. It ends within nine minutes. A
-section that fails is reported and the next one runs, in a new process where the old one was lost; a
-time of an operator that is not correct is not taken. Results: benchmarks/results/<gpu>/, h200 for
-an "NVIDIA H200" and h100-80gb-hbm3 for an "NVIDIA H100 80GB HBM3", in gpu_suite.json, which is
-written after each section; and a short table at the end of the output.
+section that fails is reported, with the tables it had finished, and the next one runs, in a new
+process where the old one was lost; a time of an operator that is not correct is not taken. Results:
+benchmarks/results/<gpu>/, h200 for an "NVIDIA H200" and h100-80gb-hbm3 for an "NVIDIA H100 80GB
+HBM3", in gpu_suite.json, which is written after each section; and a short table at the end of the
+output.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,7 @@ def _work(path: Path, only: list[str]) -> int:
             gpu_report.write(
                 path, results | {"running": {"section": section, "since": time.time()}}
             )
+            gpu_timing.keep = partial(gpu_report.keep, path)
             gpu_timing.deadline = time.monotonic() + min(SOFT_LIMIT, left - RESERVE)
             gpu_pytest.latest = time.monotonic() + left
             gpu_report.add(path, section, _run(section))

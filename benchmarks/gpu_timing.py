@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -27,6 +28,11 @@ launched before the first one begins and the host's part of their launches does 
 
 GRACE = 10.0
 """seconds that a variant which begins before `deadline` may take beyond it"""
+
+
+def keep(found: dict[str, Any]) -> None:
+    """Take what a section of several tables has so far, for one whose rival compiles for too long
+    or hangs is ended; `gpu_suite` puts its own function here."""
 
 
 @dataclass

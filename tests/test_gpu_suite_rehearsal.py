@@ -159,6 +159,8 @@ def test_what_goes_wrong_is_noticed_and_the_rest_goes_on(rehearsals: dict[str, A
     assert "status 9" in errors["group_advantages"]
     assert "skipped" in errors["gpu tests"]
     assert "stopped after 5 s" in errors["products"]
+    # what it had by then
+    assert [row["what"] for row in sections["products"]["rows"]] == ["triton"]
     assert sections["weight_sync 1.5B"]["rows"] and not errors["weight_sync 1.5B"]
     assert not errors["correct: advantages"]
 
