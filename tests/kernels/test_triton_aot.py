@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,14 @@ def test_tensor_lengths_do_not_recompile() -> None:
             if name in kernel.arg_names:
                 parameter = kernel.params[kernel.arg_names.index(name)]
                 assert parameter.do_not_specialize or parameter.is_constexpr, (variant.name, name)
+
+
+def test_any_vocabulary_is_stored_in_vectors() -> None:
+    """Also one that is no multiple of 16."""
+    variant = VARIANTS["exp-gemm-hopper-descriptors-store"]
+    odd = replace(variant, types=variant.types | {"vocab": "i32"})
+    ptx = compile_variant(odd, 90).asm["ptx"]
+    assert "st.global.v4.b32" in ptx and "st.global.b16" not in ptx
 
 
 def write_table() -> None:

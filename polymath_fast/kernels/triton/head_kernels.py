@@ -176,7 +176,9 @@ def exp_gemm_kernel(
                         # the row's sums stay NaN; in E it would spread to every gradient
                         e = tl.where((e == e) & (row < live)[:, None], e, 0.0)
                         place = exps_ptr + row.to(tl.int64)[:, None] * stride_exps + near[None, :]
-                        mask = wanted[:, None] & (near < vocab)[None, :]
+                        # to the end of the row in memory, a multiple of 64: any vocabulary's end
+                        # would make every store one of single numbers
+                        mask = wanted[:, None] & (near < stride_exps)[None, :]
                         tl.store(place, e.to(exps_ptr.dtype.element_ty), mask=mask)
             place = partial_ptr + tile_n.to(tl.int64) * rows + row
             plane = tl.cdiv(vocab, BLOCK_N).to(tl.int64) * rows
