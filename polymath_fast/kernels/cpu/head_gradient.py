@@ -7,6 +7,8 @@ is full, two products make the gradients of `hidden` and `weight` from it, with 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from polymath_fast.kernels.active_vocabulary import ROUNDING
@@ -18,7 +20,18 @@ from polymath_fast.kernels.cpu.workspace import buffer, claim
 SLOPES_BYTES = 176 * 2**20
 """of gradient rows at a time; more of them means fewer sums over the weight's gradient"""
 
-Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+class Gradients(NamedTuple):
+    """Of hidden, weight and bias, in their dtypes; None where none is wanted."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    metrics: dict[str, torch.Tensor]
+    """what was left out of them, where some might be"""
+
+
+NO_GRADIENTS = Gradients(None, None, None, {})
 
 
 def capacity(block: int, row_bytes: int, count: int) -> int:
@@ -44,7 +57,7 @@ class HeadGradient:
         to_sink: bool = False,
     ) -> None:
         self.head = head
-        self.report = vocabulary.VocabReport()
+        self._report = vocabulary.VocabReport()
         self._vocab_tol = vocab_tol
         hidden, weight = head.hidden, head.weight
         self._d_hidden = torch.zeros_like(hidden) if needs[0] else None
@@ -92,7 +105,7 @@ class HeadGradient:
         self._largest = max(self._largest, float(by_logprob[index].abs().max()))
 
     def finish(self) -> Gradients:
-        """Gradients of hidden, weight and bias, in their dtypes; None where none is wanted."""
+        """Flush what is left and hand the sums over."""
         self._flush()
         bias = self.head.bias
         d_weight = d_bias = None
@@ -101,7 +114,8 @@ class HeadGradient:
             d_weight = filled.to(self._weight_dtype)
         if self._d_bias is not None:
             d_bias = self._d_bias.to(bias.dtype)
-        return self._d_hidden, d_weight, d_bias
+        metrics = self._report.metrics() if self._vocab_tol else {}
+        return Gradients(self._d_hidden, d_weight, d_bias, metrics)
 
     def _flush(self) -> None:
         if not self._count:
@@ -131,7 +145,7 @@ class HeadGradient:
         if self._d_weight is not None:
             products.d_weight(slopes[:count], hidden, self._d_weight, self._started)
             self._started = True
-        self.report.add(count, 1.0)
+        self._report.add(count, 1.0)
 
     def _multiply_some(
         self, slopes: torch.Tensor, hidden: torch.Tensor, d_hidden: torch.Tensor | None
@@ -167,7 +181,7 @@ class HeadGradient:
                 self._d_weight.zero_()
             self._d_weight.index_add_(0, columns.live, d_weight)
             self._started = True
-        self.report.add(count, len(columns.live) / self.head.vocab, columns, bound)
+        self._report.add(count, len(columns.live) / self.head.vocab, columns, bound)
         return True
 
 
@@ -182,7 +196,7 @@ def head_gradients(
     needs: tuple[bool, bool, bool],
     vocab_tol: float | str = 0.0,
     to_sink: bool = False,
-) -> tuple[Gradients, vocabulary.VocabReport]:
+) -> Gradients:
     """Gradients of hidden, weight and bias for known derivatives (N,) by log-prob and entropy.
 
     Logits are computed anew, of the rows that have a gradient only.
@@ -194,9 +208,9 @@ def head_gradients(
     gradient = HeadGradient(head, needs, vocab_tol, to_sink)
     for start, stop in head.blocks():
         gradient.add(start, by_logprob[start:stop], by_entropy[start:stop])
-    some, d_weight, d_bias = gradient.finish()
-    d_hidden = None
-    if some is not None:
-        d_hidden = torch.zeros_like(hidden)
-        d_hidden[live] = some
-    return (d_hidden, d_weight, d_bias), gradient.report
+    found = gradient.finish()
+    if found.hidden is None:
+        return found
+    d_hidden = torch.zeros_like(hidden)
+    d_hidden[live] = found.hidden
+    return found._replace(hidden=d_hidden)

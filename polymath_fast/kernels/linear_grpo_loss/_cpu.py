@@ -1,7 +1,8 @@
 """Policy loss from the LM head on a CPU: the gradient is computed in the forward pass.
 
 Three matrix products for losses whose coefficients are local to a token; a fourth, to compute the
-logits again, where a coefficient depends on its whole completion.
+logits again, where a coefficient depends on its whole completion. Where a sampler kept its
+distributions, two will do: see `recorded`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ import torch
 
 from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.cpu.head import Head
-from polymath_fast.kernels.cpu.head_gradient import HeadGradient, head_gradients
-from polymath_fast.kernels.cpu.recorded_head import RecordedHead, RecordedPredictions
+from polymath_fast.kernels.cpu.head_gradient import (
+    NO_GRADIENTS,
+    Gradients,
+    HeadGradient,
+    head_gradients,
+)
 from polymath_fast.kernels.cpu.sink import Sink, add_scaled, sink_of
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
@@ -25,6 +30,9 @@ from polymath_fast.kernels.policy_loss import (
 )
 from polymath_fast.kernels.policy_loss.packed import steady_sum
 
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""hidden, weight and bias, as autograd knows them"""
+
 
 def linear_grpo_loss(
     hidden: torch.Tensor,
@@ -34,55 +42,57 @@ def linear_grpo_loss(
     batch: PolicyBatch,
     spec: PolicyLossSpec,
     vocab_tol: float | str,
-    recorded: RecordedPredictions | None = None,
-    states: torch.Tensor | None = None,
 ) -> PolicyLossOutput:
-    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64; `recorded`, `states`: see
-    `recorded`."""
-    needs = tuple(
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, weight, bias)
-    )
-    inputs = (hidden.detach(), weight.detach(), None if bias is None else bias.detach(), targets)
-    known = recorded is not None
-    head = RecordedHead(*inputs, recorded, states) if known else Head(*inputs, spec.temperature)
-    sink = sink_of(weight)
-    how = (needs, vocab_tol, sink is not None)
-    everything = (head, batch, spec, 0, len(targets))
-    terms = _terms(*everything) if known else None
-    largest = head.by_state(terms.coefficient) if known else None
-    gradient = HeadGradient(head, *how) if any(needs) and (known or spec.scope == "token") else None
+    """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64."""
+    inputs = (hidden, weight, bias)
+    given, needs = (*detached(inputs), targets, spec.temperature), wanted(inputs)
+    how = (needs, vocab_tol, sink_of(weight) is not None)
+    head = Head(*given)
+    gradient = HeadGradient(head, *how) if any(needs) and spec.scope == "token" else None
     for start, stop in head.blocks():
-        if gradient is not None and known:
-            gradient.add(start, largest[start:stop], None)
-        elif gradient is not None:
-            some = _terms(head, batch.rows(start, stop), spec, start, stop)
+        if gradient is not None:
+            found = head.logprobs[start:stop], head.entropy[start:stop]
+            some = policy_terms(batch.rows(start, stop), *found, spec)
             gradient.add(start, some.coefficient, some.entropy_coefficient)
-    terms = terms or _terms(*everything)
-    gradients, report = (None, None, None), None
+    terms = policy_terms(batch, head.logprobs, head.entropy, spec)
     if gradient is not None:
-        gradients, report = gradient.finish(), gradient.report
-    elif any(needs):
+        return output(head, batch, terms, inputs, gradient.finish())
+    if any(needs):
         slopes = (terms.coefficient, terms.entropy_coefficient)
-        gradients, report = head_gradients(*inputs, spec.temperature, *slopes, *how)
-    loss = _WithGradients.apply(steady_sum(terms.loss), hidden, weight, bias, sink, *gradients)
-    metrics = summarize(batch, terms, head.logprobs, head.entropy)
-    if vocab_tol and report is not None:
-        metrics |= report.metrics()
+        return output(head, batch, terms, inputs, head_gradients(*given, *slopes, *how))
+    return output(head, batch, terms, inputs, NO_GRADIENTS)
+
+
+def wanted(inputs: Inputs) -> tuple[bool, bool, bool]:
+    """Of which inputs a gradient is wanted."""
+    recording = torch.is_grad_enabled()
+    return tuple(recording and x is not None and x.requires_grad for x in inputs)
+
+
+def detached(inputs: Inputs) -> Inputs:
+    """Their values alone."""
+    return tuple(None if x is None else x.detach() for x in inputs)
+
+
+def output(
+    head: Head,
+    batch: PolicyBatch,
+    terms: PolicyTerms,
+    inputs: Inputs,
+    gradients: Gradients,
+) -> PolicyLossOutput:
+    """The loss, differentiable by those `inputs` whose `gradients` are there."""
+    sink = sink_of(inputs[1])
+    loss = _WithGradients.apply(steady_sum(terms.loss), sink, *inputs, *gradients[:3])
+    metrics = summarize(batch, terms, head.logprobs, head.entropy) | gradients.metrics
     return PolicyLossOutput(loss, head.logprobs, head.entropy, metrics)
-
-
-def _terms(
-    head: Head, batch: PolicyBatch, spec: PolicyLossSpec, start: int, stop: int
-) -> PolicyTerms:
-    return policy_terms(batch, head.logprobs[start:stop], head.entropy[start:stop], spec)
 
 
 class _WithGradients(torch.autograd.Function):
     """A scalar whose gradients by hidden, weight and bias are already there."""
 
     @staticmethod
-    def forward(ctx: Any, loss, hidden, weight, bias, sink: Sink | None, *gradients):
+    def forward(ctx: Any, loss, sink: Sink | None, hidden, weight, bias, *gradients):
         ctx.save_for_backward(*gradients)
         ctx.sink = sink
         return loss.clone()
@@ -98,4 +108,4 @@ class _WithGradients(torch.autograd.Function):
             None if gradient is None else gradient if upstream == 1 else gradient * upstream
             for gradient in (d_hidden, d_weight, d_bias)
         )
-        return None, *scaled, None, None, None, None
+        return None, None, *scaled, None, None, None

@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 
 from polymath_fast.kernels import checks
-from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
-from polymath_fast.kernels.linear_grpo_loss import _cpu
-from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec, prepare
+from polymath_fast.kernels.cpu.head_gradient import NO_GRADIENTS, Gradients, HeadGradient
+from polymath_fast.kernels.cpu.recorded_head import RecordedHead, RecordedPredictions
+from polymath_fast.kernels.cpu.sink import sink_of
+from polymath_fast.kernels.linear_grpo_loss._cpu import Inputs, detached, output, wanted
+from polymath_fast.kernels.policy_loss import (
+    PolicyLossOutput,
+    PolicyLossSpec,
+    PolicyTerms,
+    policy_terms,
+    prepare,
+)
 
 
 def recorded_grpo_loss(
@@ -50,6 +58,20 @@ def recorded_grpo_loss(
     checks.check_vocab_tol(vocab_tol)
     rows = (len(targets), checks.working_dtype(hidden.dtype), hidden.device)
     batch = prepare(spec, *rows, advantages, cu_seqlens, **of_tokens)
-    return _cpu.linear_grpo_loss(
-        hidden, weight, targets, bias, batch, spec, vocab_tol, recorded, states
-    )
+    inputs = (hidden, weight, bias)
+    head = RecordedHead(*detached(inputs), targets, recorded, states)
+    terms = policy_terms(batch, head.logprobs, head.entropy, spec)
+    return output(head, batch, terms, inputs, _gradients(head, terms, inputs, vocab_tol))
+
+
+def _gradients(
+    head: RecordedHead, terms: PolicyTerms, inputs: Inputs, vocab_tol: float | str
+) -> Gradients:
+    needs = wanted(inputs)
+    if not any(needs):
+        return NO_GRADIENTS
+    gradient = HeadGradient(head, needs, vocab_tol, sink_of(inputs[1]) is not None)
+    largest = head.by_state(terms.coefficient)
+    for start, stop in head.blocks():
+        gradient.add(start, largest[start:stop], None)
+    return gradient.finish()

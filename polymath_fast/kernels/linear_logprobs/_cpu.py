@@ -38,7 +38,7 @@ def gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """By hidden, weight and bias, of a loss with these derivatives (N,) by their log-probs."""
     given = (hidden, weight, bias, targets, temperature)
-    return head_gradients(*given, by_logprob, by_entropy, needs)[0]
+    return head_gradients(*given, by_logprob, by_entropy, needs)[:3]
 
 
 class _LinearLogprobs(torch.autograd.Function):
