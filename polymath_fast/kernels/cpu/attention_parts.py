@@ -103,16 +103,23 @@ def products(rows, seen, prompt, count, own, out):
 
 @njit(nogil=True, cache=True)
 def _products(rows, count, panels, out):
+    by_panels(square_tile, narrow_tile, rows, count, panels, out)
+
+
+@njit(inline="always")
+def by_panels(whole, narrow, rows, count, panels, out):
+    """out (R, keys) fp32 = rows (R, D) times the first `count` columns of panels, and some more up
+    to a multiple of 16; `whole` is a tile of R rows and 64 columns, `narrow` one of 16."""
     left, step, depth = rows.ctypes.data, rows.strides[0], panels.shape[1]
     place, out_step = out.ctypes.data, out.strides[0]
     for panel in range(-(-count // PANEL)):
         rest = count - panel * PANEL
         if rest > PANEL - LANES:
-            square_tile(left, step, 4, panels[panel], depth, place, out_step, False)
+            whole(left, step, 4, panels[panel], depth, place, out_step, False)
         else:
             for column in range(0, rest, LANES):
                 some = panels[panel, :, column:]
-                narrow_tile(left, step, 4, some, depth, place + 4 * column, out_step, False)
+                narrow(left, step, 4, some, depth, place + 4 * column, out_step, False)
         place += 4 * PANEL
 
 

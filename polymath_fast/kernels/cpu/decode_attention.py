@@ -14,10 +14,10 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from polymath_fast.kernels.cpu.attention_parts import PANEL, softmax, store_row
+from polymath_fast.kernels.cpu.attention_parts import PANEL, by_panels, softmax, store_row
 from polymath_fast.kernels.cpu.layers import rotated_head
 from polymath_fast.kernels.cpu.scalar import words
-from polymath_fast.kernels.cpu.tiles import LANES, low_narrow_tile, low_tile
+from polymath_fast.kernels.cpu.tiles import low_narrow_tile, low_tile
 
 ROWS = 3
 """queries of a tile"""
@@ -91,19 +91,7 @@ def attend(
 
 @njit(nogil=True, cache=True)
 def _products(rows, count, panels, out):
-    """out (3, keys) fp32 = rows (3, D) times the first `count` columns of panels; and some more up
-    to a multiple of 16."""
-    left, step, depth = rows.ctypes.data, rows.strides[0], panels.shape[1]
-    place, out_step = out.ctypes.data, out.strides[0]
-    for panel in range(-(-count // PANEL)):
-        rest = count - panel * PANEL
-        if rest > PANEL - LANES:
-            low_tile(left, step, 4, panels[panel], depth, place, out_step, False)
-        else:
-            for column in range(0, rest, LANES):
-                some = panels[panel, :, column:]
-                low_narrow_tile(left, step, 4, some, depth, place + 4 * column, out_step, False)
-        place += 4 * PANEL
+    by_panels(low_tile, low_narrow_tile, rows, count, panels, out)
 
 
 @njit(nogil=True, cache=True)
