@@ -1,10 +1,13 @@
 """Attention over a shared prompt in tiles: backward of one segment under one key head a task.
 
 Probabilities and gradients of scores of `CHUNK` query rows are held before they are multiplied into
-the gradients of keys and values.
+the gradients of keys and values. The steps of a task are inlined: to hand over their arrays would
+take as long as the arithmetic of a short segment.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, types
@@ -31,6 +34,38 @@ CHUNK = 96
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
 
 
+class _Keys(NamedTuple):
+    """What queries of one head see, packed for products."""
+
+    columns: np.ndarray
+    """keys as columns"""
+    values: np.ndarray
+    """values as columns"""
+    rows: np.ndarray
+    """keys as rows"""
+
+
+class _Tile(NamedTuple):
+    """Scratch for `ROWS` queries."""
+
+    queries: np.ndarray
+    upstream: np.ndarray
+    scores: np.ndarray
+    slopes: np.ndarray
+    """gradients of the probabilities"""
+    sums: np.ndarray
+
+
+class _Chunk(NamedTuple):
+    """What is kept of `CHUNK` queries, and scratch for its products."""
+
+    probs: np.ndarray
+    d_scores: np.ndarray
+    turned: np.ndarray
+    rows: np.ndarray
+    packed: np.ndarray
+
+
 @njit(nogil=True, cache=True)
 def backward(
     start, stop, q, k, v, table, runs, prompt_len, prompt_keys, prompt_values, prompt_key_rows,
@@ -44,90 +79,143 @@ def backward(
     before; what a segment's own queries give to its own rows to d_shared[-1]. prompt_values holds
     values packed as columns, prompt_key_rows keys packed as rows; the rest is that of `forward`.
     """
-    size, key_heads = q.shape[2], k.shape[1]
+    key_heads, size = k.shape[1:]
     group = q.shape[1] // key_heads
     parts = prompt_key_rows.shape[1]
-    own_panels = -(-most // PANEL)
-    keys = np.empty((own_panels, prompt_keys.shape[2], PANEL), prompt_keys.dtype)
-    values = np.empty(keys.shape, keys.dtype)
-    depth = own_panels * PANEL * k.itemsize // 4
-    key_rows = np.zeros((parts, depth, PANEL), keys.dtype)
+    width = (prompt_keys.shape[1] + -(-most // PANEL)) * PANEL
     path = np.empty((most, size), k.dtype)
-    width = (prompt_keys.shape[1] + own_panels) * PANEL
-    rows = np.zeros((ROWS, size), q.dtype)
-    upstream = np.zeros((ROWS, size), q.dtype)
-    scores = np.empty((ROWS, width), np.float32)
-    slopes = np.empty((ROWS, width), np.float32)
-    probs = np.zeros((CHUNK, width + LANES), q.dtype)
-    d_scores = np.zeros((CHUNK, width + LANES), q.dtype)
-    turned = np.zeros((CHUNK // 2 if q.itemsize == 2 else 0, width + LANES), np.uint32)
-    chunk = np.empty((CHUNK, size), q.dtype)
-    packed_chunk = -(-CHUNK // PANEL) * PANEL * q.itemsize // 4
-    packed = np.zeros((parts, packed_chunk, PANEL), keys.dtype)
-    sums = np.empty((ROWS, parts * PANEL), np.float32)
-    d_keys = np.empty((2, width + ROWS, parts * PANEL), np.float32)
+    own = _room_for_keys(most, k, prompt_keys, parts)
+    tile, chunk = _room_for_tile(q, width, parts), _room_for_chunk(q, width, prompt_keys, parts)
+    d_keys = np.empty((width + ROWS, parts * PANEL), np.float32)
+    d_values = np.empty(d_keys.shape, np.float32)
     for task in range(start, stop):
         segment, head = divmod(task, key_heads)
-        first, count, _, sees = table[segment, :4]
+        line = table[segment]
+        first, count, _, sees = line[:4]
         seen = prompt_len if sees else 0
-        base = -(-seen // PANEL) * PANEL
-        above = gather(k, table[segment], runs, head, path)
-        pack_columns(path, above + count, keys)
-        pack_rows(path, above + count, key_rows)
-        gather(v, table[segment], runs, head, path)
-        pack_columns(path, above + count, values)
-        for row in range(base + -(-(above + count) // PANEL) * PANEL + ROWS):
-            zero(d_keys[0, row])
-            zero(d_keys[1, row])
+        prompt = _Keys(prompt_keys[head], prompt_values[head], prompt_key_rows[head])
+        above = _pack(k, v, line, runs, head, path, own)
+        used = _panels(seen) + _panels(above + count) + ROWS
+        for row in range(used):
+            zero(d_keys[row])
+            zero(d_values[row])
         for query_head in range(head * group, (head + 1) * group):
             for begin in range(0, count, CHUNK):
-                end = min(begin + CHUNK, count)
-                chunk_width = base + -(-(above + end) // PANEL) * PANEL
-                for top in range(begin, end, ROWS):
-                    height = min(ROWS, end - top)
-                    copy_rows(q, first + top, height, query_head, rows, 0)
-                    copy_rows(d_out, first + top, height, query_head, upstream, 0)
-                    last = above + top + height
-                    products(rows, seen, prompt_keys[head], last, keys, scores)
-                    products(upstream, seen, prompt_values[head], last, values, slopes)
-                    used = base + -(-last // PANEL) * PANEL
-                    for r in range(height):
-                        i, at = first + top + r, top - begin + r
-                        delta = _dot(d_out[i, query_head], out[i, query_head])
-                        _score_slopes(
-                            scores[r, :used], slopes[r, :used], seen, base, above + top + r + 1,
-                            scale, lse[i, query_head], delta, probs[at, : chunk_width + LANES],
-                            d_scores[at, : chunk_width + LANES],
-                        )  # fmt: skip
-                    some = d_scores[top - begin :]
-                    weighted_sums(some, seen, prompt_key_rows[head], last, key_rows, sums)
-                    for r in range(height):
-                        store_row(d_q[first + top + r, query_head], sums[r], np.float32(1))
-                high = end - begin
-                copy_rows(q, first + begin, high, query_head, chunk, 0)
-                pack_rows(chunk, high, packed)
-                _add_transposed(
-                    d_scores, high, seen, chunk_width, above + begin, packed, turned, d_keys[0]
+                which = (first + begin, min(CHUNK, count - begin), query_head)
+                before = above + begin
+                _to_queries(
+                    q, d_out, out, lse, which, seen, before, prompt, own, scale, tile, chunk, d_q
                 )
-                copy_rows(d_out, first + begin, high, query_head, chunk, 0)
-                pack_rows(chunk, high, packed)
-                _add_transposed(
-                    probs, high, seen, chunk_width, above + begin, packed, turned, d_keys[1]
-                )
-        for which in range(2):
-            shared = d_shared[slots[start], head, which]
-            _add_rows(d_keys[which], seen, shared)
-            at = base
-            for run in range(table[segment, 4], table[segment, 5]):
-                _add_rows(d_keys[which, at:], runs[run, 1], shared[runs[run, 2] :])
-                at += runs[run, 1]
-            _, _, first_key, _, _, _, place = table[segment]
-            for row in range(count):
-                if place >= 0:
-                    copy_row(d_keys[which, at + row], d_shared[-1, head, which, place + row])
-                else:
-                    target = d_k if which == 0 else d_v
-                    store_row(target[first_key + row, head], d_keys[which, at + row], np.float32(1))
+                _to_keys(chunk.d_scores, q, which, seen, before, chunk, d_keys)
+                _to_keys(chunk.probs, d_out, which, seen, before, chunk, d_values)
+        shared, inner = d_shared[slots[start], head], d_shared[-1, head]
+        _hand_out(d_keys, seen, line, runs, head, shared[0], inner[0], d_k)
+        _hand_out(d_values, seen, line, runs, head, shared[1], inner[1], d_v)
+
+
+@njit(nogil=True, cache=True)
+def _room_for_keys(most, k, like, parts):
+    panels = -(-most // PANEL)
+    columns = np.empty((panels, like.shape[2], PANEL), like.dtype)
+    rows = np.zeros((parts, panels * PANEL * k.itemsize // 4, PANEL), like.dtype)
+    return _Keys(columns, np.empty(columns.shape, like.dtype), rows)
+
+
+@njit(nogil=True, cache=True)
+def _room_for_tile(q, width, parts):
+    rows, scores = (ROWS, q.shape[2]), (ROWS, width)
+    return _Tile(
+        np.zeros(rows, q.dtype), np.zeros(rows, q.dtype), np.empty(scores, np.float32),
+        np.empty(scores, np.float32), np.empty((ROWS, parts * PANEL), np.float32),
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _room_for_chunk(q, width, like, parts):
+    pairs = CHUNK // 2 if q.itemsize == 2 else 0
+    depth = _panels(CHUNK) * q.itemsize // 4
+    return _Chunk(
+        np.zeros((CHUNK, width + LANES), q.dtype), np.zeros((CHUNK, width + LANES), q.dtype),
+        np.zeros((pairs, width + LANES), np.uint32), np.empty((CHUNK, q.shape[2]), q.dtype),
+        np.zeros((parts, depth, PANEL), like.dtype),
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _panels(count):
+    """Columns of the whole panels that hold `count`."""
+    return -(-count // PANEL) * PANEL
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _pack(k, v, line, runs, head, path, own):
+    """Keys and values of a segment's path into `own`; how many are above the segment."""
+    above = gather(k, line, runs, head, path)
+    count = above + line[1]
+    pack_columns(path, count, own.columns)
+    pack_rows(path, count, own.rows)
+    gather(v, line, runs, head, path)
+    pack_columns(path, count, own.values)
+    return above
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _to_queries(q, d_out, out, lse, which, seen, before, prompt, own, scale, tile, chunk, d_q):
+    """d_q of a chunk of queries, and probabilities and gradients of scores into `chunk`.
+
+    which: their first row, their number, their head. They see the first `seen` keys of the prompt
+    and of their own the `before` that are above the first of them, then each its own.
+    """
+    first, count, head = which
+    base = _panels(seen)
+    width = base + _panels(before + count) + LANES
+    scores, slopes, sums = tile.scores, tile.slopes, tile.sums
+    probs, d_scores = chunk.probs, chunk.d_scores
+    for top in range(0, count, ROWS):
+        height = min(ROWS, count - top)
+        copy_rows(q, first + top, height, head, tile.queries, 0)
+        copy_rows(d_out, first + top, height, head, tile.upstream, 0)
+        last = before + top + height
+        products(tile.queries, seen, prompt.columns, last, own.columns, scores)
+        products(tile.upstream, seen, prompt.values, last, own.values, slopes)
+        used = base + _panels(last)
+        for r in range(height):
+            i, at = first + top + r, top + r
+            delta = _dot(d_out[i, head], out[i, head])
+            _score_slopes(
+                scores[r, :used], slopes[r, :used], seen, base, before + at + 1, scale,
+                lse[i, head], delta, probs[at, :width], d_scores[at, :width],
+            )  # fmt: skip
+        weighted_sums(d_scores[top:], seen, prompt.rows, last, own.rows, sums)
+        for r in range(height):
+            store_row(d_q[first + top + r, head], sums[r], np.float32(1))
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _to_keys(matrix, source, which, seen, before, chunk, out):
+    """out (keys, D) += matrix (queries, keys).T @ the chunk's rows of `source`."""
+    first, count, head = which
+    width = _panels(seen) + _panels(before + count)
+    copy_rows(source, first, count, head, chunk.rows, 0)
+    pack_rows(chunk.rows, count, chunk.packed)
+    _add_transposed(matrix, count, seen, width, before, chunk.packed, chunk.turned, out)
+
+
+@njit(nogil=True, cache=True, forceinline=True)
+def _hand_out(sums, seen, line, runs, head, shared, inner, out):
+    """Gradients (keys, D) of a path: of rows that others see, too, added to `shared`, the segment's
+    own into `inner` where it has children, else into `out` (T, Hkv, D)."""
+    _add_rows(sums, seen, shared)
+    at = _panels(seen)
+    for run in range(line[4], line[5]):
+        _add_rows(sums[at:], runs[run, 1], shared[runs[run, 2] :])
+        at += runs[run, 1]
+    _, count, first, _, _, _, place = line
+    for row in range(count):
+        if place >= 0:
+            copy_row(sums[at + row], inner[place + row])
+        else:
+            store_row(out[first + row, head], sums[at + row], np.float32(1))
 
 
 @njit(nogil=True, cache=True)
@@ -202,7 +290,7 @@ def _compiled_add_transposed(matrix, count, seen, width, own, packed, turned, ou
 @njit(nogil=True, cache=True)
 def _add_products(words, depth, per_word, count, seen, own, packed, out):
     """The products of `_add_transposed`; words (depth, .) hold `per_word` of its rows each."""
-    base = -(-seen // PANEL) * PANEL
+    base = _panels(seen)
     for part in range(packed.shape[0]):
         top = 0
         while top < base + own + count:
