@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import attention_rivals
 from benchmarks.attention_rivals import AttentionData
-from benchmarks.case import Case
+from benchmarks.case import Case, relative_error
 from polymath_fast.kernels import prefix_attention
 from polymath_fast.kernels.active_vocabulary import ROUNDING
 
@@ -50,9 +50,7 @@ def check_attention(data: AttentionData, attend: Callable[..., torch.Tensor]) ->
         results.append([out.detach(), *(x.grad for x in leaves)])
     errors = {}
     for name, mine, eager, exact in zip(("out", "d_q", "d_k", "d_v"), *results, strict=True):
-        errors[name], errors[f"{name} of eager"] = (
-            float((x.double() - exact).norm() / exact.norm()) for x in (mine, eager)
-        )
+        errors[name], errors[f"{name} of eager"] = (relative_error(x, exact) for x in (mine, eager))
         limit = 1.05 * max(errors[f"{name} of eager"], ROUNDING)
         assert errors[name] <= limit, f"{name}: error {errors[name]:.1e} > {limit:.1e}, not timed"
     return errors

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from benchmarks.timing import Variants
 
 
@@ -27,3 +29,9 @@ class Case:
     def bytes_of(self, variant: str) -> float:
         """What this one must move."""
         return self.other_bytes.get(variant, self.bytes)
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """In the Frobenius norm, summed up in float64."""
+    found, truth = found.double(), truth.double()
+    return float((found - truth).norm() / truth.norm())

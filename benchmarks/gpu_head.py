@@ -10,7 +10,8 @@ from unittest import mock
 import torch
 
 from benchmarks import gpu_rivals, gpu_sizes, gpu_timing
-from benchmarks.gpu_sections import batch, gate, relative, timed_table
+from benchmarks.case import relative_error
+from benchmarks.gpu_sections import batch, gate, timed_table
 from benchmarks.rivals import HeadData
 from benchmarks.timing import Variants
 from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss, linear_logprobs
@@ -52,8 +53,8 @@ def correct_head() -> dict[str, Any]:
             f"torch {depth} head logprob error": float((theirs - truth).abs().max()),
             f"{depth} head logprob error": float((found[0][0][rows] - truth).abs().max()),
             f"{depth} head logprob difference": float((again - found[0][0]).abs().max()),
-            f"{depth} hidden gradient error": relative(found[0][1], found[1][1]),
-            f"{depth} weight gradient error": relative(found[0][2], found[1][2]),
+            f"{depth} hidden gradient error": relative_error(found[0][1], found[1][1]),
+            f"{depth} weight gradient error": relative_error(found[0][2], found[1][2]),
         }
         del found, exact
         hidden[::97] /= 8
@@ -74,8 +75,8 @@ def _auto_errors(data: HeadData) -> dict[str, float]:
         found.append((leaves[0].grad, leaves[1].grad, out.metrics))
     auto, exact = found
     return {
-        "auto hidden gradient error": relative(auto[0], exact[0]),
-        "auto weight gradient error": relative(auto[1], exact[1]),
+        "auto hidden gradient error": relative_error(auto[0], exact[0]),
+        "auto weight gradient error": relative_error(auto[1], exact[1]),
         "columns kept": float(auto[2]["vocab/live_share"]),
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_sizes, rivals
+from benchmarks.case import relative_error
 from benchmarks.gpu_head import random_head
 from benchmarks.gpu_sections import GRADIENT_ERROR, gate, timed_table
 from benchmarks.gpu_timing import interleave
@@ -107,8 +108,7 @@ def correct_head_logprobs(
             found.append(torch.autograd.grad(outputs, leaves, (g, g_entropy)))
     values = {}
     for name, ours, truth in zip(("hidden", "weight"), *found, strict=True):
-        error = (ours.double() - truth.double()).norm() / truth.double().norm()
-        values[f"{name} gradient error"] = float(error)
+        values[f"{name} gradient error"] = relative_error(ours, truth)
     return gate(values, lambda _: GRADIENT_ERROR)
 
 

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 from benchmarks import gpu_rivals, gpu_sizes, gpu_timing
+from benchmarks.case import relative_error
 from benchmarks.gpu_timing import interleave
 from benchmarks.timing import Variants, copy_rate, gemm_rate
 from polymath_fast.kernels import PolicyLossSpec, grpo_loss, token_logprobs
@@ -84,12 +85,8 @@ def correct_rows() -> dict[str, Any]:
             )
             out.loss.backward()
             gradients.append(leaf.grad)
-        values[f"{name} gradient error"] = relative(*gradients)
+        values[f"{name} gradient error"] = relative_error(*gradients)
     return gate(values)
-
-
-def relative(ours: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((ours.double() - truth.double()).norm() / truth.double().norm())
 
 
 def gate(values: dict[str, float], limit: Callable[[str], float] | None = None) -> dict[str, Any]:

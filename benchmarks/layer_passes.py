@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import gpu_sizes
-from benchmarks.case import Case
+from benchmarks.case import Case, relative_error
 from benchmarks.timing import Variants, late
 from polymath_fast.kernels import layer_rows
 from polymath_fast.precision import default_dtype
@@ -172,8 +172,7 @@ def check_passes(device: str) -> dict[str, float]:
     names = ("normed", "rotated", "active", "d_x", "d_weight", "d_stacked", "d_gate_up")
     errors = {}
     for name, found, exact in zip(names, ours(rows), truth, strict=True):
-        exact = exact.detach()
-        error = float((found - exact).norm() / exact.norm())
+        error = relative_error(found, exact.detach())
         limit = ERROR[found.dtype]
         assert error <= limit, f"{name}: error {error:.1e} is above {limit:.1e}, nothing was timed"
         errors[name] = error

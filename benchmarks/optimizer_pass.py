@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_sizes
-from benchmarks.case import Case
+from benchmarks.case import Case, relative_error
 from polymath_fast.kernels import flat_adamw, grad_norm
 from polymath_fast.kernels.flat_adamw import halves
 
@@ -93,7 +93,7 @@ def check_updates(device: str) -> dict[str, float]:
         found = state["master"]
         if remainder:
             found = halves.join(state["live"], found)
-        error = float((found.double() - wide.detach()).norm() / wide.detach().norm())
+        error = relative_error(found, wide.detach())
         assert error < 1e-7, f"{name}: relative error {error:.1e}, nothing was timed"
         errors[name] = error
     return errors

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import rivals
 from benchmarks.attention import prefix_attention_case
-from benchmarks.case import Case
+from benchmarks.case import Case, relative_error
 from benchmarks.layer_passes import layer_rows_case
 from benchmarks.optimizer_pass import flat_adamw_case
 from benchmarks.weight_copies import weight_sync_case, weight_sync_fp32_case
@@ -115,7 +115,7 @@ def grpo_loss_case(device: str) -> Case:
         return _checked(
             {
                 "logprob": float((out.logprobs - logprobs).abs().max()),
-                "d_logits": _relative(leaf.grad, wide.grad),
+                "d_logits": relative_error(leaf.grad, wide.grad),
             }
         )
 
@@ -237,8 +237,8 @@ def _check_head(data: rivals.HeadData, tolerances: list[float | str]) -> dict[st
     offsets = torch.arange(0, CHECKED_ROWS + 1, data.length, dtype=torch.int32)
     inputs = (part.targets, part.advantages, offsets.to(data.hidden.device))
     errors = {
-        "d_hidden of eager": _relative(plain_hidden, d_hidden),
-        "d_weight of eager": _relative(plain_weight, d_weight),
+        "d_hidden of eager": relative_error(plain_hidden, d_hidden),
+        "d_weight of eager": relative_error(plain_weight, d_weight),
     }
     for tolerance in tolerances:
         hidden, weight = part.leaves()
@@ -248,8 +248,8 @@ def _check_head(data: rivals.HeadData, tolerances: list[float | str]) -> dict[st
         out.loss.backward()
         errors |= {
             f"logprob, {tolerance}": float((out.logprobs - exact).abs().max()),
-            f"d_hidden, {tolerance}": _relative(hidden.grad, d_hidden),
-            f"d_weight, {tolerance}": _relative(weight.grad, d_weight),
+            f"d_hidden, {tolerance}": relative_error(hidden.grad, d_hidden),
+            f"d_weight, {tolerance}": relative_error(weight.grad, d_weight),
         }
         extra = ROUNDING if tolerance == "auto" else 0.0
         for name in ("d_hidden", "d_weight"):
@@ -287,7 +287,3 @@ def _checked(errors: dict[str, float]) -> dict[str, float]:
 def _logprob_error(exact: torch.Tensor, targets: torch.Tensor, found: torch.Tensor) -> float:
     truth = exact.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     return float((found - truth).abs().max())
-
-
-def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
