@@ -67,8 +67,3 @@ def plain_loss(
     out = policy_loss(logprobs, entropy=entropy, spec=spec, **inputs)
     present = [leaf for leaf in leaves if leaf is not None]
     return out.loss.detach(), list(torch.autograd.grad(out.loss, present))
-
-
-def distance(found: Tensor, truth: Tensor) -> float:
-    """Relative error in the Frobenius norm."""
-    return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-300))

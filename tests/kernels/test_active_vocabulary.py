@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads import Head, distance, make_head
+from closeness import relative_error
+from heads import Head, make_head
 
 from polymath_fast.kernels import PolicyLossSpec, linear_grpo_loss
 from polymath_fast.kernels.active_vocabulary import ROUNDING
@@ -56,7 +57,7 @@ def test_auto_keeps_the_error_below_rounding(wide: bool) -> None:
     assert 0 < bound <= ROUNDING
     # each side was rounded to its dtype once
     rounding = 0.0 if wide else ROUNDING
-    assert max(distance(a, b) for a, b in zip(some, exact, strict=True)) <= bound + rounding
+    assert max(relative_error(a, b) for a, b in zip(some, exact, strict=True)) <= bound + rounding
     assert not torch.equal(some[1], exact[1])
 
 
@@ -77,6 +78,6 @@ def test_a_number_drops_exactly_the_columns_below_it() -> None:
     assert 0 < dropped.sum() < VOCAB - 150
     assert float(metrics["vocab/live_share"]) == pytest.approx(1 - float(dropped.double().mean()))
     assert torch.equal(some[1][~dropped], exact[1][~dropped])
-    assert distance(some[0], exact[0]) <= float(metrics["vocab/error_bound"])
-    assert distance(some[1], exact[1]) <= float(metrics["vocab/error_bound"])
+    assert relative_error(some[0], exact[0]) <= float(metrics["vocab/error_bound"])
+    assert relative_error(some[1], exact[1]) <= float(metrics["vocab/error_bound"])
     assert float(metrics["vocab/error_bound"]) < 0.2

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from heads import Head, distance, make_head, plain_logprobs, plain_loss
+from closeness import relative_error
+from heads import Head, make_head, plain_logprobs, plain_loss
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -92,7 +93,7 @@ def test_bf16_beats_plain_pytorch(
     assert (out.entropy - entropy).abs().max() < 1e-5
     for got, same_dtype, true in zip(ours, plain, gradients, strict=True):
         assert got.dtype == BF16
-        assert distance(got, true) <= 1.05 * distance(same_dtype, true) + 1e-3
+        assert relative_error(got, true) <= 1.05 * relative_error(same_dtype, true) + 1e-3
 
 
 @pytest.mark.parametrize("dtype", [FP16, FP32])
@@ -106,7 +107,7 @@ def test_wider_dtypes(dtype: torch.dtype, impl: str) -> None:
     assert_close(out.loss.detach().double(), truth, rtol=2e-5, atol=1e-6)
     for got, true in zip(ours, gradients, strict=True):
         assert got.dtype == dtype
-        assert distance(got, true) < (1e-5 if dtype == FP32 else 1e-3)
+        assert relative_error(got, true) < (1e-5 if dtype == FP32 else 1e-3)
 
 
 def test_fp64_runs_the_reference_exactly() -> None:
@@ -417,8 +418,8 @@ def test_multiplicity_stands_for_copies(spec: PolicyLossSpec, impl: str) -> None
     truth, exact = _run(copies, spec, repeated | {"cu_seqlens": lengths.cumsum(0).int()}, impl=impl)
     assert_close(out.loss, truth.loss, rtol=1e-5, atol=1e-7)
     summed = torch.zeros_like(head.hidden).index_add_(0, rows, exact[0])
-    assert distance(gradients[0], summed.double()) < 1e-5
-    assert distance(gradients[1], exact[1].double()) < 1e-5
+    assert relative_error(gradients[0], summed.double()) < 1e-5
+    assert relative_error(gradients[1], exact[1].double()) < 1e-5
     for name, value in truth.metrics.items():
         assert_close(out.metrics[name].float(), value.float(), rtol=1e-5, atol=1e-6, msg=name)
 

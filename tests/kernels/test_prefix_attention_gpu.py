@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from attention_checks import LAYOUTS, TREES, compare, make, offsets_of, run
+from closeness import relative_error
 
 from polymath_fast.kernels import dispatch, prefix_attention_blocks
 
@@ -86,8 +87,9 @@ def test_a_thousand_identical_completions() -> None:
     out, d_q, *_ = run(implementation("_triton"), tensors, layout, 0.125)
     compare(implementation("_triton"), [(100, [50])], head_dim=64, dtype=BF16, device="cuda")
     for x in (out, d_q):
-        error = (x[100:].view(1024, 50, 4, 64) - x[100:150]).norm() / x[100:].norm()
-        assert error < 4e-3  # tiles begin elsewhere in each of them
+        every = x[100:].view(1024, 50, 4, 64)
+        # tiles begin elsewhere in each of them
+        assert relative_error(every, every[:1].expand_as(every)) < 4e-3
 
 
 def test_nothing_waits_for_the_gpu() -> None:

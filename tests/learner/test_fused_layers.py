@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import relative_error
 
 from polymath_fast.kernels import linear_grpo_loss
 from polymath_fast.learner import fused_layers
@@ -51,10 +52,6 @@ def learn(policy: Policy, times: int = 1) -> tuple[torch.Tensor, dict[str, torch
     return out.logprobs, {name: p.grad for name, p in policy.model.named_parameters()}
 
 
-def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((found.double() - truth.double()).norm() / truth.double().norm())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_agrees_with_transformers(family):
     logprobs, gradients = learn(load(family, torch.float32, fused=True))
@@ -62,7 +59,7 @@ def test_float32_agrees_with_transformers(family):
     torch.testing.assert_close(logprobs, truth, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == true_gradients.keys()
     for name, gradient in gradients.items():
-        assert relative(gradient, true_gradients[name]) < 1e-5, name
+        assert relative_error(gradient, true_gradients[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,7 +70,7 @@ def test_bfloat16_is_no_further_from_float32_than_transformers(family):
     theirs, their_gradients = learn(load(family, torch.bfloat16, fused=False))
     assert (ours - truth).abs().mean() < 1.3 * (theirs - truth).abs().mean()
     errors, allowed = (
-        sum(relative(gradient, true_gradients[name]) for name, gradient in gradients.items())
+        sum(relative_error(gradient, true_gradients[name]) for name, gradient in gradients.items())
         for gradients in (our_gradients, their_gradients)
     )
     assert errors < 1.3 * allowed
@@ -93,7 +90,7 @@ def test_gradients_go_to_a_sink_when_there_is_one():
     _, gradients = learn(policy, times=2)
     assert gradients["model.layers.0.mlp.up_proj.weight"] is None
     _, expected = learn(load("random:tiny", torch.bfloat16, fused=True), times=2)
-    assert relative(sink, expected["model.layers.0.mlp.up_proj.weight"]) < 5e-3
+    assert relative_error(sink, expected["model.layers.0.mlp.up_proj.weight"]) < 5e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -119,7 +116,7 @@ def test_every_weight_may_have_a_sink(dtype):
     assert gradients["model.embed_tokens.weight"] is None
     allowed = 6e-3 if dtype == torch.bfloat16 else 1e-6
     for name, total in sinks.items():
-        assert relative(total, expected[name]) < allowed, name
+        assert relative_error(total, expected[name]) < allowed, name
 
 
 def test_weights_side_by_side_change_nothing():

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from closeness import relative_error
 
 from polymath_fast.config import Config
 from polymath_fast.errors import OutOfMemory, UserError
@@ -93,10 +94,6 @@ def plain(rows: list[TrainingRow]) -> list[TrainingRow]:
     return [replace(row, recorded=None) for row in rows]
 
 
-def error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
-
-
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each pass over a tape."""
@@ -122,7 +119,7 @@ def test_float32_gradients_are_those_of_a_forward_pass(family, tokens, tree, pas
     metrics, gradient = update(policy, rows, **settings)
     assert sum(passes) == len(rows) and (tokens == 30) == (len(passes) > len(PROMPTS))
     expected, truth = update(policy, plain(rows), **settings)
-    assert len(passes) and error(gradient, truth) < 1e-5
+    assert len(passes) and relative_error(gradient, truth) < 1e-5
     assert metrics["policy/loss"] == pytest.approx(expected["policy/loss"], abs=1e-6)
     assert metrics["policy/entropy"] == pytest.approx(expected["policy/entropy"], rel=1e-5)
 
@@ -137,7 +134,7 @@ def test_bfloat16_gradients_are_as_near_to_the_truth(family):
     exact = policy_of(family, torch.float32)
     exact.model.load_state_dict(policy.model.state_dict())
     truth = update(exact, plain(rows))[1]
-    assert error(found, truth) < 1.2 * error(own, truth) < 0.2
+    assert relative_error(found, truth) < 1.2 * relative_error(own, truth) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -169,7 +166,7 @@ def test_the_loss_reads_what_tokens_were_drawn_from(tape, settings, kept, monkey
     metrics, gradient = update(policy, rows, **settings)
     assert bool(called) == kept and metrics["packing/taped_ratio"] == 1
     expected, truth = update(policy, plain(rows), **settings)
-    assert error(gradient, truth) < 1e-5
+    assert relative_error(gradient, truth) < 1e-5
     assert metrics["policy/loss"] == pytest.approx(expected["policy/loss"], abs=1e-6)
     assert metrics["policy/entropy"] == pytest.approx(expected["policy/entropy"], rel=1e-5)
 
@@ -185,7 +182,7 @@ def test_greedy_completions_are_one_row_of_the_tape(passes):
     policy = policy_of("random:tiny", torch.float32)
     rows = sampled(policy, recording(40), temperature=0, n=6, prompts=PROMPTS[:1])
     rows = [replace(row, advantage=0.7) for row in rows]
-    assert error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
+    assert relative_error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
     assert passes == [1]
 
 
@@ -204,7 +201,7 @@ def test_completions_beyond_the_tape_are_computed_as_ever(share, passes):
     assert 0 < len(kept) < len(rows) and tape.draws.left < 30
     held = {int(place) for row in kept for place in row.recorded.predictions.rows}
     assert len(held) == tape.draws.taken
-    assert error(update(policy, rows)[1], update(policy, truth)[1]) < 1e-5
+    assert relative_error(update(policy, rows)[1], update(policy, truth)[1]) < 1e-5
     assert sum(passes) == len(merge_duplicates(kept))
 
 
@@ -215,7 +212,7 @@ def test_waves_share_a_tape_that_is_just_large_enough(passes):
     large = recording(2 * 16 * 6)
     rows = sampled(policy, large, **options)
     assert {len(row.token_ids) for row in rows} == {6} and all(row.recorded for row in rows)
-    assert error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
+    assert relative_error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
     least = large.draws.taken
     assert large.inputs.taken < least < 2 * 16 * 6  # completions that begin alike share rows
     for size, lost in ((least, 0), (least - 1, 1)):
@@ -233,7 +230,7 @@ def test_drafts_that_were_wrong_leave_no_trace(passes):
     rows = sampled(policy, recording(4000), speculation=speculation)
     assert speculation._counts["drafted"] > speculation._counts["accepted"] > 10
     assert all(row.recorded is not None for row in rows)
-    assert error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
+    assert relative_error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
     assert sum(passes) == len(rows)
 
 
@@ -243,7 +240,7 @@ def test_a_tape_that_drafts_fill_early_keeps_what_it_has(passes):
     for prompt in PROMPTS:
         speculation.history.add(prompt, [[40 + i % 3 for i in range(60)]] * 3)
     rows = sampled(policy, recording(300), speculation=speculation)
-    assert error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
+    assert relative_error(update(policy, rows)[1], update(policy, plain(rows))[1]) < 1e-5
     assert len(rows) > sum(passes) == sum(row.recorded is not None for row in rows) > 0
 
 
@@ -278,7 +275,7 @@ def test_prompts_with_few_rows_learn_side_by_side(passes):
     found = update(policy, rows, tokens_per_microbatch=4 * (few + 1))[1]
     ours = [row for row in rows if row.prompt_ids == prompts[0]]
     assert few < many and passes == [len(merge_duplicates(ours))]
-    assert error(found, update(policy, plain(rows), tokens_per_microbatch=1024)[1]) < 1e-5
+    assert relative_error(found, update(policy, plain(rows), tokens_per_microbatch=1024)[1]) < 1e-5
 
 
 def test_other_weights_have_no_use_for_a_recording(passes):
