@@ -17,10 +17,11 @@ from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.policy_loss import compiled
 from polymath_fast.kernels.policy_loss.batch import PolicyBatch, check_logprobs, given_spec, prepare
 from polymath_fast.kernels.policy_loss.corrections import importance_weights
+from polymath_fast.kernels.policy_loss.metrics import summarize
 from polymath_fast.kernels.policy_loss.output import PolicyLossOutput
 from polymath_fast.kernels.policy_loss.packed import steady_sum
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
-from polymath_fast.kernels.policy_loss.terms import PolicyTerms, policy_terms, summarize
+from polymath_fast.kernels.policy_loss.terms import PolicyTerms, policy_terms
 
 __all__ = [
     "PolicyBatch",

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from polymath_fast.kernels import checks
 from polymath_fast.kernels.policy_loss.batch import check_logprobs, given_spec, prepare
+from polymath_fast.kernels.policy_loss.metrics import metric_names, summarize
 from polymath_fast.kernels.policy_loss.output import PolicyLossOutput
 from polymath_fast.kernels.policy_loss.packed import steady_sum
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
-from polymath_fast.kernels.policy_loss.terms import metric_names, policy_terms, summarize
+from polymath_fast.kernels.policy_loss.terms import policy_terms
 
 
 def policy_loss(

@@ -9,14 +9,9 @@ import torch
 from polymath_fast.kernels.policy_loss import corrections
 from polymath_fast.kernels.policy_loss.batch import PolicyBatch
 from polymath_fast.kernels.policy_loss.kl import kl_penalty
-from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_mean, steady_sum
+from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_mean
 from polymath_fast.kernels.policy_loss.spec import TOKEN_MEAN, PolicyLossSpec
-from polymath_fast.kernels.policy_loss.table import (
-    CLIPPING,
-    TOKEN_LOSSES,
-    TokenInputs,
-    TokenLoss,
-)
+from polymath_fast.kernels.policy_loss.table import TOKEN_LOSSES, TokenInputs, TokenLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,71 +192,3 @@ def _entropy_weights(
         # the mean runs over the tokens that are left; divisors count all trained tokens
         weights = weights * (batch.mask.sum().to(weights) / high_entropy.sum().clamp(min=1))
     return weights
-
-
-def summarize(
-    batch: PolicyBatch,
-    terms: PolicyTerms,
-    logprobs: torch.Tensor,
-    entropy: torch.Tensor | None,
-) -> dict[str, torch.Tensor]:
-    """Metrics as 0-d tensors on the device, over the trained tokens of the call.
-
-    Means weigh every trained token alike, so calls combine exactly: weigh each by its "tokens".
-    """
-    mask = batch.mask
-    counted = mask if batch.multiplicity is None else mask * batch.multiplicity
-    tokens = counted.sum()
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        values = torch.where(mask, values.to(logprobs.dtype), 0)
-        return steady_sum(values * counted) / tokens.clamp(min=1)
-
-    def largest(values: torch.Tensor) -> torch.Tensor:
-        return values.max() if values.numel() else values.new_zeros(())
-
-    metrics = {
-        "tokens": tokens,
-        "nonfinite_rows": terms.unsound.sum(),
-        "ratio/mean": mean(terms.ratio),
-        "ratio/max": largest(torch.where(mask, terms.ratio, 0)),
-    }
-    if entropy is not None:
-        metrics["entropy"] = mean(entropy)
-    if terms.kl is not None:
-        metrics["kl"] = mean(terms.kl)
-    if terms.importance is not None:
-        metrics["importance_weight/mean"] = mean(terms.importance)
-    if batch.sampling_logprobs is not None:
-        gap = (logprobs - batch.sampling_logprobs).abs().nan_to_num(nan=0.0)
-        metrics["sampling/logprob_diff_mean"] = mean(gap)
-        metrics["sampling/logprob_diff_max"] = largest(torch.where(mask, gap, 0))
-    low, high = terms.token_loss.clipped_low, terms.token_loss.clipped_high
-    if low is not None:
-        metrics["clip_ratio/low"] = mean(low)
-        metrics["clip_ratio/high"] = mean(high)
-        metrics["clip_ratio/region"] = mean(low | high)
-    return metrics
-
-
-def metric_names(
-    spec: PolicyLossSpec, *, entropy: bool, sampling: bool, weights: bool
-) -> tuple[str, ...]:
-    """Keys of `summarize` in order, known before there are tensors.
-
-    Args:
-        entropy, sampling, weights: whether the call has entropies, `sampling_logprobs` and
-            `importance_weights`.
-    """
-    names = ["tokens", "nonfinite_rows", "ratio/mean", "ratio/max"]
-    if entropy:
-        names.append("entropy")
-    if spec.beta:
-        names.append("kl")
-    if weights or spec.importance_sampling_mode is not None:
-        names.append("importance_weight/mean")
-    if sampling:
-        names += ["sampling/logprob_diff_mean", "sampling/logprob_diff_max"]
-    if spec.formula in CLIPPING:
-        names += ["clip_ratio/low", "clip_ratio/high", "clip_ratio/region"]
-    return tuple(names)
