@@ -9,28 +9,22 @@ Legend: B completions, H hidden, Hq / Hkv query and key heads, D head size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from polymath_fast.kernels.cpu import decode
-from polymath_fast.kernels.cpu.attention_parts import PANEL
-from polymath_fast.kernels.cpu.decode_attention import store
 from polymath_fast.kernels.cpu.head import odd_lines
 from polymath_fast.kernels.cpu.products import bits, padded_rows
 from polymath_fast.kernels.cpu.team import together
-from polymath_fast.kernels.cpu.workspace import buffer, claim
+from polymath_fast.kernels.cpu.workspace import buffer
 from polymath_fast.rollout.decode import PromptCache
 from polymath_fast.rollout.recorder import Recorder
 from polymath_fast.rollout.tape import Tape
+from polymath_fast.rollout.tile_cache import TileCache
 from polymath_fast.rollout.tile_weights import TileWeights
-
-_AT_ONCE = 2**28
-"""bytes of caches that are made at their full length; larger ones grow with the completions"""
 
 
 class _Rows(NamedTuple):
@@ -70,21 +64,7 @@ class TileDecoder:
         prompts = [prompt for prompt, _ in prefilled]
         self._positions = torch.tensor([prompt.length for prompt in prompts])
         self._begins = self._positions.clone()
-        self._shared = prompts[0] if all(prompt is prompts[0] for prompt in prompts) else None
-        own = torch.zeros_like(self._positions) if self._shared else self._positions.clone()
-        self._lengths = own.numpy()  # (B,) positions of the own cache that are filled
-        self._per_word = 4 // self._last.element_size()
-        self._prompt_len = self._shared.length if self._shared else 0
-        common, longest = _panels(self._prompt_len), int(own.max())
-        most = max(most, len(prompts))
-        self._keys, self._values = self._first_caches(most, longest + 1, longest + tokens)
-        self._slots = torch.arange(len(prompts))  # (B,) places of the completions in the caches
-        self._prompt_keys, self._prompt_values = (x[:, 0] for x in self._caches(1, common))
-        if self._shared:
-            self._store(self._shared, self._prompt_keys, self._prompt_values)
-        else:
-            for row, prompt in enumerate(prompts):
-                self._store(prompt, self._keys[:, row], self._values[:, row])
+        self._cache = TileCache(weights, prompts, tokens, most)
 
     def first(self) -> Tensor:
         """(B, V + padding) float32 logits of the tokens that follow the prompts."""
@@ -100,7 +80,7 @@ class TileDecoder:
     def block(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """(R, V + padding) float32 logits after tokens (R,), counts (B,) of them a completion."""
         weights, count = self.weights, len(tokens)
-        self._make_room(counts)
+        self._cache.make_room(counts)
         firsts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         owner = torch.arange(len(counts)).repeat_interleave(counts)
         positions = self._positions[owner] + torch.arange(count) - firsts[owner]
@@ -120,18 +100,12 @@ class TileDecoder:
             weights.output,
             weights.gate_up,
             weights.down,
-            weights.heads,
+            weights.sizes.heads,
             bits(cos[:, 0].contiguous()),
             bits(sin[:, 0].contiguous()),
             weights.eps,
             firsts.numpy(),
-            self._lengths,
-            self._slots.numpy(),
-            self._words(self._keys),
-            self._words(self._values),
-            self._prompt_len,
-            self._words(self._prompt_keys),
-            self._words(self._prompt_values),
+            *self._cache.operands(),
             weights.scale,
             *(bits(each) for each in rows),
             recorded,
@@ -142,40 +116,16 @@ class TileDecoder:
     def advance(self, kept: Tensor) -> None:
         """Keep the first kept (B,) tokens of each completion's block; the next one overwrites."""
         self._positions += kept
-        self._lengths += kept.numpy()
+        self._cache.advance(kept)
 
     def blocks(self) -> TileDecoder:
         """The same completions, from here on by blocks."""
         return self
 
     def keep(self, rows: Tensor) -> None:
-        """See `transformers_engine.Decoder`; caches stay where they are while there is room."""
+        """See `transformers_engine.Decoder`."""
         self._positions, self._begins = self._positions[rows], self._begins[rows]
-        self._lengths = self._lengths[rows.numpy()]
-        slots = self._slots[rows]
-        kept, first = np.unique(slots.numpy(), return_index=True)
-        copies = torch.ones(len(slots), dtype=torch.bool)
-        copies[first] = False
-        if copies.any():
-            free = np.setdiff1d(np.arange(self._keys.shape[1]), kept)
-            slots = self._copied(slots, copies, torch.from_numpy(free))
-        self._slots = slots
-
-    def _copied(self, slots: Tensor, copies: Tensor, free: Tensor) -> Tensor:
-        """Caches of `slots` (B,), those marked in `copies` (B,) copied to `free` places."""
-        count, used = int(copies.sum()), _panels(int(self._lengths.max()))
-        missing = count - len(free)
-        if missing > 0:
-            first, panels = self._keys.shape[1], self._keys.shape[3]
-            more = self._caches(max(missing, first // 2), panels)
-            pairs = zip((self._keys, self._values), more, strict=True)
-            self._keys, self._values = (torch.cat(pair, dim=1) for pair in pairs)
-            free = torch.cat([free, torch.arange(first, self._keys.shape[1])])
-        sources, targets = slots[copies], free[:count]
-        for cache in (self._keys, self._values):
-            cache[:, targets, :, :used] = cache[:, sources, :, :used]
-        self._values[:, targets, :, used:] = 0  # 0 times what a completion left might be NaN
-        return slots.masked_scatter(copies, targets)
+        self._cache.keep(rows)
 
     def _rows(self, count: int) -> _Rows:
         """Scratch memory for so many tokens."""
@@ -197,57 +147,9 @@ class TileDecoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weights = self.weights
-        shape = (len(hidden), odd_lines(weights.vocab, 4))
+        shape = (len(hidden), odd_lines(weights.sizes.vocab, 4))
         out = buffer("decoded logits", shape, torch.float32)
-        weights.head.logits(hidden, out[:, : weights.vocab])
+        weights.head.logits(hidden, out[:, : weights.sizes.vocab])
         if weights.bias is not None:
-            out[:, : weights.vocab] += weights.bias
+            out[:, : weights.sizes.vocab] += weights.bias
         return out
-
-    def _first_caches(self, count: int, least: int, most: int) -> tuple[Tensor, Tensor]:
-        """With room for `most` positions of `count` completions, in scratch memory, unless that is
-        much at once."""
-        shapes = self._cache_shapes(count, _panels(most))
-        if sum(4 * math.prod(shape) for shape in shapes) > _AT_ONCE:
-            return self._caches(count, _panels(least))
-        names = ("decoded keys", "decoded values")
-        keys, values = (claim(n, s, torch.int32) for n, s in zip(names, shapes, strict=True))
-        return keys.zero_(), values.zero_()
-
-    def _caches(self, batch: int, panels: int) -> tuple[Tensor, Tensor]:
-        """Empty keys (L, B, Hkv, panels, ...) and values, see `decode_attention.store`."""
-        keys, values = self._cache_shapes(batch, panels)
-        return torch.zeros(keys, dtype=torch.int32), torch.zeros(values, dtype=torch.int32)
-
-    def _cache_shapes(self, batch: int, panels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        size, shape = self.weights.size, (len(self.weights.qkv), batch, self.weights.key_heads)
-        keys = (*shape, panels, size // self._per_word, PANEL)
-        return keys, (*shape, panels, -(-size // PANEL), PANEL // self._per_word, PANEL)
-
-    def _store(self, prompt: PromptCache, keys: Tensor, values: Tensor) -> None:
-        """The prompt's keys and values of all layers into one completion's place."""
-        for layer in range(len(keys)):
-            rows = (
-                bits(cache[layer][0].transpose(0, 1).contiguous())
-                for cache in (prompt.keys, prompt.values)
-            )
-            places = (self._words(x[layer]) for x in (keys, values))
-            store(0, self.weights.key_heads, *rows, 0, *places)
-
-    def _words(self, cache: Tensor) -> np.ndarray:
-        return cache.numpy().view(self.weights.qkv.dtype)
-
-    def _make_room(self, counts: Tensor) -> None:
-        panels = self._keys.shape[3]
-        missing = _panels(int((self._lengths + counts.numpy()).max())) - panels
-        if missing <= 0:
-            return
-        more = self._caches(len(self._slots), max(missing, -(-panels // 2)))
-        kept = (cache.index_select(1, self._slots) for cache in (self._keys, self._values))
-        pairs = zip(kept, more, strict=True)
-        self._keys, self._values = (torch.cat(pair, dim=3) for pair in pairs)
-        self._slots = torch.arange(len(self._slots))
-
-
-def _panels(positions: int) -> int:
-    return -(-positions // PANEL)

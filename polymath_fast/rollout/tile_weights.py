@@ -33,18 +33,23 @@ class TileWeights:
         decoder = policy.model.get_decoder()
         blocks = [(layer.self_attn, layer.mlp) for layer in decoder.layers]
         attention = blocks[0][0]
-        self.size, self.scale = attention.head_dim, np.float32(attention.scaling)
-        self.key_heads = attention.k_proj.weight.shape[0] // self.size
-        self.heads = attention.q_proj.weight.shape[0] // self.size
-        weight = blocks[0][1].down_proj.weight
-        self.vocab = len(policy.head.weight)
-        widths = (weight.shape[0], self.heads, self.key_heads, self.size, weight.shape[1])
-        self.sizes = DecoderSizes(len(blocks), *widths, self.vocab, weight.dtype)
+        size, weight = attention.head_dim, blocks[0][1].down_proj.weight
+        self.sizes = DecoderSizes(
+            layers=len(blocks),
+            hidden=weight.shape[0],
+            heads=attention.q_proj.weight.shape[0] // size,
+            key_heads=attention.k_proj.weight.shape[0] // size,
+            head_dim=size,
+            inner=weight.shape[1],
+            vocab=len(policy.head.weight),
+            dtype=weight.dtype,
+        )
+        self.scale = np.float32(attention.scaling)
         self.eps = np.float32(decoder.norm.variance_epsilon)
         self.norms = bits(torch.stack(_norms(decoder)))
         fronts = [Projections.of(layer) for layer in decoder.layers]
         self.head_norms = np.stack(
-            [norms_by_head(front.head_norms, front.counts(self.size)) for front in fronts]
+            [norms_by_head(front.head_norms, front.counts(size)) for front in fronts]
         )
         self.biases = np.stack([_biases(each) for each, _ in blocks])
         qkv = [[a.q_proj.weight, a.k_proj.weight, a.v_proj.weight] for a, _ in blocks]

@@ -149,7 +149,7 @@ def test_what_a_completion_left_in_its_place_reaches_nobody(dtype):
     found = []
     for left in (0.0, float("nan")):
         decoder = tile_decoder.TileDecoder(weights, prefilled, tokens=90, most=2)
-        decoder._values[:, 1].view(dtype).fill_(left)
+        decoder._cache._values[:, 1].view(dtype).fill_(left)
         for step in range(75):
             if step == 5:
                 decoder.keep(torch.tensor([0, 0]))
