@@ -132,49 +132,65 @@ def pack(
     `input_ids`, and `hidden_rows` counts from its last state, which is row 0. `tree` is a plan for
     these rows, maybe among others.
     """
-    input_ids: list[int] = []
-    positions: list[int] = []
-    hidden_rows: list[int] = []
-    blocks: list[PromptBlock] = []
-    saved = 0
+    layout = _lay_out(rows, prompt_apart, tree)
+    tensors = {
+        "input_ids": torch.tensor([layout.tokens], dtype=torch.int64),
+        "position_ids": torch.tensor([layout.positions], dtype=torch.int64),
+        "hidden_rows": torch.tensor(layout.hidden_rows, dtype=torch.int64),
+        **_of_loss(rows),
+    }
+    sent = dict(zip(tensors, send(list(tensors.values()), device), strict=True))
+    return PackedBatch(blocks=tuple(layout.blocks), rows_saved=layout.rows_saved, **sent)
+
+
+@dataclass
+class _Layout:
+    """What a `PackedBatch` says of the rows that enter the model."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    hidden_rows: list[int] = field(default_factory=list)
+    blocks: list[PromptBlock] = field(default_factory=list)
+    rows_saved: int = 0
+
+
+def _lay_out(rows: Sequence[TrainingRow], prompt_apart: bool, tree: PrefixTree | None) -> _Layout:
+    layout = _Layout()
     for prompt, group in groupby(rows, key=lambda row: row.prompt_ids):
-        members = list(group)
-        start, length = len(input_ids), len(prompt)
+        start, length = len(layout.tokens), len(prompt)
         last = 0 if prompt_apart else start + length - 1
         if not prompt_apart:
-            input_ids += prompt
-            positions += range(length)
-        inputs = [row.inputs for row in members]
+            layout.tokens += prompt
+            layout.positions += range(length)
+        inputs = [row.inputs for row in group]
         made = flat_segments(inputs) if tree is None else tree.segments(prompt, inputs)
-        input_ids += made.tokens
-        positions += [length + depth for depth in made.depths]
+        layout.tokens += made.tokens
+        layout.positions += [length + depth for depth in made.depths]
         for each in inputs:
-            hidden_rows += [last, *(last + 1 + place for place in made.rows[each])]
-        saved += sum(map(len, set(inputs))) - len(made.tokens)
+            layout.hidden_rows += [last, *(last + 1 + place for place in made.rows[each])]
+        layout.rows_saved += sum(map(len, set(inputs))) - len(made.tokens)
         offsets = torch.tensor(made.offsets, dtype=torch.int32)
-        blocks.append(PromptBlock(start, length, offsets, made.parents))
+        layout.blocks.append(PromptBlock(start, length, offsets, made.parents))
+    return layout
+
+
+def _of_loss(rows: Sequence[TrainingRow]) -> dict[str, Tensor]:
+    """What a `PackedBatch` says of the completions, whatever enters the model."""
     lengths = torch.tensor([len(row.token_ids) for row in rows], dtype=torch.int32)
     cu_seqlens = torch.zeros(len(rows) + 1, dtype=torch.int32)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
-
-    whole, real = torch.int64, torch.float32
     tensors = {
-        "input_ids": torch.tensor([input_ids], dtype=whole),
-        "position_ids": torch.tensor([positions], dtype=whole),
-        "hidden_rows": torch.tensor(hidden_rows, dtype=whole),
-        "targets": torch.tensor(_of_tokens(rows, "token_ids"), dtype=whole),
+        "targets": torch.tensor(_of_tokens(rows, "token_ids"), dtype=torch.int64),
         "cu_seqlens": cu_seqlens,
-        "advantages": torch.tensor([row.advantage for row in rows], dtype=real),
-        "sampling_logprobs": torch.tensor(_of_tokens(rows, "sampling_logprobs"), dtype=real),
+        "advantages": torch.tensor([row.advantage for row in rows], dtype=torch.float32),
     }
     if any(row.multiplicity > 1 for row in rows):
         counts = [row.multiplicity for row in rows]
-        tensors["multiplicity"] = torch.tensor(counts, dtype=real)
-    for name in ("old_logprobs", "ref_logprobs"):
+        tensors["multiplicity"] = torch.tensor(counts, dtype=torch.float32)
+    for name in ("sampling_logprobs", "old_logprobs", "ref_logprobs"):
         if getattr(rows[0], name) is not None:
-            tensors[name] = torch.tensor(_of_tokens(rows, name), dtype=real)
-    sent = dict(zip(tensors, send(list(tensors.values()), device), strict=True))
-    return PackedBatch(blocks=tuple(blocks), rows_saved=saved, **sent)
+            tensors[name] = torch.tensor(_of_tokens(rows, name), dtype=torch.float32)
+    return tensors
 
 
 def _of_tokens(rows: Sequence[TrainingRow], name: str) -> list:
