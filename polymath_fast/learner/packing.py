@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,21 +54,14 @@ class TrainingRow:
         return tuple(self.token_ids[:-1])
 
 
-@dataclass(frozen=True)
-class PromptBlock:
-    """Where one prompt and its completions lie in the packed row."""
+class PromptBlock(NamedTuple):
+    """One prompt and its completions, as `prefix_attention_blocks` takes them."""
 
-    start: int
     prompt_len: int
     cu_seqlens: Tensor
     """(b + 1,) int32, row offsets of the block's segments counted from the prompt's end"""
     parents: tuple[int, ...] = ()
     """the segment that each one continues, -1 for the prompt; empty: all of them continue that"""
-
-    @property
-    def end(self) -> int:
-        """First row after the block."""
-        return self.start + self.prompt_len + int(self.cu_seqlens[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +70,7 @@ class PackedBatch:
 
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64, restarting at the prompt's end
-    blocks: tuple[PromptBlock, ...]
+    blocks: tuple[PromptBlock, ...]  # in the order of their rows
     rows_saved: int  # rows that completions would need beside these without a prefix tree
     hidden_rows: Tensor  # (N,) int64: the row of T whose hidden state predicts targets[i]
     targets: Tensor  # (N,) int64
@@ -157,9 +150,9 @@ class _Layout:
 def _lay_out(rows: Sequence[TrainingRow], prompt_apart: bool, tree: PrefixTree | None) -> _Layout:
     layout = _Layout()
     for prompt, group in groupby(rows, key=lambda row: row.prompt_ids):
-        start, length = len(layout.tokens), len(prompt)
-        last = 0 if prompt_apart else start + length - 1
+        length, last = len(prompt), 0
         if not prompt_apart:
+            last = len(layout.tokens) + length - 1
             layout.tokens += prompt
             layout.positions += range(length)
         inputs = [row.inputs for row in group]
@@ -170,7 +163,7 @@ def _lay_out(rows: Sequence[TrainingRow], prompt_apart: bool, tree: PrefixTree |
             layout.hidden_rows += [last, *(last + 1 + place for place in made.rows[each])]
         layout.rows_saved += sum(map(len, set(inputs))) - len(made.tokens)
         offsets = torch.tensor(made.offsets, dtype=torch.int32)
-        layout.blocks.append(PromptBlock(start, length, offsets, made.parents))
+        layout.blocks.append(PromptBlock(length, offsets, made.parents))
     return layout
 
 

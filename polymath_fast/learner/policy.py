@@ -62,8 +62,7 @@ def shared_prompt_attention(
         k, v = shared_prompt.extend(module.layer_idx, k, v)
     elif shared_prompt is not None:
         shared_prompt.keep(module.layer_idx, k, v)
-    blocks = [(block.prompt_len, block.cu_seqlens, block.parents) for block in packed.blocks]
-    return prefix_attention_blocks(q, k, v, blocks, scale=scaling).unsqueeze(0), None
+    return prefix_attention_blocks(q, k, v, packed.blocks, scale=scaling).unsqueeze(0), None
 
 
 def _register_attention() -> None:

@@ -48,9 +48,8 @@ class TapedPass:
         self._rows, self._batch, self._prompt = rows, batch, prompt
         self._kept = rows[0].recorded.activations
         self._index = _taped_rows(rows, batch)
-        (place,) = batch.blocks
-        given, rows_here = (place.prompt_len, place.cu_seqlens, place.parents), len(self._index)
-        (self._block,) = to_blocks([given], rows_here, place.prompt_len + rows_here)
+        rows_here = len(self._index)
+        (self._block,) = to_blocks(batch.blocks, rows_here, batch.blocks[0].prompt_len + rows_here)
         self._states = batch.hidden_rows.unique(return_inverse=True)
         self._last = self._kept.hidden[-1].index_select(0, self._index).requires_grad_()
 

@@ -35,9 +35,8 @@ def test_layout_of_two_prompts():
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 6]
     assert batch.advantages.tolist() == [1.0, 1.0, -2.0]
     first, second = batch.blocks
-    assert (first.start, first.prompt_len, first.end) == (0, 3, 5)
-    assert first.cu_seqlens.tolist() == [0, 2, 2]
-    assert (second.start, second.prompt_len, second.end) == (5, 2, 8)
+    assert (first.prompt_len, first.cu_seqlens.tolist()) == (3, [0, 2, 2])
+    assert (second.prompt_len, second.cu_seqlens.tolist()) == (2, [0, 1])
 
 
 def test_optional_logprobs_are_absent_or_packed():
