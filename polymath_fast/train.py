@@ -31,6 +31,7 @@ from polymath_fast.run.saving import last_saved, report_of, rescuing, save
 
 if TYPE_CHECKING:
     from polymath_fast.ranks.member import Invitation
+    from polymath_fast.rollout.partial import Pending
 
 NONFINITE_LIMIT = 3  # batches in a row without a finite gradient after which a run stops
 
@@ -95,37 +96,12 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     from polymath_fast.kernels import group_advantages
     from polymath_fast.learner.downsampling import train_rewards
     from polymath_fast.learner.rows import training_rows
-    from polymath_fast.ranks.pooling import pooled
     from polymath_fast.rollout import collect, loan
-    from polymath_fast.rollout.scoring import Scorer
 
     clock = Clock(parts.monitor)
     parts.speculation.start_step()
     parts.tape.start_step()
-    samples = collect.samples_of_step(parts.inputs.samples, step, settings)
-    batch, scores, attempts = RolloutBatch(groups=[]), RewardResult.empty(), 0
-    pending = parts.pending
-    while saturation.asks_again(settings, batch, attempts):
-        with Scorer(parts.inputs.rewards, parts.inputs.tokenizer) as scorer:
-            with clock("generate"), parts.learner.lend():
-                drawn = collect.sample_groups(
-                    parts.engine,
-                    samples,
-                    step,
-                    settings,
-                    attempts,
-                    pending,
-                    scorer.add,
-                    parts.ranks,
-                )
-            with clock("score"):
-                drawn, found = pooled(parts.ranks, drawn, scorer.score(drawn))
-                scores += found
-        clock.add("score_overlapped", scorer.overlapped)
-        if settings.partial_rollouts:
-            pending = pending.after(drawn, settings.asked_generations)
-        batch.groups += drawn.groups
-        attempts += 1
+    batch, scores, attempts, pending = roll_out(settings, parts, step, clock)
     parts.engine.sleep()
     with clock("learn"), parts.engine.lend() as arena:
         rewards = train_rewards(batch, settings)
@@ -156,6 +132,42 @@ def train_step(settings: Config, parts: Parts, step: int) -> dict[str, float]:
     if failure is not None:
         raise failure  # not before: the updates are made, so the step is done, and its row written
     return metrics
+
+
+def roll_out(
+    settings: Config, parts: Parts, step: int, clock: Clock
+) -> tuple[RolloutBatch, RewardResult, int, Pending]:
+    """Generate and score, again while all scores are alike and the settings say so: completions,
+    scores, how often the prompts were asked, and what is to be finished in the next step."""
+    from polymath_fast.ranks.pooling import pooled
+    from polymath_fast.rollout import collect
+    from polymath_fast.rollout.scoring import Scorer
+
+    samples = collect.samples_of_step(parts.inputs.samples, step, settings)
+    batch, scores, attempts = RolloutBatch(groups=[]), RewardResult.empty(), 0
+    pending = parts.pending
+    while saturation.asks_again(settings, batch, attempts):
+        with Scorer(parts.inputs.rewards, parts.inputs.tokenizer) as scorer:
+            with clock("generate"), parts.learner.lend():
+                drawn = collect.sample_groups(
+                    parts.engine,
+                    samples,
+                    step,
+                    settings,
+                    attempts,
+                    pending,
+                    scorer.add,
+                    parts.ranks,
+                )
+            with clock("score"):
+                drawn, found = pooled(parts.ranks, drawn, scorer.score(drawn))
+                scores += found
+        clock.add("score_overlapped", scorer.overlapped)
+        if settings.partial_rollouts:
+            pending = pending.after(drawn, settings.asked_generations)
+        batch.groups += drawn.groups
+        attempts += 1
+    return batch, scores, attempts, pending
 
 
 def _sync(settings: Config, parts: Parts, clock: Clock, skipped: bool) -> Exception | None:
