@@ -78,6 +78,8 @@ class Policy:
 
     model_dir: Path | None
     """whose tokenizer `save` copies; None of a model that came from memory"""
+    unfused: str | None
+    """why its layers are transformers' own; None where they are fused"""
 
     def __init__(
         self,
