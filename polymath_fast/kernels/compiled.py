@@ -50,7 +50,7 @@ def _token_logprobs(
 
 
 @_token_logprobs.register_fake
-def _(logits: Tensor, targets: Tensor, temperature: float, impl: str) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _rows_like(logits)
 
 
@@ -70,14 +70,7 @@ def _token_gradient(
 
 
 @_token_gradient.register_fake
-def _(
-    logits: Tensor,
-    targets: Tensor,
-    by_logprob: Tensor | None,
-    by_entropy: Tensor | None,
-    temperature: float,
-    impl: str,
-) -> Tensor:
+def _(logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -114,14 +107,7 @@ def _linear_logprobs(
 
 
 @_linear_logprobs.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _rows_like(hidden)
 
 
@@ -148,19 +134,9 @@ def _linear_gradient(
 
 @_linear_gradient.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    by_logprob: Tensor | None,
-    by_entropy: Tensor | None,
-    temperature: float,
-    impl: str,
-    by_hidden: bool,
-    by_weight: bool,
-    by_bias: bool,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return gradients_like((hidden, weight, bias), (by_hidden, by_weight, by_bias))
+    return gradients_like((hidden, weight, bias), rest[-3:])
 
 
 def _keep_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
