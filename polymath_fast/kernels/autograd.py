@@ -31,6 +31,16 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def wanted(inputs: tuple[torch.Tensor | None, ...]) -> tuple[bool, ...]:
+    """Of which inputs this call is to have a gradient."""
+    return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+
+
+def detached(inputs: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    """Their values alone."""
+    return tuple(None if x is None else x.detach() for x in inputs)
+
+
 def writable(logits: torch.Tensor) -> bool:
     """Whether the memory of `logits` (N, V) can hold their gradient: not a leaf's, which its owner
     still wants, and no entry stored twice."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from polymath_fast.kernels.autograd import first_order
+from polymath_fast.kernels.autograd import detached, first_order, wanted
 from polymath_fast.kernels.cpu.head import Head
 from polymath_fast.kernels.cpu.head_gradient import (
     NO_GRADIENTS,
@@ -61,17 +61,6 @@ def linear_grpo_loss(
         slopes = (terms.coefficient, terms.entropy_coefficient)
         return output(head, batch, terms, inputs, head_gradients(*given, *slopes, *how))
     return output(head, batch, terms, inputs, NO_GRADIENTS)
-
-
-def wanted(inputs: Inputs) -> tuple[bool, bool, bool]:
-    """Of which inputs a gradient is wanted."""
-    recording = torch.is_grad_enabled()
-    return tuple(recording and x is not None and x.requires_grad for x in inputs)
-
-
-def detached(inputs: Inputs) -> Inputs:
-    """Their values alone."""
-    return tuple(None if x is None else x.detach() for x in inputs)
 
 
 def output(

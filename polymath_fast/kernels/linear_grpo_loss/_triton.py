@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from polymath_fast.kernels.autograd import detached, wanted
 from polymath_fast.kernels.policy_loss import (
     PolicyBatch,
     PolicyLossOutput,
@@ -38,12 +39,9 @@ def linear_grpo_loss(
 ) -> PolicyLossOutput:
     """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64."""
     inputs = (hidden, weight, bias)
-    needs = tuple(
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs
-    )
-    values = (None if tensor is None else tensor.detach() for tensor in inputs)
+    needs = wanted(inputs)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = Head(*values, targets, spec.temperature)
+        head = Head(*detached(inputs), targets, spec.temperature)
         found = torch.empty(2, len(targets), device=hidden.device, dtype=torch.float32)
         gradients = (None, None, None)
         if any(needs):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polymath_fast.kernels import checks, dispatch
-from polymath_fast.kernels.autograd import gradients_of, in_fresh_thread
+from polymath_fast.kernels.autograd import gradients_of, in_fresh_thread, wanted
 from polymath_fast.kernels.compiled import gradients_like
 from polymath_fast.kernels.linear_grpo_loss import reference
 from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec
@@ -48,10 +48,7 @@ def linear_grpo_loss(
     spec = given_spec(spec)
     # what autocast says is known here, not where the compiled graph runs
     hidden, weight, bias = checks.under_autocast(hidden, weight, bias)
-    needs = tuple(
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, weight, bias)
-    )
+    needs = wanted((hidden, weight, bias))
     checks.check_vocab_tol(vocab_tol)
     loss, logprobs, entropy, *rest = torch.ops.polymath_fast.linear_grpo_loss(
         hidden,

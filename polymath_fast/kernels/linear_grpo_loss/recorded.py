@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from polymath_fast.kernels import checks
+from polymath_fast.kernels.autograd import detached, wanted
 from polymath_fast.kernels.cpu.head_gradient import NO_GRADIENTS, Gradients, HeadGradient
 from polymath_fast.kernels.cpu.recorded_head import RecordedHead, RecordedPredictions
 from polymath_fast.kernels.cpu.sink import sink_of
-from polymath_fast.kernels.linear_grpo_loss._cpu import Inputs, detached, output, wanted
+from polymath_fast.kernels.linear_grpo_loss._cpu import Inputs, output
 from polymath_fast.kernels.policy_loss import (
     PolicyLossOutput,
     PolicyLossSpec,
