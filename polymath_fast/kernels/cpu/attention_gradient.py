@@ -10,25 +10,25 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
 from polymath_fast.kernels.cpu.attention import gather
 from polymath_fast.kernels.cpu.attention_parts import (
     PANEL,
     ROWS,
+    add_transposed,
     copy_rows,
     pack_columns,
     pack_rows,
     products,
     store_row,
     weighted_sums,
+    whole_panels,
     zero,
 )
 from polymath_fast.kernels.cpu.layers import copy_row
-from polymath_fast.kernels.cpu.moves import zip_words
 from polymath_fast.kernels.cpu.scalar import exp, put, value
-from polymath_fast.kernels.cpu.tiles import LANES, square_tile
+from polymath_fast.kernels.cpu.tiles import LANES
 
 CHUNK = 96
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
@@ -95,7 +95,7 @@ def backward(
         seen = prompt_len if sees else 0
         prompt = _Keys(prompt_keys[head], prompt_values[head], prompt_key_rows[head])
         above = _pack(k, v, line, runs, head, path, own)
-        used = _panels(seen) + _panels(above + count) + ROWS
+        used = whole_panels(seen) + whole_panels(above + count) + ROWS
         for row in range(used):
             zero(d_keys[row])
             zero(d_values[row])
@@ -133,18 +133,12 @@ def _room_for_tile(q, width, parts):
 @njit(nogil=True, cache=True)
 def _room_for_chunk(q, width, like, parts):
     pairs = CHUNK // 2 if q.itemsize == 2 else 0
-    depth = _panels(CHUNK) * q.itemsize // 4
+    depth = whole_panels(CHUNK) * q.itemsize // 4
     return _Chunk(
         np.zeros((CHUNK, width + LANES), q.dtype), np.zeros((CHUNK, width + LANES), q.dtype),
         np.zeros((pairs, width + LANES), np.uint32), np.empty((CHUNK, q.shape[2]), q.dtype),
         np.zeros((parts, depth, PANEL), like.dtype),
     )  # fmt: skip
-
-
-@njit(nogil=True, cache=True)
-def _panels(count):
-    """Columns of the whole panels that hold `count`."""
-    return -(-count // PANEL) * PANEL
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -167,8 +161,8 @@ def _to_queries(q, d_out, out, lse, which, seen, before, prompt, own, scale, til
     and of their own the `before` that are above the first of them, then each its own.
     """
     first, count, head = which
-    base = _panels(seen)
-    width = base + _panels(before + count) + LANES
+    base = whole_panels(seen)
+    width = base + whole_panels(before + count) + LANES
     scores, slopes, sums = tile.scores, tile.slopes, tile.sums
     probs, d_scores = chunk.probs, chunk.d_scores
     for top in range(0, count, ROWS):
@@ -178,7 +172,7 @@ def _to_queries(q, d_out, out, lse, which, seen, before, prompt, own, scale, til
         last = before + top + height
         products(tile.queries, seen, prompt.columns, last, own.columns, scores)
         products(tile.upstream, seen, prompt.values, last, own.values, slopes)
-        used = base + _panels(last)
+        used = base + whole_panels(last)
         for r in range(height):
             i, at = first + top + r, top + r
             delta = _dot(d_out[i, head], out[i, head])
@@ -195,10 +189,10 @@ def _to_queries(q, d_out, out, lse, which, seen, before, prompt, own, scale, til
 def _to_keys(matrix, source, which, seen, before, chunk, out):
     """out (keys, D) += matrix (queries, keys).T @ the chunk's rows of `source`."""
     first, count, head = which
-    width = _panels(seen) + _panels(before + count)
+    width = whole_panels(seen) + whole_panels(before + count)
     copy_rows(source, first, count, head, chunk.rows, 0)
     pack_rows(chunk.rows, count, chunk.packed)
-    _add_transposed(matrix, count, seen, width, before, chunk.packed, chunk.turned, out)
+    add_transposed(matrix, count, seen, width, before, chunk.packed, chunk.turned, out)
 
 
 @njit(nogil=True, cache=True, forceinline=True)
@@ -206,7 +200,7 @@ def _hand_out(sums, seen, line, runs, head, shared, inner, out):
     """Gradients (keys, D) of a path: of rows that others see, too, added to `shared`, the segment's
     own into `inner` where it has children, else into `out` (T, Hkv, D)."""
     _add_rows(sums, seen, shared)
-    at = _panels(seen)
+    at = whole_panels(seen)
     for run in range(line[4], line[5]):
         _add_rows(sums[at:], runs[run, 1], shared[runs[run, 2] :])
         at += runs[run, 1]
@@ -254,53 +248,3 @@ def _dot(left, right):
     for d in range(left.size):
         total += value(left[d]) * value(right[d])
     return total
-
-
-def _add_transposed(matrix, count, seen, width, own, packed, turned, out):
-    """out (width, D) fp32 += matrix (count, width).T @ `count` packed rows.
-
-    Row i is 0 but for `seen` columns and, from the next whole panel on, own + i + 1. `turned` is
-    scratch for bf16: its rows in pairs.
-    """
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_add_transposed, jit_options={"nogil": True, "cache": True})
-def _compiled_add_transposed(matrix, count, seen, width, own, packed, turned, out):
-    if matrix.dtype == types.uint16:
-
-        def add(matrix, count, seen, width, own, packed, turned, out):
-            if count % 2:
-                zero(matrix[count, : width + LANES])
-            pairs = -(-count // 2)
-            for pair in range(pairs):
-                low, high = matrix[2 * pair].ctypes.data, matrix[2 * pair + 1].ctypes.data
-                for column in range(0, width + LANES, LANES):
-                    place = turned[pair].ctypes.data + 4 * column
-                    zip_words(low + 2 * column, high + 2 * column, place)
-            _add_products(turned, pairs, 2, count, seen, own, packed, out)
-    else:
-
-        def add(matrix, count, seen, width, own, packed, turned, out):
-            _add_products(matrix, count, 1, count, seen, own, packed, out)
-
-    return add
-
-
-@njit(nogil=True, cache=True)
-def _add_products(words, depth, per_word, count, seen, own, packed, out):
-    """The products of `_add_transposed`; words (depth, .) hold `per_word` of its rows each."""
-    base = _panels(seen)
-    for part in range(packed.shape[0]):
-        top = 0
-        while top < base + own + count:
-            if seen <= top < base:
-                top = base
-            first = max(0, top - base - own) // per_word  # the first row that sees these keys
-            left = words.ctypes.data + 4 * top + first * words.strides[0]
-            place = out[top].ctypes.data + 4 * part * PANEL
-            right = packed[part, first:]
-            square_tile(
-                left, 4, words.strides[0], right, depth - first, place, out.strides[0], True
-            )
-            top += ROWS

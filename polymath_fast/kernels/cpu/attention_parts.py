@@ -24,6 +24,12 @@ _FAST = {"reassoc", "nsz", "contract", "arcp"}
 
 
 @njit(nogil=True, cache=True)
+def whole_panels(count):
+    """Columns of the panels that hold `count`."""
+    return -(-count // PANEL) * PANEL
+
+
+@njit(nogil=True, cache=True)
 def copy_rows(source, first, count, head, out, at):
     """out[at : at + count] (., D) = rows [first, first + count) of `source` (T, H, D)."""
     for r in range(count):
@@ -137,6 +143,56 @@ def weighted_sums(weights, seen, prompt, count, own, out):
             left += -(-seen // PANEL) * PANEL * weights.itemsize
         depth = -(-count // per_word)
         square_tile(left, step, 4, own[part], depth, place, out_step, seen > 0)
+
+
+def add_transposed(matrix, count, seen, width, own, packed, turned, out):
+    """out (width, D) fp32 += matrix (count, width).T @ `count` packed rows.
+
+    Row i is 0 but for `seen` columns and, from the next whole panel on, own + i + 1. `turned` is
+    scratch for bf16: its rows in pairs.
+    """
+    raise NotImplementedError("compiled code only")
+
+
+@overload(add_transposed, jit_options={"nogil": True, "cache": True})
+def _compiled_add_transposed(matrix, count, seen, width, own, packed, turned, out):
+    if matrix.dtype == types.uint16:
+
+        def add(matrix, count, seen, width, own, packed, turned, out):
+            if count % 2:
+                zero(matrix[count, : width + LANES])
+            pairs = -(-count // 2)
+            for pair in range(pairs):
+                low, high = matrix[2 * pair].ctypes.data, matrix[2 * pair + 1].ctypes.data
+                for column in range(0, width + LANES, LANES):
+                    place = turned[pair].ctypes.data + 4 * column
+                    zip_words(low + 2 * column, high + 2 * column, place)
+            _add_products(turned, pairs, 2, count, seen, own, packed, out)
+    else:
+
+        def add(matrix, count, seen, width, own, packed, turned, out):
+            _add_products(matrix, count, 1, count, seen, own, packed, out)
+
+    return add
+
+
+@njit(nogil=True, cache=True)
+def _add_products(words, depth, per_word, count, seen, own, packed, out):
+    """The products of `add_transposed`; words (depth, .) hold `per_word` of its rows each."""
+    base = whole_panels(seen)
+    for part in range(packed.shape[0]):
+        top = 0
+        while top < base + own + count:
+            if seen <= top < base:
+                top = base
+            first = max(0, top - base - own) // per_word  # the first row that sees these keys
+            left = words.ctypes.data + 4 * top + first * words.strides[0]
+            place = out[top].ctypes.data + 4 * part * PANEL
+            right = packed[part, first:]
+            square_tile(
+                left, 4, words.strides[0], right, depth - first, place, out.strides[0], True
+            )
+            top += ROWS
 
 
 @njit(nogil=True, cache=True)
