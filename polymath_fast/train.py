@@ -11,14 +11,12 @@ if __name__ == "__main__":  # before the imports, where Ctrl-C would be a traceb
 
     start.run("polymath_fast.train")
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polymath_fast.config import Config
 from polymath_fast.config.command_line import parse
 from polymath_fast.errors import EngineError, UserError
-from polymath_fast.folders import run_data
 from polymath_fast.monitor import peak_memory_gib
 from polymath_fast.monitor.clock import Clock
 from polymath_fast.monitor.console import print_error, say
@@ -26,6 +24,7 @@ from polymath_fast.rewards import RewardResult
 from polymath_fast.rollout.types import RolloutBatch
 from polymath_fast.run import assembly, saturation
 from polymath_fast.run.assembly import Parts
+from polymath_fast.run.evaluating import due, evaluate, owes_evaluation
 from polymath_fast.run.interrupt import Interrupt, Stopped
 from polymath_fast.run.saving import last_saved, report_of, rescuing, save
 
@@ -73,9 +72,9 @@ def _loop(settings: Config, parts: Parts, interrupt: Interrupt) -> int:
                     f"go on with a lower --learning-rate, e.g. {settings.learning_rate / 10:g}"
                 )
             between = step < settings.max_steps
-            if between and _due(step, settings.eval_every) and not asked_to_stop():
+            if between and due(step, settings.eval_every) and not asked_to_stop():
                 evaluate(settings, parts, step)
-        if _due(step, settings.save_every):
+        if due(step, settings.save_every):
             saved = save(settings, parts)
     complete = parts.steps_done == settings.max_steps and not parts.inputs.held_out
     with rescuing(settings, parts):
@@ -188,47 +187,10 @@ def _sync(settings: Config, parts: Parts, clock: Clock, skipped: bool) -> Except
     return None
 
 
-def evaluate(settings: Config, parts: Parts, step: int) -> None:
-    """Score the held-out problems with the present weights and log the result."""
-    for name, held_out in parts.inputs.held_out.items():
-        from polymath_fast.evaluation.grading import evaluate_samples
-        from polymath_fast.ranks.pooling import pooled_evaluation
-        from polymath_fast.rollout.collect import derived_seed
-
-        parts.monitor.phase(f"evaluate {name}")
-        started = time.perf_counter()
-        with parts.learner.lend():
-            result = evaluate_samples(
-                parts.engine,
-                parts.inputs.tokenizer,
-                held_out[parts.ranks.rank :: parts.ranks.size],
-                k=settings.eval_k,
-                temperature=settings.eval_temperature,
-                max_completion_length=settings.max_completion_length,
-                seed=derived_seed(settings.seed, parts.ranks.own(f"eval/{name}"), step),
-                score=parts.inputs.rewards.score,
-            )
-        result = pooled_evaluation(parts.ranks, result)
-        metrics = {f"eval/{name}/{key}": value for key, value in result.metrics().items()}
-        metrics[f"time/eval/{name}"] = time.perf_counter() - started
-        parts.monitor.log_step(step, metrics)
-
-
-def owes_evaluation(settings: Config, parts: Parts) -> bool:
-    """Whether an evaluation was due where the run begins or goes on, and is not recorded."""
-    step = parts.steps_done
-    due = step == 0 or (step < settings.max_steps and _due(step, settings.eval_every))
-    return parts.ranks.leads and due and not run_data.evaluated(parts.run_dir, step)
-
-
 def finish(parts: Parts, saved: Path | None, stopped: bool) -> None:
     """Report, last screen."""
     report = report_of(parts)
     parts.monitor.summary(checkpoint=saved, report=report, interrupted=stopped)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def main(args: list[str] | None = None) -> int:
