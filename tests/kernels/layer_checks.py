@@ -12,6 +12,8 @@ from polymath_fast.kernels import layer_rows
 EPS = 1e-6
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """of one result, relative; a pass rounds once"""
+CANCELLED = 1e-4
+"""the same of a sum over rows, at least: its terms are larger than it is"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def compare_norm(impl: str, rows: int, width: int, dtype: torch.dtype, device: s
     _close(out, truth)
     d_x, d_weight = layer_rows.rms_norm_gradient(x, weight, EPS, upstream, impl=impl)
     _close(d_x, wide.grad)
-    _close(d_weight, wide_weight.grad)
+    _close(d_weight, wide_weight.grad, CANCELLED)
     d_x, again = layer_rows.rms_norm_gradient(x, weight, EPS, upstream, residual, impl=impl)
     _close(d_x, wide.grad + residual.double())
     assert torch.equal(again, d_weight)
@@ -76,7 +78,7 @@ def compare_rotation(
     for d_norm, leaf in zip(d_norms, wide_norms, strict=True):
         assert (d_norm is None) == (leaf is None)
         if leaf is not None:
-            _close(d_norm, leaf.grad)
+            _close(d_norm, leaf.grad, CANCELLED)
 
 
 def compare_swiglu(
@@ -128,11 +130,11 @@ def _rotated(
     return [*found, values]
 
 
-def _close(found: Tensor, truth: Tensor) -> None:
+def _close(found: Tensor, truth: Tensor, least: float = 0.0) -> None:
     assert found.shape == truth.shape
     if not truth.numel():
         return
     truth = truth.detach()
     size = truth.abs()
     error = float(((found - truth).abs() / (size + size.max() / 100 + 1e-30)).max())
-    assert error < ROUNDING[found.dtype], error
+    assert error < max(ROUNDING[found.dtype], least), error
