@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +44,10 @@ class OnCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.to:
             args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
+        if func in (torch.mm, torch.addmm) and "out_dtype" in kwargs:
+            wide, out = kwargs.pop("out_dtype"), kwargs.pop("out", None)
+            found = func(*(arg.to(wide) for arg in args), **kwargs)
+            return found if out is None else out.copy_(found)
         return func(*args, **kwargs)
 
 
@@ -89,23 +92,6 @@ def _matrix(address: int, rows: int, cols: int, ld: int, dtype: torch.dtype) -> 
     size = ((int(rows) - 1) * int(ld) + int(cols)) * dtype.itemsize
     flat = torch.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype=dtype)
     return flat.as_strided((int(rows), int(cols)), (int(ld), 1))
-
-
-def _with_wide_results(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """torch.mm or torch.addmm, with the `out_dtype` that CUDA's have."""
-
-    def call(
-        *args: torch.Tensor,
-        out_dtype: torch.dtype | None = None,
-        out: torch.Tensor | None = None,
-        **options: Any,
-    ) -> torch.Tensor:
-        if out_dtype is None:
-            return product(*args, out=out, **options)
-        found = product(*(arg.to(out_dtype) for arg in args), **options)
-        return found if out is None else out.copy_(found)
-
-    return call
 
 
 def _is_cuda(device: Any) -> bool:
@@ -175,8 +161,6 @@ def installed():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for owner, name, value in (
             (torch, "compile", _compile),
-            (torch, "mm", _with_wide_results(torch.mm)),
-            (torch, "addmm", _with_wide_results(torch.addmm)),
             (torch, "Generator", Generator),
             (DeviceContext, "__init__", _enter_device),
             (dense, "_add_on_cpu", dense._add_on_gpu),

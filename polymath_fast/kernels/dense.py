@@ -6,7 +6,6 @@ N rows, H inputs, A outputs of one layer.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -88,28 +87,10 @@ def _add_on_cpu(totals: _Totals, x: Tensor) -> None:
 
 
 def _add_on_gpu(totals: _Totals, x: Tensor) -> None:
-    """By cuBLAS, whose fp32 sums are never rounded to the weights' dtype."""
-    wide = {} if x.dtype == torch.float32 else {"out_dtype": torch.float32}
+    from polymath_fast.kernels.triton.products import add_product, product
+
     for part, total, add in totals:
-        if not add:
-            torch.mm(part.t(), x, out=total, **wide)
-        elif _adds_in_place(x.device, x.dtype):
-            torch.addmm(total, part.t(), x, out=total, **wide)
-        else:
-            total += torch.mm(part.t(), x, **wide)
-
-
-@functools.cache
-def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds products of `dtype` to an fp32 sum; earlier ones want one dtype."""
-    if dtype == torch.float32:
-        return True
-    one, total = torch.ones(8, 8, dtype=dtype, device=device), torch.ones(8, 8, device=device)
-    try:
-        torch.addmm(total, one, one, out=total, out_dtype=torch.float32)
-    except RuntimeError:
-        return False
-    return True
+        (add_product if add else product)(part.t(), x, total)
 
 
 def _columns(weights: Sequence[Tensor]) -> list[slice]:

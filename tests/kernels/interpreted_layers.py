@@ -13,6 +13,7 @@ from triton_checks import TRUNCATION
 
 from polymath_fast.kernels import dense, dispatch
 from polymath_fast.kernels.layer_rows import _triton
+from polymath_fast.kernels.triton import products
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
 from polymath_fast.models import random_models
@@ -70,7 +71,7 @@ def test_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
 def test_layers(family: str, in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states and gradients of fused layers against transformers' own."""
     monkeypatch.setattr(dense, "_add_on_cpu", dense._add_on_gpu)
-    monkeypatch.setattr(dense, "_adds_in_place", lambda *_: in_place)
+    monkeypatch.setattr(products, "_adds_in_place", lambda *_: in_place)
     row = TrainingRow(
         prompt_ids=(1, 2, 3),
         token_ids=list(range(4, 41)),

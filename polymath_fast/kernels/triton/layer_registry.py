@@ -34,9 +34,11 @@ def layer_variants() -> Iterator[Variant]:
         for name, heads in (_HEADS | _NORMED).items():
             yield from _rotations(f"{dtype}-{name}", types, heads, name in _NORMED)
         given = {"WIDTH": 8960, "BLOCK": layers.SWIGLU_BLOCK}
-        for name in ("swiglu", "swiglu_gradient"):
-            kernel = getattr(kernels, f"{name}_kernel")
-            yield Variant(_called(name, dtype), kernel, types, given, layers.SWIGLU_WARPS)
+        for name, kernel in (
+            (f"swiglu-{dtype}", kernels.swiglu_kernel),
+            (f"swiglu-gradient-{dtype}", kernels.swiglu_gradient_kernel),
+        ):
+            yield Variant(name, kernel, types, given, layers.SWIGLU_WARPS)
 
 
 def _norms(dtype: str, types: dict[str, str], width: int) -> Iterator[Variant]:
@@ -66,7 +68,3 @@ def _rotations(
     gradient = kernels.rotate_gradient_kernel
     warps = layers.warps_for(entries)
     yield Variant(f"rotate-gradient-{suffix}", gradient, types, given, warps)
-
-
-def _called(name: str, dtype: str) -> str:
-    return f"{name.replace('_', '-')}-{dtype}"

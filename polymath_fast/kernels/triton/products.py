@@ -1,6 +1,9 @@
-"""Matrix products of the LM head's backward pass, launched; and fp32 ones by cuBLAS."""
+"""Matrix products of the LM head's backward pass, launched; those with fp32 results by cuBLAS."""
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 import triton
@@ -12,9 +15,39 @@ from polymath_fast.kernels.triton.tiles import backward_tiles_for, describable
 
 def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out (M, N) fp32 = left (M, K) @ right (K, N), by cuBLAS, never rounded between."""
+    left, right, options = _for_fp32(left, right)
+    return torch.mm(left, right, out=out, **options)
+
+
+def add_product(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> None:
+    """total (M, N) fp32 += left (M, K) @ right (K, N), likewise."""
+    left, right, options = _for_fp32(left, right)
+    if _adds_in_place(left.device, left.dtype):
+        torch.addmm(total, left, right, out=total, **options)
+    else:
+        total += torch.mm(left, right, **options)
+
+
+def _for_fp32(
+    left: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Operands and options of a product whose result is fp32; only CUDA's take narrower ones."""
     if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32, out=out)
-    return torch.mm(left.float(), right.float(), out=out)
+        return left, right, {"out_dtype": torch.float32}
+    return left.float(), right.float(), {}
+
+
+@functools.cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds products of `dtype` to an fp32 sum; earlier ones want one dtype."""
+    if dtype == torch.float32:
+        return True
+    one, total = torch.ones(8, 8, dtype=dtype, device=device), torch.ones(8, 8, device=device)
+    try:
+        torch.addmm(total, one, one, out=total, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
 
 
 def hidden_product(
