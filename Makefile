@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+# Two processes of tests fill two cores; engines that share one GPU would be short of its memory.
+TEST_PROCESSES ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
 
 .PHONY: setup train test check bench clean
 
@@ -17,7 +19,7 @@ train: setup
 
 test: setup
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/setup.sh test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
 
 check: setup
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/setup.sh test

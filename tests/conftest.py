@@ -52,6 +52,14 @@ def same_draws() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's CPU worker takes torch.set_num_threads from its process; later tests call it."""
+    import torch
+
+    monkeypatch.setattr(torch, "set_num_threads", torch._C.set_num_threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """A random two-layer Llama with grouped-query attention and a byte tokenizer."""
