@@ -86,30 +86,28 @@ def _whole_logits(stack: ExitStack) -> None:
 
 def _old_logprobs(stack: ExitStack) -> None:
     """A pass for the log-probs before the update, as every trainer with ratios takes it."""
-    from polymath_fast.learner.step import Learner
+    from polymath_fast.learner.passes import Passes
 
-    accumulate = Learner._accumulate
+    learn = Passes.learn
 
-    def twice(learner, rows, *args):
-        return accumulate(
-            learner, learner._with_logprobs(rows, learner.policy, "old_logprobs"), *args
-        )
+    def twice(passes, rows, *args):
+        return learn(passes, passes.with_logprobs(rows, "old_logprobs"), *args)
 
-    stack.enter_context(mock.patch.object(Learner, "_accumulate", twice))
+    stack.enter_context(mock.patch.object(Passes, "learn", twice))
 
 
 def _duplicates(stack: ExitStack) -> None:
     """Identical completions are computed as often as they were drawn."""
-    from polymath_fast.learner import step
+    from polymath_fast.learner import passes
 
-    stack.enter_context(mock.patch.object(step, "merge_duplicates", list))
+    stack.enter_context(mock.patch.object(passes, "merge_duplicates", list))
 
 
 def _no_tree(stack: ExitStack) -> None:
     """Completions that begin alike compute their beginnings each for itself."""
-    from polymath_fast.learner import step
+    from polymath_fast.learner import passes
 
-    stack.enter_context(mock.patch.object(step, "plan", lambda *_: None))
+    stack.enter_context(mock.patch.object(passes, "plan", lambda *_: None))
 
 
 def _rows_apart(stack: ExitStack) -> None:

@@ -90,7 +90,7 @@ def correct_learner(device: str = "cuda") -> dict[str, Any]:
     for name, at_once in (("whole", len(rows)), ("in parts", 1)):
         model = random_models.in_memory(sizes.checked_learner_model, "float32", device)
         learner = Learner(Policy.of(model), _corrected(at_once))
-        filled = learner._with_logprobs(rows, learner.policy, "old_logprobs")
+        filled = learner.passes.with_logprobs(rows, "old_logprobs")
         found = torch.tensor([x for row in filled for x in row.old_logprobs])
         grads, metrics = _our_update(learner, rows)
         values |= {

@@ -136,9 +136,7 @@ class _Pair:
 
     def gap(self, completions: Sequence[Completion]) -> float:
         """Mean difference of the log-probs of the two."""
-        filled = self.learner._with_logprobs(
-            self.rows(completions), self.learner.policy, "old_logprobs"
-        )
+        filled = self.learner.passes.with_logprobs(self.rows(completions), "old_logprobs")
         found = torch.tensor([x for row in filled for x in row.old_logprobs])
         told = torch.tensor([x for row in filled for x in row.sampling_logprobs])
         return float((found - told).abs().mean())

@@ -108,7 +108,7 @@ def test_duplicates_of_several_updates(tiny_model):
     """Old log-probs are computed once for all copies, and reach each of them."""
     learner = Learner(Policy(tiny_model, dtype=torch.float32), Config(updates_per_batch=2))
     rows = some_rows()
-    filled = learner._with_logprobs(rows, learner.policy, "old_logprobs")
+    filled = learner.passes.with_logprobs(rows, "old_logprobs")
     with torch.no_grad():
         expected, _ = padded.token_logprobs(padded.load(tiny_model), rows, 1.0)
     assert [row.token_ids for row in filled] == [row.token_ids for row in rows]
@@ -129,7 +129,7 @@ def test_a_split_prompt_is_computed_once_forward_and_backward(family):
     trained = [row for row in rows if row.trained]
     trained_tokens = sum(len(row.token_ids) for row in trained)
     spec = loss_spec(settings, Divisors(trained_tokens, len(rows)))
-    learner._accumulate(trained, spec, UpdateMetrics(settings))
+    learner.passes.learn(trained, spec, UpdateMetrics(settings), int)
     _, truth, _ = padded.update(folder, rows, settings)
     padded.assert_gradient(learner, gradient, truth)
     assert len(entered) > 4

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from polymath_fast.config import Config
-from polymath_fast.learner import step
+from polymath_fast.learner import passes
 from polymath_fast.learner.loss import Divisors, loss_spec
 from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.packing import TrainingRow
@@ -77,8 +77,8 @@ def learn(family: str, settings: dict[str, object]) -> UpdateMetrics:
     learner, metrics = Learner(policy, config), UpdateMetrics(config)
     if config.gradient_checkpointing:
         # two of them, so that the prompt is computed apart
-        learner.config = replace(config, tokens_per_microbatch=23)
-    learner._accumulate(rows, loss_spec(config, Divisors(tokens=38, completions=4)), metrics)
+        learner.passes.config = replace(config, tokens_per_microbatch=23)
+    learner.passes.learn(rows, loss_spec(config, Divisors(tokens=38, completions=4)), metrics, int)
     metrics.add_update(*learner.optimizer.step(1e-3))
     return metrics
 
@@ -93,13 +93,13 @@ def test_an_update_leaves_nothing_on_the_host(family: str, settings: dict[str, o
 
 
 def test_a_tensor_that_is_left_there_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    pack = step.pack
+    pack = passes.pack
 
     def forgetful(*given: object, **options: object) -> object:
         batch = pack(*given, **options)
         return replace(batch, advantages=torch.zeros(batch.advantages.shape))
 
-    monkeypatch.setattr(step, "pack", forgetful)
+    monkeypatch.setattr(passes, "pack", forgetful)
     with pytest.raises((RuntimeError, ValueError), match="meta"):
         learn("tiny", {})
 

@@ -93,10 +93,12 @@ def test_reference_model_is_where_training_began(tiny_model, rows):
 
 def test_no_pass_of_the_reference_waits_for_the_one_before(tiny_model, rows, monkeypatch):
     made = learner(tiny_model, config(beta=0.1, tokens_per_microbatch=17), reference=True)
-    calls, on_cpu, passes = [], torch.Tensor.cpu, made._logprobs
+    calls, on_cpu, passes = [], torch.Tensor.cpu, made.reference._logprobs
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: calls.append("read") or on_cpu(x))
-    monkeypatch.setattr(made, "_logprobs", lambda *given: calls.append("pass") or passes(*given))
-    filled = made._with_logprobs(rows, made.reference, "ref_logprobs")
+    monkeypatch.setattr(
+        made.reference, "_logprobs", lambda *given: calls.append("pass") or passes(*given)
+    )
+    filled = made.reference.with_logprobs(rows, "ref_logprobs")
     assert calls[:2] == ["pass", "pass"] and calls == sorted(calls)
     for row in filled:
         assert row.ref_logprobs == pytest.approx(row.sampling_logprobs, abs=1e-4)
@@ -114,8 +116,8 @@ def test_several_updates_have_a_real_ratio(tiny_model, rows):
 def test_several_updates_see_every_row_once(tiny_model, rows):
     made = learner(tiny_model, config(updates_per_batch=4, learning_rate=0.0))
     seen = []
-    original = made._accumulate
-    made._accumulate = lambda part, *rest: (seen.append(part), original(part, *rest))[1]
+    original = made.passes.learn
+    made.passes.learn = lambda part, *rest: (seen.append(part), original(part, *rest))[1]
     made.update(rows, 0)
     flat = [tuple(row.token_ids) for part in seen for row in part]
     needed = [tuple(row.token_ids) for row in rows if row.advantage]
@@ -128,7 +130,7 @@ def test_an_update_raises_the_probability_of_what_was_rewarded(tiny_model, rows)
     made = learner(tiny_model, config(learning_rate=0.01))
 
     def total():
-        filled = made._with_logprobs(good, made.policy, "old_logprobs")
+        filled = made.passes.with_logprobs(good, "old_logprobs")
         return sum(sum(row.old_logprobs) for row in filled)
 
     before = total()
