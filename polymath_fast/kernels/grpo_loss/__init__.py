@@ -7,7 +7,7 @@ import torch
 from polymath_fast.kernels import checks, dispatch
 from polymath_fast.kernels.grpo_loss import compiled
 from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec, prepare
-from polymath_fast.kernels.policy_loss.batch import given_spec
+from polymath_fast.kernels.policy_loss.input_checks import given_spec
 
 __all__ = ["grpo_loss"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from polymath_fast.kernels.compiled import token_logprobs
 from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec
-from polymath_fast.kernels.policy_loss.batch import given_spec
 from polymath_fast.kernels.policy_loss.compiled import policy_loss
+from polymath_fast.kernels.policy_loss.input_checks import given_spec
 
 
 def grpo_loss(

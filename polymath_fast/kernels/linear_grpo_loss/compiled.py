@@ -17,8 +17,8 @@ from polymath_fast.kernels.autograd import gradients_of, in_fresh_thread, wanted
 from polymath_fast.kernels.compiled import gradients_like
 from polymath_fast.kernels.linear_grpo_loss import reference
 from polymath_fast.kernels.policy_loss import PolicyLossOutput, PolicyLossSpec
-from polymath_fast.kernels.policy_loss.batch import given_spec
 from polymath_fast.kernels.policy_loss.compiled import crossing, metrics_like, names_of, spec_of
+from polymath_fast.kernels.policy_loss.input_checks import given_spec
 
 VOCABULARY = ("vocab/live_share", "vocab/dropped_mass", "vocab/error_bound")
 """metrics of a call with `vocab_tol` that makes gradients"""

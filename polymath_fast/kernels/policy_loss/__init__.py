@@ -15,8 +15,9 @@ import torch
 from polymath_fast.kernels import checks, dispatch
 from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.policy_loss import compiled
-from polymath_fast.kernels.policy_loss.batch import PolicyBatch, check_logprobs, given_spec, prepare
+from polymath_fast.kernels.policy_loss.batch import PolicyBatch, prepare
 from polymath_fast.kernels.policy_loss.corrections import importance_weights
+from polymath_fast.kernels.policy_loss.input_checks import check_logprobs, given_spec
 from polymath_fast.kernels.policy_loss.metrics import summarize
 from polymath_fast.kernels.policy_loss.output import PolicyLossOutput
 from polymath_fast.kernels.policy_loss.packed import steady_sum

@@ -6,8 +6,13 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from polymath_fast.kernels.checks import check_tensor
-from polymath_fast.kernels.faults import raise_noted
+from polymath_fast.kernels.policy_loss.input_checks import (
+    check_cu_seqlens,
+    check_multiplicity,
+    check_terms,
+    check_values,
+    checked_mask,
+)
 from polymath_fast.kernels.policy_loss.packed import sequence_ids, sequence_sum
 from polymath_fast.kernels.policy_loss.spec import (
     SEQUENCE_MEAN,
@@ -75,38 +80,19 @@ def prepare(
     """
     cu_seqlens, sound = check_cu_seqlens(cu_seqlens, count, device)
     completions = cu_seqlens.numel() - 1
-    _check_inputs(spec, old_logprobs, ref_logprobs, sampling_logprobs, importance_weights)
-    if multiplicity is not None and spec.top_entropy_quantile < 1:
-        raise ValueError(
-            f"top_entropy_quantile={spec.top_entropy_quantile} ranks the tokens of the call, which "
-            "multiplicity would hide; repeat the completions instead"
-        )
-    if mask is None:
-        mask = torch.ones(count, dtype=torch.bool, device=device)
-    check_tensor("mask", mask)
-    if mask.dtype != torch.bool or mask.shape != (count,) or mask.device != device:
-        raise ValueError(
-            f"mask must be bool ({count},) on {device}, got {mask.dtype} {tuple(mask.shape)} on "
-            f"{mask.device}; True on trained tokens"
-        )
+    check_terms(spec, old_logprobs, ref_logprobs, sampling_logprobs, importance_weights)
+    mask = checked_mask(mask, count, device)
     ids = sequence_ids(cu_seqlens, count)
 
     def per_token(name: str, value: torch.Tensor | None, spread: bool) -> torch.Tensor | None:
         if value is None:
             return None
-        check_tensor(name, value)
-        shapes = ((completions,), (count,)) if spread else ((count,),)
-        if value.shape not in shapes or not value.is_floating_point() or value.device != device:
-            expected = " or ".join(str(shape) for shape in shapes)
-            raise ValueError(
-                f"{name} must be float {expected} on {device}, got {value.dtype} "
-                f"{tuple(value.shape)} on {value.device}"
-            )
+        check_values(name, value, (completions, count) if spread else (count,), device)
         value = value.detach().to(dtype)
-        return value[ids] if spread and value.shape == (completions,) else value
+        return value[ids] if spread and len(value) == completions else value
 
     if multiplicity is not None:
-        _check_multiplicity(multiplicity, completions)
+        check_multiplicity(multiplicity, completions, spec)
     by_token = spec.formula != "vespo"
     multiplicity = per_token("multiplicity", multiplicity, True)
     if multiplicity is not None:
@@ -126,72 +112,6 @@ def prepare(
         importance_weights=per_token("importance_weights", importance_weights, by_token),
         multiplicity=multiplicity,
     )
-
-
-def _check_multiplicity(multiplicity: torch.Tensor, completions: int) -> None:
-    check_tensor("multiplicity", multiplicity)
-    if multiplicity.shape != (completions,):
-        raise ValueError(
-            f"multiplicity must be ({completions},), got {tuple(multiplicity.shape)}; "
-            "one number a completion"
-        )
-    on_cpu = multiplicity.device.type == "cpu"
-    if on_cpu and not torch.equal(multiplicity, multiplicity.round().abs()):
-        raise ValueError("multiplicity must be whole numbers from 0 on: how often each one counts")
-
-
-def given_spec(spec: PolicyLossSpec | None) -> PolicyLossSpec:
-    """`spec`, or the default one for None. Raises ValueError for options in any other form."""
-    if spec is None:
-        return PolicyLossSpec()
-    if not isinstance(spec, PolicyLossSpec):
-        raise ValueError(f"spec is a {type(spec).__name__}: must be a PolicyLossSpec(...)")
-    return spec
-
-
-def check_logprobs(
-    logprobs: torch.Tensor, entropy: torch.Tensor | None, spec: PolicyLossSpec
-) -> None:
-    """logprobs (N,) float; entropy (N,), or None where the spec has no use for it.
-
-    Raises:
-        ValueError: naming what is wrong.
-    """
-    check_tensor("logprobs", logprobs)
-    if entropy is not None:
-        check_tensor("entropy", entropy)
-    if logprobs.ndim != 1 or not logprobs.is_floating_point():
-        raise ValueError(f"logprobs must be float (N,), got {tuple(logprobs.shape)}")
-    if entropy is not None and entropy.shape != logprobs.shape:
-        raise ValueError(f"entropy is {tuple(entropy.shape)}, logprobs {tuple(logprobs.shape)}")
-    if entropy is None and (spec.entropy_coef or spec.top_entropy_quantile < 1):
-        raise ValueError("entropy_coef and top_entropy_quantile need entropy (N,)")
-
-
-def _check_inputs(
-    spec: PolicyLossSpec,
-    old_logprobs: torch.Tensor | None,
-    ref_logprobs: torch.Tensor | None,
-    sampling_logprobs: torch.Tensor | None,
-    importance_weights: torch.Tensor | None,
-) -> None:
-    if spec.beta and ref_logprobs is None:
-        raise ValueError(f"beta={spec.beta} needs ref_logprobs (N,); or set beta=0")
-    if spec.importance_sampling_mode is not None:
-        if sampling_logprobs is None:
-            raise ValueError(
-                f"importance_sampling_mode={spec.importance_sampling_mode!r} needs "
-                "sampling_logprobs (N,)"
-            )
-        if importance_weights is not None:
-            raise ValueError(
-                "importance_weights and importance_sampling_mode would correct twice; give one"
-            )
-    if spec.off_policy_mask_threshold is not None and old_logprobs is sampling_logprobs is None:
-        raise ValueError(
-            f"off_policy_mask_threshold={spec.off_policy_mask_threshold} needs sampling_logprobs "
-            "(N,) or old_logprobs (N,)"
-        )
 
 
 def _all_weights(
@@ -229,41 +149,3 @@ def _all_weights(
     if divisor is None and spec.entropy_aggregation == spec.token_aggregation:
         divisor = spec.normalizer
     return by_loss, weights(spec.entropy_aggregation, divisor)
-
-
-def check_cu_seqlens(
-    cu_seqlens: torch.Tensor, count: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B + 1,) int64, safe to use; on a GPU also 0-d: 1, or NaN where they did not fit."""
-    check_tensor("cu_seqlens", cu_seqlens)
-    if (
-        cu_seqlens.ndim != 1
-        or cu_seqlens.numel() < 1
-        or cu_seqlens.dtype not in (torch.int32, torch.int64)
-        or cu_seqlens.device != device
-    ):
-        raise ValueError(
-            f"cu_seqlens must be int32 (B + 1,) on {device}, got {cu_seqlens.dtype} "
-            f"{tuple(cu_seqlens.shape)} on {cu_seqlens.device}; for example [0, 3, 7]"
-        )
-    if cu_seqlens.numel() == 1 and count:
-        raise ValueError(f"cu_seqlens has no completion for the {count} tokens given")
-    if _looked_at_later(device):
-        from polymath_fast.kernels.triton.offsets import checked_offsets
-
-        raise_noted(device)
-        return checked_offsets(cu_seqlens, count)
-    cu_seqlens = cu_seqlens.long()
-    if device.type == "cpu":
-        falls = bool((cu_seqlens.diff() < 0).any())
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != count or falls:
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to the {count} tokens given, got "
-                f"{cu_seqlens[:8].tolist()}{' ...' if cu_seqlens.numel() > 8 else ''}"
-            )
-    return cu_seqlens, None
-
-
-def _looked_at_later(device: torch.device) -> bool:
-    """Whether looking at a tensor's numbers would make the host wait."""
-    return device.type == "cuda"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from polymath_fast.kernels import checks
-from polymath_fast.kernels.policy_loss.batch import check_logprobs, given_spec, prepare
+from polymath_fast.kernels.policy_loss.batch import prepare
+from polymath_fast.kernels.policy_loss.input_checks import check_logprobs, given_spec
 from polymath_fast.kernels.policy_loss.metrics import metric_names, summarize
 from polymath_fast.kernels.policy_loss.output import PolicyLossOutput
 from polymath_fast.kernels.policy_loss.packed import steady_sum

@@ -7,7 +7,7 @@ import math
 import torch
 
 from polymath_fast.kernels.checks import working_dtype
-from polymath_fast.kernels.policy_loss.batch import check_cu_seqlens
+from polymath_fast.kernels.policy_loss.input_checks import check_cu_seqlens
 from polymath_fast.kernels.policy_loss.packed import (
     either,
     sequence_ids,
