@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.run import RESULTS, machine, machine_name
-from benchmarks.step_workers import CONTENDERS, Job
+from benchmarks.step_job import Job
+from benchmarks.step_workers import CONTENDERS
 from benchmarks.timing import gemm_rate
 from polymath_fast.precision import choose_dtype
 

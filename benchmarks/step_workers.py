@@ -9,32 +9,14 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from benchmarks.step_reward import boxed_or_mentioned, score
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every contender does `steps` times."""
-
-    generations: int = 64
-    length: int = 128
-    prompt: int | None = None
-    """tokens the prompt is filled up to; None = as long as it is"""
-    steps: int = 3
-    question: str = "What is 17 + 25? Think step by step and put the final answer within \\boxed{}."
-    answer: str = "42"
-    without: str | None = None
-    """name of an idea in `ablations` that is switched off"""
-    full_length: bool = False
-    """completions go on behind their end, so that two runs compute as many tokens; ours only"""
+from benchmarks.step_job import Job, question
+from benchmarks.step_rivals import plain, trl
 
 
 def ours(job: Job, engine: str) -> list[dict[str, float]]:
@@ -46,7 +28,7 @@ def ours(job: Job, engine: str) -> list[dict[str, float]]:
 
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
-            question=_question(job),
+            question=question(job),
             answer=job.answer,
             instruction="",
             engine=engine,
@@ -79,184 +61,6 @@ def ours(job: Job, engine: str) -> list[dict[str, float]]:
                     }
                 )
     return found
-
-
-def trl(job: Job) -> list[dict[str, float]]:
-    """TRL's GRPOTrainer as its documentation has it, the same model, sample and reward."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    from polymath_fast.precision import choose_dtype
-
-    batch = min(16, job.generations)
-    dtype, _ = choose_dtype("auto", "cpu")
-    steps: list[float] = []
-    generation: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            steps.append(time.perf_counter() - self.start)
-
-    def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-        return boxed_or_mentioned([turns[0]["content"] for turns in completions], answer)
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = GRPOTrainer(
-            model=str(_model()),
-            reward_funcs=reward,
-            args=GRPOConfig(
-                output_dir=folder,
-                per_device_train_batch_size=batch,
-                gradient_accumulation_steps=job.generations // batch,
-                num_generations=job.generations,
-                max_completion_length=job.length,
-                max_steps=job.steps,
-                learning_rate=1e-6,
-                temperature=1.0,
-                beta=0.0,
-                bf16=dtype == "bfloat16",
-                use_cpu=True,
-                gradient_checkpointing=False,
-                report_to=[],
-                save_strategy="no",
-                logging_steps=1,
-                disable_tqdm=True,
-                model_init_kwargs={"dtype": dtype},
-            ),
-            train_dataset=Dataset.from_list(
-                [
-                    {
-                        "prompt": [{"role": "user", "content": _question(job)}],
-                        "answer": job.answer,
-                    }
-                ]
-                * 64
-            ),
-            callbacks=[Clock()],
-        )
-        trainer._generate_and_score_completions = _timed(
-            trainer._generate_and_score_completions, generation
-        )
-        trainer.train()
-    lengths = [
-        row["completions/mean_length"]
-        for row in trainer.state.log_history
-        if "completions/mean_length" in row
-    ]
-    return [
-        {"generate": drawn, "learn": step - drawn, "step": step, "mean_length": length}
-        for step, drawn, length in zip(steps, generation, lengths, strict=True)
-    ]
-
-
-def plain(job: Job) -> list[dict[str, float]]:
-    """A careful loop of one's own: vLLM samples, padded batches of transformers learn."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from polymath_fast import environment, rollout
-    from polymath_fast.precision import choose_dtype, default_dtype
-    from polymath_fast.rollout.types import SamplingOptions
-    from polymath_fast.samples import load_tokenizer
-
-    environment.prepare()
-    folder = _model()
-    tokenizer = load_tokenizer(folder)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _question(job)}], add_generation_prompt=True, tokenize=False
-    )
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=default_dtype("cpu"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    engine = rollout.build_engine(
-        "vllm",
-        model_dir=folder,
-        policy=None,
-        stop_token_ids=rollout.stop_token_ids(folder, tokenizer),
-        max_model_len=len(ids) + job.length,
-        max_num_seqs=min(256, job.generations),
-        device="cpu",
-        dtype=choose_dtype("auto", "cpu")[0],
-    )
-    found = []
-    for step in range(job.steps):
-        start = time.perf_counter()
-        sampling = SamplingOptions(max_completion_length=job.length, temperature=1.0, seed=step)
-        completions = [list(c.token_ids) for c in engine.generate(ids, job.generations, sampling)]
-        drawn = time.perf_counter()
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        rewards = torch.tensor([score(text, job.answer) for text in texts])
-        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-        tokens = sum(map(len, completions))
-        for first in range(0, job.generations, 16):
-            some = completions[first : first + 16]
-            _padded_loss(model, ids, some, advantages[first : first + 16], tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        engine.weights.push(model.named_parameters(remove_duplicate=False), step + 1)
-        end = time.perf_counter()
-        found.append(
-            {
-                "generate": drawn - start,
-                "learn": end - drawn,
-                "step": end - start,
-                "mean_length": tokens / job.generations,
-            }
-        )
-    engine.close()
-    return found
-
-
-def _padded_loss(model: Any, prompt: list[int], completions: Any, advantages: Any, tokens: int):
-    """Policy-gradient loss of right-padded rows; logits of the completions only."""
-    import torch
-
-    longest = max(map(len, completions))
-    ids = torch.zeros(len(completions), len(prompt) + longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, completion in enumerate(completions):
-        whole = torch.tensor(prompt + completion)
-        ids[row, : len(whole)], mask[row, : len(whole)] = whole, 1
-    out = model(input_ids=ids, attention_mask=mask, logits_to_keep=longest + 1)
-    targets = ids[:, len(prompt) :]
-    logprobs = -torch.nn.functional.cross_entropy(
-        out.logits[:, :-1].float().transpose(1, 2), targets, reduction="none"
-    )
-    return -(logprobs * advantages[:, None] * mask[:, len(prompt) :]).sum() / tokens
-
-
-def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        seconds.append(time.perf_counter() - start)
-        return result
-
-    return call
-
-
-def _question(job: Job) -> str:
-    """The question, with a preface of as many tokens as the prompt is to have."""
-    if job.prompt is None:
-        return job.question
-    from polymath_fast.samples import load_tokenizer
-
-    tokenizer = load_tokenizer(_model())
-    template = 30  # what the chat template adds
-    own = len(tokenizer(job.question).input_ids) + template
-    word = " sum"
-    return word.strip() + word * max(0, job.prompt - own - 1) + ". " + job.question
-
-
-def _model() -> Path:
-    from polymath_fast.models import resolve_model
-
-    return resolve_model("embedded:smollm2", notify=lambda text: None)
 
 
 CONTENDERS: dict[str, Callable[[Job], list[dict[str, float]]]] = {

@@ -24,7 +24,7 @@ from polymath_fast import memory
 from polymath_fast.kernels.prefix_attention import tiles
 from polymath_fast.kernels.triton.budget import Gpu
 from polymath_fast.learner import loss as losses
-from polymath_fast.learner import rows, step
+from polymath_fast.learner import passes, rows
 from polymath_fast.learner.taped import TapedPass
 from polymath_fast.models.random_models import FAMILIES
 from polymath_fast.rollout import tile_weights, transformers_engine
@@ -139,8 +139,8 @@ def test_an_idea_is_off_inside_and_on_again_behind(idea: str) -> None:
         owners = (
             rows,
             losses,
-            step,
-            step.Learner,
+            passes,
+            passes.Passes,
             tiles,
             tile_weights,
             Tape,
