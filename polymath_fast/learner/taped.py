@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from polymath_fast.kernels import PolicyLossSpec
 from polymath_fast.kernels.cpu.decode import gate_and_up
-from polymath_fast.kernels.cpu.products import bits
+from polymath_fast.kernels.cpu.operands import bits
 from polymath_fast.kernels.cpu.recorded_head import RecordedPredictions
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer

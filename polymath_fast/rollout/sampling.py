@@ -57,7 +57,7 @@ def _draw_on_cpu(
     branches: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from polymath_fast.kernels.cpu.draw import draw
-    from polymath_fast.kernels.cpu.products import bits
+    from polymath_fast.kernels.cpu.operands import bits
     from polymath_fast.kernels.cpu.threads import parallel, split
 
     count = len(uniforms)

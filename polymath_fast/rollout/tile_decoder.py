@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polymath_fast.kernels.cpu import decode
 from polymath_fast.kernels.cpu.head import odd_lines
-from polymath_fast.kernels.cpu.products import bits, padded_rows
+from polymath_fast.kernels.cpu.operands import bits, padded_rows
 from polymath_fast.kernels.cpu.team import together
 from polymath_fast.kernels.cpu.workspace import buffer
 from polymath_fast.rollout.decode import PromptCache

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from polymath_fast.kernels.cpu import tiles
-from polymath_fast.kernels.cpu.products import TileLogits, bits, pack_layers
+from polymath_fast.kernels.cpu.operands import bits, pack_layers
+from polymath_fast.kernels.cpu.products import TileLogits
 from polymath_fast.kernels.dense import stacked_or_copied
 from polymath_fast.kernels.layer_rows._cpu import norms_by_head
 from polymath_fast.learner.layer_passes import Projections

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import njit
 
 from polymath_fast.kernels.cpu import tiles
-from polymath_fast.kernels.cpu.products import words
+from polymath_fast.kernels.cpu.operands import words
 
 dot_tile, square_tile, narrow_tile = tiles.dot_tile, tiles.square_tile, tiles.narrow_tile
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from polymath_fast.kernels.cpu import rows
-from polymath_fast.kernels.cpu.products import bits, products_for
+from polymath_fast.kernels.cpu.operands import bits
+from polymath_fast.kernels.cpu.products import products_for
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 

@@ -14,7 +14,7 @@ import torch
 from polymath_fast.kernels.active_vocabulary import ROUNDING
 from polymath_fast.kernels.cpu import vocabulary
 from polymath_fast.kernels.cpu.head import Head, odd_lines, rows_that_fit
-from polymath_fast.kernels.cpu.products import bits, padded_rows
+from polymath_fast.kernels.cpu.operands import bits, padded_rows
 from polymath_fast.kernels.cpu.workspace import buffer, claim
 
 SLOPES_BYTES = 176 * 2**20

@@ -16,6 +16,14 @@ import numpy as np
 import torch
 
 from polymath_fast.kernels.cpu import bf16, tiles
+from polymath_fast.kernels.cpu.operands import (
+    bits,
+    pack_rows,
+    padded_rows,
+    panel_count,
+    scratch_words,
+    words,
+)
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 
@@ -85,8 +93,8 @@ class TileLogits:
         weight = self._weight
         padded = torch.nn.functional.pad(weight, (0, self._padding)) if self._padding else weight
         right = words(padded.contiguous())
-        shape = (_panels(len(weight)), right.shape[1], tiles.COLUMNS)
-        panels = _words("weight_panels", shape, right.dtype)
+        shape = (panel_count(len(weight)), right.shape[1], tiles.COLUMNS)
+        panels = scratch_words("weight_panels", shape, right.dtype)
         parallel(bf16.pack_weight, split(len(panels)), right, panels)
         return panels
 
@@ -104,9 +112,9 @@ class TileProducts(TileLogits):
         self, slopes: torch.Tensor, count: int, columns: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         if columns is not None:
-            packed = _pack_rows("some_weight_pairs", self._weight[columns])
+            packed = pack_rows("some_weight_pairs", self._weight[columns])
         elif self._pairs is None:
-            packed = self._pairs = _pack_rows("weight_pairs", self._weight)
+            packed = self._pairs = pack_rows("weight_pairs", self._weight)
         else:
             packed = self._pairs
         tasks = split(count, tiles.ROWS, per_thread=4)
@@ -116,7 +124,7 @@ class TileProducts(TileLogits):
     def d_weight(
         self, slopes: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, add: bool
     ) -> None:
-        add_weight_gradient(slopes, hidden, _pack_rows("hidden_pairs", hidden), out, add)
+        add_weight_gradient(slopes, hidden, pack_rows("hidden_pairs", hidden), out, add)
 
 
 class TorchProducts:
@@ -160,7 +168,7 @@ def packed_rows(hidden: torch.Tensor) -> np.ndarray | None:
     """`hidden` (N, H) as `add_weight_gradient` reads it, in scratch memory; None: as it is."""
     if hidden.dtype != torch.bfloat16 or not tiles.available(hidden.dtype) or _has_matrix_unit():
         return None
-    return _pack_rows("hidden_pairs", hidden)
+    return pack_rows("hidden_pairs", hidden)
 
 
 def add_weight_gradient(
@@ -214,47 +222,3 @@ def _renew_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_lock)
-
-
-def pack_layers(name: str, *stacks: list[torch.Tensor]) -> np.ndarray:
-    """(L, stacks * panels, words of inputs, 48): weights (outputs, inputs) of every layer as right
-    operands of a product, panels of the stacks by turns, in scratch memory called `name`."""
-    panels, count = _panels(len(stacks[0][0])), len(stacks)
-    layers = [[words(weight.detach().contiguous()) for weight in weights] for weights in stacks]
-    shape = (len(layers[0]), panels * count, layers[0][0].shape[1], tiles.COLUMNS)
-    packed = _words(f"packed {name}", shape, layers[0][0].dtype)
-    for number, weights in enumerate(layers):
-        for layer, weight in enumerate(weights):
-            parallel(bf16.pack_weight, split(panels), weight, packed[layer, number::count])
-    return packed
-
-
-def _panels(columns: int) -> int:
-    return -(-columns // tiles.COLUMNS)
-
-
-def padded_rows(count: int) -> int:
-    """`count` rounded up to whole tiles."""
-    return -(-count // tiles.ROWS) * tiles.ROWS
-
-
-def _pack_rows(name: str, matrix: torch.Tensor) -> np.ndarray:
-    """(K, columns) bf16 as the right operand of a product that sums over K."""
-    shape = (_panels(matrix.shape[1]), (matrix.shape[0] + 1) // 2, tiles.COLUMNS)
-    packed = _words(name, shape)
-    parallel(bf16.pack_pairs, split(shape[1]), bits(matrix.contiguous()), packed)
-    return packed
-
-
-def _words(name: str, shape: tuple[int, ...], dtype: type = np.uint32) -> np.ndarray:
-    return buffer(name, shape, torch.int32).numpy().view(dtype)
-
-
-def bits(tensor: torch.Tensor) -> np.ndarray:
-    """bf16 as the uint16 that it is stored as; other dtypes as they are."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def words(tensor: torch.Tensor) -> np.ndarray:
-    """What products count in: bf16 (rows, 2 n) -> uint32 (rows, n); fp32 as it is."""
-    return bits(tensor).view(np.uint32) if tensor.dtype == torch.bfloat16 else tensor.numpy()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from polymath_fast.kernels.cpu import rows
 from polymath_fast.kernels.cpu.head import Head
-from polymath_fast.kernels.cpu.products import bits
+from polymath_fast.kernels.cpu.operands import bits
 from polymath_fast.kernels.cpu.threads import parallel, split
 
 _BLOCK = 512

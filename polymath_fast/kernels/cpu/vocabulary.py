@@ -23,7 +23,8 @@ from polymath_fast.kernels.active_vocabulary import (
     SAMPLED_ROWS,
     SOME_COLUMNS,
 )
-from polymath_fast.kernels.cpu.products import Products, bits
+from polymath_fast.kernels.cpu.operands import bits
+from polymath_fast.kernels.cpu.products import Products
 from polymath_fast.kernels.cpu.scalar import value
 from polymath_fast.kernels.cpu.threads import parallel, split
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polymath_fast.kernels.cpu import layers
-from polymath_fast.kernels.cpu.products import bits
+from polymath_fast.kernels.cpu.operands import bits
 from polymath_fast.kernels.cpu.threads import parallel, split
 
 _SMALL = 1 << 16
