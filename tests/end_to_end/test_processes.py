@@ -11,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_stopping import assert_same_end, newest
-from test_train import command, make_flags, metrics, run, run_here
+from endings import assert_same_end, newest
+from train_runs import command, make_flags, metrics, run, run_here
 
 from polymath_fast.ranks import launch
 

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
+from train_runs import command, make_flags, metrics, run, run_here
 
-from polymath_fast import machine, train
-from polymath_fast.run import dry_run
-
-REWARD = '''
-def vowels(prompts, completions, completion_ids, **columns):
-    """Share of the letter e in the text: any model can learn it."""
-    return [text.count("e") / max(1, len(ids)) for text, ids in zip(completions, completion_ids)]
-
-
-def even(prompts, completions, completion_ids, **columns):
-    """Share of even token ids, which differs from the start."""
-    return [sum(i % 2 == 0 for i in ids) / max(1, len(ids)) for ids in completion_ids]
-'''
 KEYS = (
     *("reward/mean", "reward/std", "completion/mean_length", "completion/truncated_ratio"),
     *("completion/distinct_ratio", "policy/entropy", "policy/kl", "policy/clip_ratio"),
@@ -38,47 +22,11 @@ KEYS = (
 )
 
 
-@pytest.fixture
-def flags(tmp_path):
-    return make_flags(tmp_path)
-
-
-def make_flags(folder):
-    (folder / "my_reward.py").write_text(REWARD)
-    return [
-        *("--model", "random:tiny", "--question", "Say something.", "--answer", "e"),
-        *("--engine", "transformers", "--reward", f"{folder / 'my_reward.py'}:vowels"),
-        *("--num-generations", "16", "--groups-per-step", "2", "--max-completion-length", "24"),
-        *("--learning-rate", "0.01", "--max-steps", "10", "--save-every", "5"),
-    ]
-
-
-def command(flags, output_dir):
-    words = [sys.executable, "-m", "polymath_fast.train", *flags, "--output-dir", str(output_dir)]
-    return [str(word) for word in words]
-
-
-def run(flags, output_dir, expect=0):
-    done = subprocess.run(command(flags, output_dir), capture_output=True, text=True, timeout=300)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
-
-
-def run_here(flags, output_dir, expect=0):
-    """In this process, where the test is not about one that starts or ends."""
-    assert train.main(command(flags, output_dir)[3:]) == expect
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The folder and the output of one run of `flags` from its beginning to its end."""
     folder = tmp_path_factory.mktemp("straight")
     return folder / "run", run(make_flags(folder), folder / "run").stdout
-
-
-def metrics(output_dir):
-    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_learns_and_leaves_a_complete_run_folder(straight):
@@ -247,80 +195,6 @@ def test_updates_per_batch_and_every_regulariser_at_once(flags, tmp_path):
     assert all(math.isfinite(row["policy/grad_norm"]) for row in rows)
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
-    run_here([*flags, "--dry-run"], tmp_path / "run")
-    said = capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
-    for word in ("random:tiny", "transformers", "gold", "wrong", "GiB"):
-        assert word in said
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_dry_run_that_finds_too_little_memory_names_what_would_do(
-    tmp_path, capsys, monkeypatch, processes
-):
-    """A tape of 4 GiB for each process, and 1.5 GiB free for each."""
-    monkeypatch.setattr(dry_run, "_free_gib", lambda device: 1.5 * processes)
-    monkeypatch.setattr(machine, "cores", lambda: 2)
-    words = ["--model", "random:tiny", "--question", "1+1?", "--answer", "2", "--dry-run"]
-    words += ["--num-generations", "200000", "--max-completion-length", "512", "--tape-gib", "4"]
-    run_here([*words, "--num-processes", str(processes)], tmp_path / "run", expect=2)
-    said = capsys.readouterr().err
-    assert f"{1.5 * processes:.1f} GiB are free; --tape-gib 0 works" in said
-    assert ("2 times weights" in said) == (processes == 2)
-
-
-def test_a_dry_run_counts_a_part_of_the_optimizer_and_names_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(machine, "cores", lambda: 2)
-    words = ["--model", "embedded:smollm2", "--question", "1+1?", "--answer", "2", "--dry-run"]
-    words += ["--num-processes", "2", "--num-generations", "4", "--groups-per-step", "1"]
-    words += ["--max-completion-length", "64", "--tape-gib", "0", "--gradient-checkpointing"]
-    needed = {}
-    for more in ([], ["--shard-optimizer"]):
-        monkeypatch.setattr(dry_run, "_free_gib", lambda device: 1000.0)
-        run_here([*words, *more], tmp_path / "run")
-        said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        assert ("of every group and of the optimizer's state" in said) == bool(more)
-        needed[bool(more)] = float(re.search(r"about ([\d.]+) GiB of", said)[1])
-    assert needed[False] - needed[True] > 1
-    monkeypatch.setattr(dry_run, "_free_gib", lambda device: needed[True] + 0.1)
-    run_here(words, tmp_path / "run", expect=2)
-    assert "GiB are free; --shard-optimizer works" in capsys.readouterr().err
-    run_here([*words, "--shard-optimizer"], tmp_path / "run")
-
-
-def test_a_dry_run_refuses_a_reward_that_prefers_wrong_answers(tmp_path, capsys):
-    words = ["--model", "random:tiny", "--question", "1+1?", "--answer", "2", "--dry-run"]
-    run_here([*words, "--reward-weights", "-1"], tmp_path / "run", expect=2)
-    said = capsys.readouterr().err
-    assert "the reward gives -1.0 to the right answer" in said and said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("answer", "more", "said"),
-    [
-        ("yes", [], True),
-        ("yes", ["--instruction", r"Write \boxed{yes} or \boxed{no}."], False),
-        ("-3/4 cm", [], False),
-    ],
-)
-def test_an_answer_that_needs_a_box_is_told(tmp_path, capsys, answer, more, said):
-    """The preset of the embedded model asks for none."""
-    words = ["--model", "random:tiny", "--config", "cpu_demo", "--question", "what?", "--dry-run"]
-    run_here([*words, "--answer", answer, *more], tmp_path / "run")
-    assert ("asks for no \\boxed{}" in capsys.readouterr().out) == said
-
-
-def test_a_dry_run_measures_the_right_answer_in_tokens(tmp_path, capsys):
-    """96 of them are allowed; the answer has more bytes than that, and half as many tokens."""
-    answer = (
-        r"\begin{pmatrix} \text{multiplication} & \text{multiplication} \end{pmatrix}" + " " * 30
-    )
-    words = ["--question", "what?", "--answer", answer + "and addition", "--dry-run"]
-    run_here([*words, "--reward", "math", "length"], tmp_path / "run")
-    assert "-> 1.0" in capsys.readouterr().out
-
-
 def test_the_tape_saves_the_forward_pass_and_changes_nothing_else(flags, tmp_path):
     taped, plain, little = (tmp_path / name for name in ("taped", "plain", "little"))
     # small steps: AdamW makes whole ones of rounding, and one drawn token more that differs
@@ -341,56 +215,9 @@ def test_the_tape_saves_the_forward_pass_and_changes_nothing_else(flags, tmp_pat
             assert row[key] == pytest.approx(same[key], rel=1e-4) == other[key]
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--tokens-per-microbatch", "30"], "--tokens-per-microbatch"),
-        (["--max-completion-length", "4000"], "--max-completion-length"),
-        (["--device", "cuda"], "--device cuda"),
-        (["--offload-optimizer", "--device", "cpu"], "learning runs on cpu"),
-        (["--reuse-kv-cache"], "the embedded sampler keeps nothing"),
-        (["--tape-gib", "1", "--updates-per-batch", "2"], "--updates-per-batch 2 on the weights"),
-        (["--tape-gib", "1", "--model", "random:tiny-gemma"], "does not decode gemma models"),
-        (["--tape-gib", "1", "--beta", "0.1"], "compares log-probs with a reference model's"),
-        (["--tape-gib", "1e-9"], "1e-09, which is less than one token takes; 1 works"),
-        (["--eval-dataset", "missing.jsonl"], "missing.jsonl"),
-        (["--resume", "nowhere"], "--resume nowhere"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path, extra, message, capsys):
-    if "cuda" in extra and os.environ.get("CUDA_VISIBLE_DEVICES", "x") != "":
-        import torch
-
-        if torch.cuda.is_available():
-            pytest.skip("this machine has a CUDA device")
-    if "nowhere" in extra:  # one of them as a user runs it
-        done = run([*flags, *extra], tmp_path / "run", expect=2)
-        assert message in done.stderr and "Traceback" not in done.stderr
-    else:
-        run_here([*flags, *extra], tmp_path / "run", expect=2)
-        said = capsys.readouterr().err
-        assert message in said and said.count("\n") == 1
-
-
 def test_resume_refuses_another_model(flags, tmp_path, straight, capsys):
     shutil.copytree(straight[0], tmp_path / "run")
     other = [*flags, "--model", "random:tiny-qwen3", "--resume", "auto"]
     run_here(other, tmp_path / "run", expect=2)
     said = capsys.readouterr().err
     assert "random:tiny-qwen3" in said and "of random:tiny," in said
-
-
-def test_two_runs_in_one_folder(flags, tmp_path, capsys):
-    process = subprocess.Popen(
-        command([*flags, "--max-steps", "100000"], tmp_path / "run"), stdout=subprocess.DEVNULL
-    )
-    try:
-        path = tmp_path / "run/metrics.jsonl"
-        while not path.exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        run_here([*flags, "--resume", "auto"], tmp_path / "run", expect=2)
-        assert f"pid {process.pid}" in capsys.readouterr().err
-    finally:
-        process.kill()
-        process.wait()
