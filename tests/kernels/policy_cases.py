@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polymath_fast.kernels import PolicyLossSpec, policy_loss
+
 
 @dataclass
 class Case:
@@ -68,3 +70,12 @@ def make_case(seed: int = 0, spread: float = 0.4, completions: int = 7, longest:
         entropy=(normal(*shape).abs() + 0.1).requires_grad_(),
         advantages=normal(completions),
     )
+
+
+def loss_and_gradient(case: Case, spec: PolicyLossSpec, **extra: Tensor) -> tuple[Tensor, Tensor]:
+    inputs = {**case.inputs(), **extra}
+    out = policy_loss(
+        case.pack(case.logprobs), entropy=case.pack(case.entropy), spec=spec, **inputs
+    )
+    (gradient,) = torch.autograd.grad(out.loss, case.logprobs)
+    return out.loss.detach(), gradient
