@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,11 @@ def running() -> Iterator[Running]:
     made.remote.close()
     assert not made.thread.is_alive()
     assert all(engine.closed for engine in made.engines)
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    pair = socket.socketpair()
+    yield pair
+    for one in pair:
+        one.close()
