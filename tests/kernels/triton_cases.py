@@ -1,6 +1,6 @@
 """Losses and upstream gradients that the files of `test_triton_interpreter.py` share.
 
-Tiny, so that awkward shapes have whole tiles, tails and more than one of each of the small tiles.
+Small, and so are the tiles: awkward shapes have whole tiles, tails and more than one of each.
 """
 
 from __future__ import annotations
