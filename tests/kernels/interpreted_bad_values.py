@@ -13,7 +13,7 @@ from triton_checks import loss_result, make_batch, make_head, make_logits
 
 from polymath_fast.kernels.faults import verify_targets
 from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
-from polymath_fast.kernels.policy_loss import batch
+from polymath_fast.kernels.policy_loss import input_checks
 from polymath_fast.kernels.token_logprobs._triton import token_logprobs
 from polymath_fast.kernels.triton import head, offsets
 
@@ -125,7 +125,7 @@ def test_bad_offsets_have_no_gradient(op, spec, names, monkeypatch) -> None:
     given = make_batch(21, "cpu", *names)
     # what is asked of the table of losses once, with offsets of its own on the CPU, is then known
     loss_result(op, "_triton", tensors, given, spec)
-    monkeypatch.setattr(batch, "_looked_at_later", lambda device: True)
+    monkeypatch.setattr(input_checks, "_looked_at_later", lambda device: True)
     bad = given | {"cu_seqlens": torch.tensor([0, 7, 7, 50, 40], dtype=torch.int32)}
     result = loss_result(op, "_triton", tensors, bad, spec)
     assert result.output.loss.isnan() and result.logprobs.isfinite().all()

@@ -39,7 +39,7 @@ SHAPES = {
 
 def learner(folder, settings, rule=EVERY, **options):
     made = Learner(Policy(folder, dtype=torch.float32, **options), settings)
-    made.tree_rule = rule
+    made.passes.tree_rule = rule
     return made
 
 
@@ -55,7 +55,7 @@ def assert_exact(folder, rows, settings, rule=EVERY):
     """Loss, log-probs and all gradients; returns metrics."""
     made = learner(folder, settings, rule)
     loss, truth, _ = padded.update(folder, rows, settings)
-    filled = made._with_logprobs(rows, made.policy, "old_logprobs")
+    filled = made.passes.with_logprobs(rows, "old_logprobs")
     with torch.no_grad():
         expected, _ = padded.token_logprobs(padded.load(folder), rows, settings.temperature)
     found = torch.tensor([x for each in filled for x in each.old_logprobs])
