@@ -16,7 +16,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from polymath_fast.kernels.layer_rows import _triton as layers  # noqa: E402
+from polymath_fast.kernels.triton import layer_kernels  # noqa: E402
 from polymath_fast.kernels.triton.aot import Variant, compile_variant, resources  # noqa: E402
+from polymath_fast.kernels.triton.layer_registry import layer_variants  # noqa: E402
 from polymath_fast.kernels.triton.registry import variants  # noqa: E402
 
 TABLE = Path(__file__).with_name("resources.json")
@@ -97,6 +100,35 @@ def test_the_table_shows_no_spill_and_the_right_matrix_unit(name: str, capabilit
         assert entry["matrix"] in MATRIX_UNIT.values()
     else:
         assert entry["matrix"] == (MATRIX_UNIT[capability] if variant.matrix else "")
+
+
+@pytest.mark.parametrize("counts", [(9, 3, 64), (28, 4, 128), (32, 8, 128)], ids=str)
+def test_layers_are_launched_as_they_are_listed(
+    counts: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warps and constants of the rotation, whose table says nothing about any others."""
+    *heads, size = counts
+    normed, launched = counts == (32, 8, 128), []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *given, num_warps, **constants: launched.append((num_warps, constants))
+
+    for name in ("rotate_kernel", "rotate_gradient_kernel"):
+        monkeypatch.setattr(layers, name, Kernel())
+    row = torch.zeros(1, sum(heads) + heads[1], size)
+    angle = (tuple(heads), row[:, 0], row[:, 0], 2 * (row[0, 0] if normed else None,), 1e-6)
+    layers.rotate(row, *angle, row.clone() if normed else row)
+    layers.rotate_gradient(row, *angle, row.split([*heads, heads[1]], 1), row.clone())
+    for kernel, (warps, constants) in zip(
+        (layer_kernels.rotate_kernel, layer_kernels.rotate_gradient_kernel), launched, strict=True
+    ):
+        listed = [
+            variant.warps
+            for variant in layer_variants()
+            if variant.kernel is kernel and constants.items() <= variant.constants.items()
+        ]
+        assert set(listed) == {warps}
 
 
 def test_few_are_all_there() -> None:

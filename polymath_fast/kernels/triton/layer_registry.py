@@ -66,5 +66,4 @@ def _rotations(
     none = none | ({} if normed else {"raw_ptr": None, "shares_ptr": None})
     given = shape | none | {"NORMS": normed, "ROWS": layers.HEAD_ROWS if normed else 1}
     gradient = kernels.rotate_gradient_kernel
-    warps = layers.warps_for(entries)
     yield Variant(f"rotate-gradient-{suffix}", gradient, types, given, warps)
