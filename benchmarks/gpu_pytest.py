@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ KERNEL_TESTS = ("tests/kernels",)
 OTHER_TESTS = ("tests/learner", "tests/rollout", "tests/integrations")
 KERNEL_TESTS_LIMIT, OTHER_TESTS_LIMIT = 150.0, 90.0
 """seconds"""
+WORKERS = 4
+"""processes that share the tests, each of which takes whole files: most of the time goes into
+compiling kernels one by one, and an illegal access takes no other file's tests with it"""
 MOST_NAMED = 40
 """lines about tests that failed, in the results"""
 latest = math.inf
@@ -28,19 +32,26 @@ latest = math.inf
 
 def gpu_tests() -> dict[str, Any]:
     """The kernels' tests that are marked gpu."""
-    return run_tests(KERNEL_TESTS_LIMIT, *KERNEL_TESTS)
+    return run_tests(KERNEL_TESTS_LIMIT, *KERNEL_TESTS, workers=_workers())
 
 
 def other_gpu_tests() -> dict[str, Any]:
     """Those of whatever uses the kernels: sampler, learner, other trainers."""
-    return run_tests(OTHER_TESTS_LIMIT, *OTHER_TESTS)
+    return run_tests(OTHER_TESTS_LIMIT, *OTHER_TESTS, workers=_workers())
 
 
-def run_tests(limit: float, *paths: str) -> dict[str, Any]:
+def _workers() -> int:
+    """As many as there are processors for two threads of each."""
+    return min(WORKERS, (os.cpu_count() or 1) // 2) if find_spec("xdist") else 1
+
+
+def run_tests(limit: float, *paths: str, workers: int = 1) -> dict[str, Any]:
     """Their summary; an error where one failed, none passed, or they took longer than `limit`."""
     limit = min(limit, latest - time.monotonic())
     # a file that cannot be imported here, for want of another trainer say, must not hide the others
     options = ["-v", "--continue-on-collection-errors", "-m", "gpu"]
+    if workers > 1:
+        options += ["-n", str(workers), "--dist", "loadfile"]
     status, text = finished([sys.executable, "-m", "pytest", *options, *paths], limit)
     print(text[-3000:])
     lines = text.strip().splitlines() or ["no output"]

@@ -183,6 +183,14 @@ def test_tests_that_never_end(tmp_path: Path) -> None:
     assert len(found["failed"]) == 1 and "test_wrong" in found["failed"][0]
 
 
+def test_processes_share_the_files_of_tests(tmp_path: Path) -> None:
+    for name, text in (("one", PASSING), ("other", PASSING + "\n    assert False\n")):
+        (tmp_path / f"test_{name}.py").write_text(text)
+    found = gpu_pytest.run_tests(120.0, str(tmp_path), workers=2)
+    assert "1 failed, 1 passed" in found["summary"] and found["error"] == found["summary"]
+    assert "test_other.py" in found["failed"][0]
+
+
 def test_files_that_cannot_be_imported_hide_no_others(tmp_path: Path) -> None:
     (tmp_path / "test_elsewhere.py").write_text("import a_trainer_that_is_not_installed\n")
     (tmp_path / "test_here.py").write_text(PASSING)
