@@ -73,7 +73,9 @@ def _implementations(device: torch.device, dtype: torch.dtype) -> tuple[str, str
 
 def _kind(name: str, dtype: torch.dtype, head_dim: int) -> str:
     """An implementation, or "tiles" where the CPU's attention runs in compiled ones."""
+    if name != "cpu":
+        return name
     from polymath_fast.kernels.prefix_attention import tiles
 
     compiled = tiles.fits(torch.empty(1, 1, head_dim, dtype=dtype), 1.0)
-    return "tiles" if name == "cpu" and compiled else name
+    return "tiles" if compiled else name

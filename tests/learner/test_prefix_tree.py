@@ -11,6 +11,7 @@ from tree_rows import EVERY, PROMPTS, row
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import dispatch
 from polymath_fast.kernels.cpu import tiles
+from polymath_fast.kernels.prefix_attention import tiles as attention_tiles
 from polymath_fast.learner import tree_rule
 from polymath_fast.learner.microbatches import split_rows
 from polymath_fast.learner.packing import pack, shared_token_ratio
@@ -166,6 +167,8 @@ def test_the_rule_follows_the_implementation(monkeypatch):
 def test_the_rule_on_a_gpu(monkeypatch, capability, flash, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(dispatch, "has_flash_attn", lambda: flash)
+    # what is compiled for a CPU alone is not asked, nor loaded
+    monkeypatch.setattr(attention_tiles, "fits", None)
     assert tree_rule.rule_for("auto", GPU, torch.bfloat16, 128) == expected
     if expected is None:
         with pytest.raises(UserError, match="--prefix-tree is on, but only the slow reference"):
