@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -20,6 +22,7 @@ from benchmarks.layer_passes import check_passes, layer_rows_case
 from benchmarks.optimizer_pass import check_updates, flat_adamw_case
 from benchmarks.timing import Variants
 from polymath_fast.kernels import grad_norm, group_advantages, linear_logprobs, use
+from polymath_fast.kernels.layer_rows import _triton as layer_passes
 
 NORM_ERROR = 1e-6
 """relative; the norm is summed up in fp64 and rounded to fp32"""
@@ -57,9 +60,21 @@ def correct_layers(device: str = "cuda") -> dict[str, Any]:
 
 
 def time_layers() -> dict[str, Any]:
-    """All of them, forward and backward, N = 8192, beside eager PyTorch, torch.compile, Liger."""
+    """All of them, forward and backward, N = 8192, beside eager PyTorch, torch.compile, Liger.
+
+    And with fewer rows a program in the norm's gradient: 32 leave two programs a multiprocessor.
+    """
     case = layer_rows_case("cuda")
-    return timed_table(case.variants, byte_count=int(case.bytes))
+    few: Variants = {
+        f"ours, {rows} rows a program": partial(_with_rows, rows, case.variants["ours"])
+        for rows in (16, 8)
+    }
+    return timed_table(case.variants | few, byte_count=int(case.bytes))
+
+
+def _with_rows(rows: int, passes: Callable[[], object]) -> None:
+    with mock.patch.object(layer_passes, "NORM_ROWS", rows):
+        passes()
 
 
 def correct_advantages(device: str = "cuda") -> dict[str, Any]:
