@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,22 @@ latest = math.inf
 
 def gpu_tests() -> dict[str, Any]:
     """The kernels' tests that are marked gpu."""
-    return run_tests(KERNEL_TESTS_LIMIT, *KERNEL_TESTS, workers=_workers())
+    return run_tests(KERNEL_TESTS_LIMIT, *files(KERNEL_TESTS), workers=_workers())
 
 
 def other_gpu_tests() -> dict[str, Any]:
     """Those of whatever uses the kernels: sampler, learner, other trainers."""
-    return run_tests(OTHER_TESTS_LIMIT, *OTHER_TESTS, workers=_workers())
+    return run_tests(OTHER_TESTS_LIMIT, *files(OTHER_TESTS), workers=_workers())
+
+
+def files(paths: Iterable[str]) -> list[str]:
+    """Those in these folders, or at these paths, that have tests which are marked gpu: to collect
+    the others takes as long as compiling many a kernel."""
+    found = []
+    for path in (ROOT / each for each in paths):
+        inside = sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
+        found += [str(each) for each in inside if "mark.gpu" in each.read_text()]
+    return found
 
 
 def _workers() -> int:

@@ -191,6 +191,16 @@ def test_processes_share_the_files_of_tests(tmp_path: Path) -> None:
     assert "test_other.py" in found["failed"][0]
 
 
+def test_files_without_a_gpu_test_are_not_collected(tmp_path: Path) -> None:
+    inner = tmp_path / "inner" / "test_on_a_gpu.py"
+    inner.parent.mkdir()
+    inner.write_text(PASSING)
+    (tmp_path / "test_elsewhere.py").write_text("import a_trainer_that_is_not_installed\n")
+    assert gpu_pytest.files([str(tmp_path)]) == gpu_pytest.files([str(inner)]) == [str(inner)]
+    ours = [Path(path).name for path in gpu_pytest.files(gpu_pytest.KERNEL_TESTS)]
+    assert "test_triton_gpu.py" in ours and "test_bad_inputs.py" not in ours
+
+
 def test_files_that_cannot_be_imported_hide_no_others(tmp_path: Path) -> None:
     (tmp_path / "test_elsewhere.py").write_text("import a_trainer_that_is_not_installed\n")
     (tmp_path / "test_here.py").write_text(PASSING)
