@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -203,22 +203,24 @@ class Policy:
 def checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Forward passes inside keep the inputs of `model`'s layers alone, where a gradient is asked.
 
-    transformers' layers checkpoint themselves in training mode only, which the learner never is in,
-    for dropout must stay off; so the layers, not what is inside of them, are told so meanwhile.
+    transformers' layers checkpoint themselves, but in training mode only, which the learner never
+    is in, for dropout must stay off; and since 5.24 not where their forward is another one.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
+    layers = model.get_decoder().layers if enabled and torch.is_grad_enabled() else ()
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_recomputed(layer))
+        yield
 
-    layers = []
-    if enabled and torch.is_grad_enabled():
-        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer.gradient_checkpointing = layer.training = True
-        layer._gradient_checkpointing_func = _recompute
+
+@contextmanager
+def _recomputed(layer: nn.Module) -> Iterator[None]:
+    forward, own = layer.forward, "forward" in vars(layer)
+    layer.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.gradient_checkpointing = layer.training = False
-
-
-_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        if own:
+            layer.forward = forward
+        else:
+            del layer.forward
