@@ -1,5 +1,5 @@
 # make train   sets everything up in .venv and trains the embedded model on one sample
-# make test    sets everything up in .venv and runs the tests
+# make test    sets everything up in .venv and runs the tests, in two processes (TEST_PROCESSES=0: one)
 # Flags pass through ARGS:   make train ARGS="--max-steps 5 --output-dir runs/x"
 
 PYTHON ?= python3
