@@ -19,7 +19,7 @@ from polymath_fast.errors import UserError
 from polymath_fast.evaluation.estimates import INTERVAL
 from polymath_fast.evaluation.grading import EvalResult, grade
 from polymath_fast.evaluation.problem_files import LETTERS, Grading
-from polymath_fast.folders import lookup
+from polymath_fast.folders import kinds, lookup
 from polymath_fast.rewards import RewardInput, RewardSet, Scores
 from polymath_fast.rewards.extraction import extract_answer, extract_choice
 from polymath_fast.rewards.math_reward import MathReward
@@ -69,7 +69,7 @@ def new_folder(wanted: str | None) -> Path:
     wanted = wanted or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}"
     lookup.require("--output-dir", wanted)
     folder = Path(wanted).expanduser()
-    taken = [name for name in (RESULT, COMPLETIONS) if (folder / name).exists()]
+    taken = [name for name in (RESULT, COMPLETIONS) if kinds.exists(folder / name)]
     if taken:
         raise UserError(
             f"--output-dir {folder} holds {taken[0]} already: name another folder, for example "
@@ -154,7 +154,7 @@ def regrade(result_path: Path, grading: Grading, score: RewardSet) -> dict[str, 
 
 def settings_of(result_path: Path) -> dict[str, Any]:
     """What an earlier evaluation was made with; nothing where its result does not say."""
-    path = result_path / RESULT if result_path.is_dir() else result_path
+    path = result_path / RESULT if kinds.is_folder(result_path) else result_path
     found = json.loads(path.read_text(encoding="utf-8")).get("settings")
     return dict(found) if isinstance(found, dict) else {}
 
@@ -181,7 +181,7 @@ def _regrade_source(
 
 def _read_rows(result_path: Path) -> Iterable[dict[str, Any]]:
     """The rows beside a result.json, checked. Raises UserError naming file and line."""
-    path = result_path / RESULT if result_path.is_dir() else result_path
+    path = result_path / RESULT if kinds.is_folder(result_path) else result_path
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         completions = path.parent / result["completions"]

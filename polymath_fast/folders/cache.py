@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from polymath_fast.errors import UserError
-from polymath_fast.folders import manifest
+from polymath_fast.folders import kinds, manifest
 
 
 def cache_dir() -> Path:
@@ -59,7 +59,7 @@ def _build_once(
             return folder
         partial = folder.with_name(f".{folder.name}.partial")
         for left_over in (partial, folder):
-            if left_over.exists():
+            if kinds.exists(left_over):
                 shutil.rmtree(left_over)
         partial.mkdir()
         try:
@@ -72,7 +72,7 @@ def _build_once(
 
 
 def _is_good(folder: Path, hashes: bool, notify: Callable[[str], None]) -> bool:
-    if not folder.is_dir():
+    if not kinds.is_folder(folder):
         return False
     try:
         manifest.verify(folder, hashes=hashes)

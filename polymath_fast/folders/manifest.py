@@ -13,6 +13,8 @@ import json
 import os
 from pathlib import Path, PurePosixPath
 
+from polymath_fast.folders import kinds
+
 NAME = "manifest.json"
 FORMAT = 1
 # What transformers, vLLM and our own loader would read when they find it in a model folder.
@@ -34,7 +36,7 @@ def write(folder: Path, **fields: object) -> None:
     """
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if kinds.is_file(path):
             files[path.relative_to(folder).as_posix()] = {
                 "bytes": path.stat().st_size,
                 "sha256": _sha256(path),
@@ -43,7 +45,7 @@ def write(folder: Path, **fields: object) -> None:
     target = folder / NAME
     target.write_text(seal({"format": FORMAT, **fields, "files": files}), encoding="utf-8")
     fsync(target)
-    for directory in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+    for directory in [*(path for path in folder.rglob("*") if kinds.is_folder(path)), folder]:
         fsync(directory)
 
 
@@ -68,7 +70,7 @@ def _verify(folder: Path, hashes: bool) -> dict:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         unlisted = name != NAME and name not in content["files"]
-        if unlisted and path.suffix in LOADABLE and not path.is_dir():
+        if unlisted and path.suffix in LOADABLE and not kinds.is_folder(path):
             raise TornFolder(f"{name} is not in the manifest, yet a loader would read it")
     return content
 
@@ -87,7 +89,7 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         # Some network filesystems cannot flush a folder; the rename is durable without it there.
-        if error.errno != errno.EINVAL or not path.is_dir():
+        if error.errno != errno.EINVAL or not kinds.is_folder(path):
             raise
     finally:
         os.close(descriptor)
@@ -120,7 +122,7 @@ def _check_file(folder: Path, name: str, entry: object, *, hashes: bool) -> None
     path = folder / name
     if path.is_symlink():
         raise TornFolder(f"{name} is a link, not the file that was saved")
-    if not path.is_file():
+    if not kinds.is_file(path):
         raise TornFolder(f"{name} is missing")
     size, digest = path.stat().st_size, _sha256(path) if hashes else entry["sha256"]
     if size != entry["bytes"]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polymath_fast.folders import kinds
+
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 
@@ -37,7 +39,7 @@ class Accuracy:
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file, one a line, that have an integer `step`. Lines that are not, such
     as the last one of a run that is being written or was killed, are left out."""
-    if not path.is_file():
+    if not kinds.is_file(path):
         return
     with path.open("rb") as file:
         for line in file:
@@ -114,7 +116,7 @@ def held_out(rows: list[dict[str, Any]]) -> dict[str, list[Accuracy]]:
 def cut(path: Path, last_step: int) -> tuple[int, str]:
     """Drop torn rows and rows past `last_step` (all rows when it is 0), at once; returns how many
     will be written anew, and what of the steps up to it is lost, or ""."""
-    if not path.exists():
+    if not kinds.exists(path):
         return 0, ""
     temporary = path.with_name(path.name + ".tmp")
     dropped, torn, step = 0, 0, 0

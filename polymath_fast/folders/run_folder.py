@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from polymath_fast.errors import UserError
-from polymath_fast.folders import asking
+from polymath_fast.folders import asking, kinds
 
 LOCK_FILE = ".polymath_fast.lock"
 # Left by a run that ended before its first step: nothing is lost by starting over.
@@ -122,7 +122,7 @@ def prepare(output_dir: str | None, *, resume: str | None) -> Path:
         run_dir = run_dir.expanduser()
         if output_dir is None:
             return _make_new(run_dir)
-        if run_dir.exists() and not run_dir.is_dir():
+        if kinds.exists(run_dir) and not kinds.is_folder(run_dir):
             raise UserError(
                 f"--output-dir {run_dir} is a file; it must be a folder that is new, empty or an "
                 f"earlier run's, for example {run_dir}-run"
@@ -148,7 +148,7 @@ def _check_kinds(run_dir: Path) -> None:
     """What a run is going to write there must not be something else: it would be noticed last."""
     for name, folder in (*dict.fromkeys(_ROWS, False).items(), ("checkpoints", True)):
         path = run_dir / name
-        if path.exists() and path.is_dir() != folder:
+        if kinds.exists(path) and kinds.is_folder(path) != folder:
             kind = "file" if folder else "folder"
             raise UserError(f"{path} is a {kind}: move it, or choose another --output-dir")
 

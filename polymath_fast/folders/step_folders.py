@@ -12,7 +12,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from polymath_fast.folders import manifest
+from polymath_fast.folders import kinds, manifest
 
 STEP = re.compile(r"step_(\d+)")
 _ASIDE = re.compile(r"tmp_(\d+)_old")
@@ -31,14 +31,14 @@ def publish(finished: Path, step: int) -> Path:
     """
     final = finished.with_name(f"step_{step:06d}")
     aside = finished.with_name(f"tmp_{step:06d}_old")
-    if final.exists():
+    if kinds.exists(final):
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     try:
         finished.rename(final)
         manifest.fsync(final.parent)
     except OSError:
-        if aside.exists() and not final.exists():
+        if kinds.exists(aside) and not kinds.exists(final):
             aside.rename(final)
         raise
     shutil.rmtree(aside, ignore_errors=True)
@@ -68,7 +68,7 @@ def set_aside(folder: Path) -> None:
     """A torn checkpoint keeps what it holds under a name that counts for nothing: what is found
     out by reading all of it would else be forgotten, and the last good one go in its favour."""
     number = 1
-    while (free := folder.with_name(f"torn_{folder.name}_{number}")).exists():
+    while kinds.exists(free := folder.with_name(f"torn_{folder.name}_{number}")):
         number += 1
     with contextlib.suppress(OSError):
         folder.rename(free)
@@ -96,7 +96,7 @@ def _complete(folder: Path) -> bool | None:
 
 def steps(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint below `root`, oldest first."""
-    if not root.is_dir():
+    if not kinds.is_folder(root):
         return []
     named = ((STEP.fullmatch(path.name), path) for path in root.iterdir())
     return sorted((int(match[1]), path) for match, path in named if match and _is_folder(path))
@@ -104,7 +104,7 @@ def steps(root: Path) -> list[tuple[int, Path]]:
 
 def _is_folder(path: Path) -> bool:
     try:
-        return path.is_dir()
+        return kinds.is_folder(path)
     except OSError:  # it is there, and whoever opens it gets the reason
         return True
 
@@ -118,7 +118,7 @@ def sweep(root: Path) -> list[Path]:
     for path in leftovers:
         aside = _ASIDE.fullmatch(path.name)
         final = path.with_name(f"step_{aside[1]}") if aside else path
-        if final.exists():
+        if kinds.exists(final):
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.rename(final)

@@ -9,7 +9,7 @@ from pathlib import Path
 from polymath_fast import checkpoint
 from polymath_fast.checkpoint import FOLDER, Checkpoint
 from polymath_fast.errors import UserError
-from polymath_fast.folders import manifest, step_folders
+from polymath_fast.folders import kinds, manifest, step_folders
 
 
 def resume(
@@ -87,6 +87,6 @@ def _unknown(folder: Path, earlier: list[Path], error: manifest.UnreadableFolder
 def _candidates(path: Path) -> list[tuple[int, Path]]:
     """(step, folder) of a run's checkpoints, oldest first; up to `path` where it is one of them."""
     named = step_folders.STEP.fullmatch(path.name)
-    if not (named and path.is_dir()):
+    if not (named and kinds.is_folder(path)):
         return step_folders.steps(path / FOLDER)
     return [item for item in step_folders.steps(path.parent) if item[0] <= int(named[1])]
