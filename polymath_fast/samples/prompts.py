@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from polymath_fast.errors import UserError
@@ -88,12 +90,24 @@ def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeniz
     from jinja2 import TemplateError
 
     _require_chat_template(tokenizer)
+    clock = _stopped_clock() if "strftime_now" in str(tokenizer.chat_template) else nullcontext()
     try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=True,
-            strftime_now=_TODAY.strftime,
-        )
+        with clock:
+            return tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"the model's chat template refuses these messages: {error}") from None
+
+
+@contextmanager
+def _stopped_clock() -> Iterator[None]:
+    """Templates know their date from here: since 5.24 none is handed to them from outside."""
+    from transformers.utils import chat_template_utils
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: _TODAY)
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
