@@ -144,10 +144,14 @@ class WeightReceiver:
         channel.send("opened", taken=_text(driver.event_handle(self._taken)))
 
     def wait(self) -> int:
-        """The next version; the current stream goes on when its weights are complete."""
+        """The next version; the current stream goes on when its weights are complete.
+
+        The same one may come again: after an update whose gradient was not finite, and when a run
+        is resumed that had made none.
+        """
         message = self._channel.receive("version")
         version = message.get("version")
-        if not isinstance(version, int) or version <= self.version:
+        if not isinstance(version, int) or version < self.version:
             raise EngineError(f"version {version!r} after version {self.version}")
         self._driver.wait(self._complete)
         self.version = version
