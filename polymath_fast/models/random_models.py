@@ -66,7 +66,7 @@ _QWEN = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, **_rope(1e6)}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "tiny": _shape("llama", 64, 2, 4, 2, 128, 320, True, **_TINY),
-    "tiny-qwen2": _shape("qwen2", 64, 2, 4, 2, 128, 320, True, **_TINY),
+    "tiny-qwen2": _shape("qwen2", 64, 2, 2, 1, 128, 320, True, **_TINY),
     "tiny-qwen3": _shape("qwen3", 64, 2, 4, 2, 128, 320, False, **_TINY),
     "tiny-gemma": _shape("gemma", 64, 2, 4, 1, 128, 320, True, **_TINY),
     "smollm2-135m": _shape(

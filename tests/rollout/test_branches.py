@@ -89,7 +89,7 @@ def test_every_row_has_read_what_its_completions_drew(apart, drop_below):
 @pytest.mark.parametrize("family", ["random:tiny", "random:tiny-qwen2", "random:tiny-qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("prompts", "n", "max_num_seqs"), [([ONE], 40, 64), ([ONE, TWO], 20, 12), ([ONE, TWO], 5, 64)]
+    ("prompts", "n", "max_num_seqs"), [([ONE], 40, 64), ([ONE, TWO], 20, 12), ([ONE, TWO], 8, 64)]
 )
 def test_no_draw_changes(family, dtype, prompts, n, max_num_seqs, rows, monkeypatch):
     policy = Policy(resolve_model(family, notify=lambda text: None), dtype=dtype)
