@@ -63,6 +63,8 @@ def verify(folder: Path, *, hashes: bool = True) -> dict:
 
 
 def _verify(folder: Path, hashes: bool) -> dict:
+    if not kinds.is_folder(folder):
+        raise TornFolder(f"{folder} is no folder")
     content = _read(folder)
     for name, entry in content["files"].items():
         _check_file(folder, name, entry, hashes=hashes)
