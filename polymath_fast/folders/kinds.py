@@ -1,6 +1,6 @@
 """What is at a path, without guessing where the disk does not tell.
 
-From Python 3.13 on, Path.is_file() and its like call a file missing when the disk cannot read it. A
+From Python 3.14 on, Path.is_file() and its like call a file missing when the disk cannot read it. A
 checkpoint must not be deleted, nor a run's rows be begun anew, for an error that may pass.
 """
 

@@ -204,7 +204,7 @@ def checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Forward passes inside keep the inputs of `model`'s layers alone, where a gradient is asked.
 
     transformers' layers checkpoint themselves, but in training mode only, which the learner never
-    is in, for dropout must stay off; and since 5.24 not where their forward is another one.
+    is in, for dropout must stay off; and in 5.24 not where their forward is another one.
     """
     layers = model.get_decoder().layers if enabled and torch.is_grad_enabled() else ()
     with ExitStack() as stack:

@@ -102,7 +102,7 @@ def render_chat(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokeniz
 
 @contextmanager
 def _stopped_clock() -> Iterator[None]:
-    """Templates know their date from here: since 5.24 none is handed to them from outside."""
+    """Templates know their date from here: in 5.24 none is handed to them from outside."""
     from transformers.utils import chat_template_utils
 
     clock = chat_template_utils.datetime
