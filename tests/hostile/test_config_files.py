@@ -10,6 +10,16 @@ from polymath_fast.config.command_line import parse
 from polymath_fast.errors import UserError
 
 
+def refusal(text: str, tmp_path: Path) -> str:
+    """What is said of a file that holds `text`; it names the file."""
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse(["--config", str(file)])
+    assert str(file) in str(error.value)
+    return str(error.value)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -21,14 +31,10 @@ from polymath_fast.errors import UserError
     ],
 )
 def test_a_typo_in_a_file_names_the_nearest_and_the_file(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "run.toml"
-    file.write_text(text)
-    with pytest.raises(UserError) as error:
-        parse(["--config", str(file)])
-    assert str(file) in str(error.value)
+    said = refusal(text, tmp_path)
     if "[[" not in text:
-        assert "num_genrations" in str(error.value)
-        assert "Perhaps you meant --num-generations" in str(error.value)
+        assert "num_genrations" in said
+        assert "Perhaps you meant --num-generations" in said
 
 
 @pytest.mark.parametrize(
@@ -50,11 +56,7 @@ def test_a_typo_in_a_file_names_the_nearest_and_the_file(text: str, tmp_path: Pa
     ],
 )
 def test_a_bad_file_is_named(text: str, part: str, tmp_path: Path) -> None:
-    file = tmp_path / "run.toml"
-    file.write_text(text)
-    with pytest.raises(UserError) as error:
-        parse(["--config", str(file)])
-    assert str(file) in str(error.value) and part in str(error.value)
+    assert part in refusal(text, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -67,13 +69,9 @@ def test_a_bad_file_is_named(text: str, part: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_type_in_a_file_is_refused_with_its_name(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "run.toml"
-    file.write_text(text)
-    with pytest.raises(UserError) as refused:
-        parse(["--config", str(file)])
-    shown = str(refused.value)
-    assert str(file) in shown and "must be" in shown
-    assert "--" + text.split(" ")[0].replace("_", "-") in shown
+    said = refusal(text, tmp_path)
+    assert "must be" in said
+    assert "--" + text.split(" ")[0].replace("_", "-") in said
 
 
 def test_a_file_may_begin_with_a_byte_order_mark_and_end_lines_like_windows(tmp_path: Path) -> None:
