@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polymath_fast.kernels.cpu.attention_parts import PANEL
 from polymath_fast.kernels.cpu.decode_attention import store
 from polymath_fast.kernels.cpu.operands import bits
+from polymath_fast.kernels.cpu.panel_blocks import PANEL
 from polymath_fast.kernels.cpu.workspace import claim
 from polymath_fast.rollout.decode import PromptCache
 from polymath_fast.rollout.tile_weights import TileWeights

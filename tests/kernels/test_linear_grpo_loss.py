@@ -16,11 +16,10 @@ from polymath_fast.kernels.cpu import head as head_module
 from polymath_fast.kernels.cpu import head_gradient, products
 
 
-@pytest.fixture(params=["tiles", "torch", "matrix unit"])
+@pytest.fixture(params=["tiles", "torch"])
 def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way of multiplying bf16 matrices, whatever this processor would choose."""
     monkeypatch.setattr(products.tiles, "available", lambda dtype: request.param == "tiles")
-    monkeypatch.setattr(products, "_has_matrix_unit", lambda: request.param == "matrix unit")
     return request.param
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from polymath_fast.kernels.cpu import blocks
 from polymath_fast.kernels.cpu.attention_parts import (
-    PANEL,
-    ROWS,
     copy_rows,
     pack_columns,
     pack_rows,
@@ -22,6 +21,7 @@ from polymath_fast.kernels.cpu.attention_parts import (
     store_row,
     weighted_sums,
 )
+from polymath_fast.kernels.cpu.panel_blocks import PANEL, rows_of
 
 
 @njit(nogil=True, cache=True)
@@ -43,11 +43,13 @@ def forward(
     depth = own_panels * PANEL * k.itemsize // 4
     values = np.zeros((prompt_values.shape[1], depth, PANEL), prompt_values.dtype)
     path = np.empty((most, size), k.dtype)
-    rows = np.zeros((ROWS, size), q.dtype)
+    block = rows_of(prompt_keys)
+    rows = np.zeros((block, size), q.dtype)
     width = (prompt_keys.shape[1] + own_panels) * PANEL
-    scores = np.empty((ROWS, width), np.float32)
-    probs = np.zeros((ROWS, width), q.dtype)
-    sums = np.empty((ROWS, values.shape[0] * PANEL), np.float32)
+    scores = np.empty((block, width), np.float32)
+    probs = np.zeros((block, width), q.dtype)
+    sums = np.empty((block, values.shape[0] * PANEL), np.float32)
+    before = blocks.begin(prompt_keys)
     for task in range(start, stop):
         segment, head = divmod(task, key_heads)
         first, count, _, sees = table[segment, :4]
@@ -58,8 +60,8 @@ def forward(
         gather(v, table[segment], runs, head, path)
         pack_rows(path, above + count, values)
         for query_head in range(head * group, (head + 1) * group):
-            for top in range(0, count, ROWS):
-                height = min(ROWS, count - top)
+            for top in range(0, count, block):
+                height = min(block, count - top)
                 copy_rows(q, first + top, height, query_head, rows, 0)
                 last = above + top + height
                 products(rows, seen, prompt_keys[head], last, keys, scores)
@@ -73,6 +75,7 @@ def forward(
                 weighted_sums(probs, seen, prompt_values[head], last, values, sums)
                 for r in range(height):
                     store_row(out[first + top + r, query_head], sums[r], scores[r, 0])
+    blocks.end(prompt_keys, before)
 
 
 @njit(nogil=True, cache=True)

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from polymath_fast.kernels.cpu import blocks
 from polymath_fast.kernels.cpu.attention import gather
 from polymath_fast.kernels.cpu.attention_parts import (
-    PANEL,
-    ROWS,
     add_transposed,
     copy_rows,
     pack_columns,
@@ -27,6 +26,7 @@ from polymath_fast.kernels.cpu.attention_parts import (
     zero,
 )
 from polymath_fast.kernels.cpu.layers import copy_row
+from polymath_fast.kernels.cpu.panel_blocks import PANEL, rows_of
 from polymath_fast.kernels.cpu.scalar import exp, put, value
 from polymath_fast.kernels.cpu.tiles import LANES
 
@@ -46,7 +46,7 @@ class _Keys(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Scratch for `ROWS` queries."""
+    """Scratch for the queries of a block."""
 
     queries: np.ndarray
     upstream: np.ndarray
@@ -85,9 +85,12 @@ def backward(
     width = (prompt_keys.shape[1] + -(-most // PANEL)) * PANEL
     path = np.empty((most, size), k.dtype)
     own = _room_for_keys(most, k, prompt_keys, parts)
-    tile, chunk = _room_for_tile(q, width, parts), _room_for_chunk(q, width, prompt_keys, parts)
-    d_keys = np.empty((width + ROWS, parts * PANEL), np.float32)
+    block = rows_of(prompt_keys)
+    tile = _room_for_tile(block, q, width, parts)
+    chunk = _room_for_chunk(q, width, prompt_keys, parts)
+    d_keys = np.empty((width + block, parts * PANEL), np.float32)
     d_values = np.empty(d_keys.shape, np.float32)
+    before = blocks.begin(prompt_keys)
     for task in range(start, stop):
         segment, head = divmod(task, key_heads)
         line = table[segment]
@@ -95,22 +98,23 @@ def backward(
         seen = prompt_len if sees else 0
         prompt = _Keys(prompt_keys[head], prompt_values[head], prompt_key_rows[head])
         above = _pack(k, v, line, runs, head, path, own)
-        used = whole_panels(seen) + whole_panels(above + count) + ROWS
+        used = whole_panels(seen) + whole_panels(above + count) + block
         for row in range(used):
             zero(d_keys[row])
             zero(d_values[row])
         for query_head in range(head * group, (head + 1) * group):
             for begin in range(0, count, CHUNK):
                 which = (first + begin, min(CHUNK, count - begin), query_head)
-                before = above + begin
+                ahead = above + begin
                 _to_queries(
-                    q, d_out, out, lse, which, seen, before, prompt, own, scale, tile, chunk, d_q
+                    q, d_out, out, lse, which, seen, ahead, prompt, own, scale, tile, chunk, d_q
                 )
-                _to_keys(chunk.d_scores, q, which, seen, before, chunk, d_keys)
-                _to_keys(chunk.probs, d_out, which, seen, before, chunk, d_values)
+                _to_keys(chunk.d_scores, q, which, seen, ahead, chunk, d_keys)
+                _to_keys(chunk.probs, d_out, which, seen, ahead, chunk, d_values)
         shared, inner = d_shared[slots[start], head], d_shared[-1, head]
         _hand_out(d_keys, seen, line, runs, head, shared[0], inner[0], d_k)
         _hand_out(d_values, seen, line, runs, head, shared[1], inner[1], d_v)
+    blocks.end(prompt_keys, before)
 
 
 @njit(nogil=True, cache=True)
@@ -122,11 +126,11 @@ def _room_for_keys(most, k, like, parts):
 
 
 @njit(nogil=True, cache=True)
-def _room_for_tile(q, width, parts):
-    rows, scores = (ROWS, q.shape[2]), (ROWS, width)
+def _room_for_tile(block, q, width, parts):
+    rows, scores = (block, q.shape[2]), (block, width)
     return _Tile(
         np.zeros(rows, q.dtype), np.zeros(rows, q.dtype), np.empty(scores, np.float32),
-        np.empty(scores, np.float32), np.empty((ROWS, parts * PANEL), np.float32),
+        np.empty(scores, np.float32), np.empty((block, parts * PANEL), np.float32),
     )  # fmt: skip
 
 
@@ -165,8 +169,9 @@ def _to_queries(q, d_out, out, lse, which, seen, before, prompt, own, scale, til
     width = base + whole_panels(before + count) + LANES
     scores, slopes, sums = tile.scores, tile.slopes, tile.sums
     probs, d_scores = chunk.probs, chunk.d_scores
-    for top in range(0, count, ROWS):
-        height = min(ROWS, count - top)
+    block = rows_of(own.columns)
+    for top in range(0, count, block):
+        height = min(block, count - top)
         copy_rows(q, first + top, height, head, tile.queries, 0)
         copy_rows(d_out, first + top, height, head, tile.upstream, 0)
         last = before + top + height

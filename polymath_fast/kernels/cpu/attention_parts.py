@@ -13,13 +13,14 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from polymath_fast.kernels.cpu import panel_blocks
+from polymath_fast.kernels.cpu.blocks import by_unit
 from polymath_fast.kernels.cpu.layers import copy_row
-from polymath_fast.kernels.cpu.moves import zip_words
+from polymath_fast.kernels.cpu.moves import turn_pairs, zip_words
+from polymath_fast.kernels.cpu.panel_blocks import PANEL
 from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, put, words
-from polymath_fast.kernels.cpu.tiles import LANES, narrow_tile, square_tile
+from polymath_fast.kernels.cpu.tiles import LANES, square_tile
 
-ROWS = 6
-PANEL = 64
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
 
 
@@ -101,48 +102,27 @@ def pack_prompt(start, stop, rows, count, columns, packed_rows):
 
 @njit(nogil=True, cache=True)
 def products(rows, seen, prompt, count, own, out):
-    """out (6, keys) fp32 = rows (6, D) times the first `seen` columns of the prompt and, from the
-    next whole panel on, the first `count` of its own; and some more up to a multiple of 16."""
-    _products(rows, seen, prompt, out)
-    _products(rows, count, own, out[:, -(-seen // PANEL) * PANEL :])
-
-
-@njit(nogil=True, cache=True)
-def _products(rows, count, panels, out):
-    by_panels(square_tile, narrow_tile, rows, count, panels, out)
-
-
-@njit(inline="always")
-def by_panels(whole, narrow, rows, count, panels, out):
-    """out (R, keys) fp32 = rows (R, D) times the first `count` columns of panels, and some more up
-    to a multiple of 16; `whole` is a tile of R rows and 64 columns, `narrow` one of 16."""
-    left, step, depth = rows.ctypes.data, rows.strides[0], panels.shape[1]
-    place, out_step = out.ctypes.data, out.strides[0]
-    for panel in range(-(-count // PANEL)):
-        rest = count - panel * PANEL
-        if rest > PANEL - LANES:
-            whole(left, step, 4, panels[panel], depth, place, out_step, False)
-        else:
-            for column in range(0, rest, LANES):
-                some = panels[panel, :, column:]
-                narrow(left, step, 4, some, depth, place + 4 * column, out_step, False)
-        place += 4 * PANEL
+    """out (R, keys) fp32 = rows (R, D) of a block times the first `seen` columns of the prompt and,
+    from the next whole panel on, the first `count` of its own; and some more up to a whole
+    panel."""
+    panel_blocks.products(rows, seen, prompt, out)
+    panel_blocks.products(rows, count, own, out[:, -(-seen // PANEL) * PANEL :])
 
 
 @njit(nogil=True, cache=True)
 def weighted_sums(weights, seen, prompt, count, own, out):
-    """out (6, D) fp32 = weights (6, keys) times packed rows: `seen` of the prompt and, from the
-    next whole panel on, `count` of its own. A weight that fills a word up is 0."""
+    """out (R, D) fp32 = weights (R, keys) of a block times packed rows: `seen` of the prompt and,
+    from the next whole panel on, `count` of its own. Weights of other keys are 0."""
     per_word = 4 // weights.itemsize
     step, out_step = weights.strides[0], out.strides[0]
     for part in range(own.shape[0]):
         left, place = weights.ctypes.data, out.ctypes.data + 4 * part * PANEL
         if seen:
-            depth = -(-seen // per_word)
-            square_tile(left, step, 4, prompt[part], depth, place, out_step, False)
+            depth = panel_blocks.whole_words(prompt, -(-seen // per_word))
+            panel_blocks.multiply(left, step, prompt[part], depth, place, out_step, False)
             left += -(-seen // PANEL) * PANEL * weights.itemsize
-        depth = -(-count // per_word)
-        square_tile(left, step, 4, own[part], depth, place, out_step, seen > 0)
+        depth = panel_blocks.whole_words(own, -(-count // per_word))
+        panel_blocks.multiply(left, step, own[part], depth, place, out_step, seen > 0)
 
 
 def add_transposed(matrix, count, seen, width, own, packed, turned, out):
@@ -156,6 +136,8 @@ def add_transposed(matrix, count, seen, width, own, packed, turned, out):
 
 @overload(add_transposed, jit_options={"nogil": True, "cache": True})
 def _compiled_add_transposed(matrix, count, seen, width, own, packed, turned, out):
+    if by_unit(packed):
+        return _add_turned
     if matrix.dtype == types.uint16:
 
         def add(matrix, count, seen, width, own, packed, turned, out):
@@ -176,6 +158,29 @@ def _compiled_add_transposed(matrix, count, seen, width, own, packed, turned, ou
     return add
 
 
+def _add_turned(matrix, count, seen, width, own, packed, turned, out):
+    """`add_transposed` by the matrix unit, whose left factor has its rows in a row."""
+    pairs = panel_blocks.whole_words(packed, -(-count // 2))
+    for row in range(count, 2 * pairs):
+        zero(matrix[row, :width])
+    lines = turned.reshape(turned.shape[1], turned.shape[0])
+    step = lines.strides[0]
+    for pair in range(0, pairs, LANES):
+        for column in range(0, width, LANES):
+            place = matrix[2 * pair].ctypes.data + 2 * column
+            turn_pairs(place, matrix.strides[0], lines[column].ctypes.data + 4 * pair, step)
+    base = whole_panels(seen)
+    for part in range(packed.shape[0]):
+        for top in range(0, base + own + count, LANES):
+            if seen <= top < base:
+                continue
+            first = max(0, top - base - own) // (2 * LANES) * LANES  # rows before see none of these
+            panel_blocks.multiply(
+                lines[top].ctypes.data + 4 * first, step, packed[part, first:], pairs - first,
+                out[top].ctypes.data + 4 * part * PANEL, out.strides[0], True,
+            )  # fmt: skip
+
+
 @njit(nogil=True, cache=True)
 def _add_products(words, depth, per_word, count, seen, own, packed, out):
     """The products of `add_transposed`; words (depth, .) hold `per_word` of its rows each."""
@@ -192,7 +197,7 @@ def _add_products(words, depth, per_word, count, seen, own, packed, out):
             square_tile(
                 left, 4, words.strides[0], right, depth - first, place, out.strides[0], True
             )
-            top += ROWS
+            top += panel_blocks.rows_of(packed)
 
 
 @njit(nogil=True, cache=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from polymath_fast.kernels.cpu import tiles
-from polymath_fast.kernels.cpu.attention_parts import PANEL
-from polymath_fast.kernels.cpu.decode_attention import ROWS, attend, place
+from polymath_fast.kernels.cpu import blocks, tiles
+from polymath_fast.kernels.cpu.decode_attention import attend, place
 from polymath_fast.kernels.cpu.layers import copy_row, rms_norm, round_row
 from polymath_fast.kernels.cpu.moves import copy
+from polymath_fast.kernels.cpu.panel_blocks import PANEL, few_rows_of
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 from polymath_fast.kernels.cpu.team import barrier, next_task
 
@@ -49,11 +49,14 @@ def step(
     key_heads, size = keys.shape[2], stacked.shape[2]
     group = heads // key_heads
     width = (keys.shape[3] + prompt_keys.shape[2]) * PANEL
-    queries = np.zeros((-(-group // ROWS) * ROWS, size), stacked.dtype)
-    scores = np.empty((ROWS, width), np.float32)
-    probs = np.zeros((ROWS, width), stacked.dtype)
-    sums = np.empty((ROWS, values.shape[4] * PANEL), np.float32)
-    tile = np.empty((2 * tiles.ROWS, tiles.COLUMNS), np.float32)
+    few = few_rows_of(keys)
+    queries = np.zeros((-(-group // few) * few, size), stacked.dtype)
+    scores = np.empty((few, width), np.float32)
+    probs = np.zeros((few, width), stacked.dtype)
+    sums = np.empty((few, values.shape[4] * PANEL), np.float32)
+    height = blocks.rows_of(qkv)
+    tile = np.empty((2 * height, tiles.COLUMNS), np.float32)
+    before = blocks.begin(qkv)
     wide = np.empty(size, np.float32)
     projected = stacked.reshape(stacked.shape[0], stacked.shape[1] * size)
     kept_projected = kept_stacked.reshape(kept_stacked.shape[0], -1, projected.shape[1])
@@ -116,6 +119,7 @@ def step(
     if next_task(counters, end + 1) == 0:
         _keep(0, hidden, kept_rows, kept_hidden[keys.shape[0]])
     barrier(threads, counters, end + 1)
+    blocks.end(qkv, before)
 
 
 @njit(nogil=True, cache=True)
@@ -158,15 +162,16 @@ def _norm_rows(threads, counters, phase, x, count, weight, eps, out):
 @njit(nogil=True, cache=True)
 def _add_projection(threads, counters, phase, x, count, packed, tile, before, after):
     """after = before + x @ a weight; tasks are panels of its outputs."""
+    height = blocks.rows_of(packed)
     while True:
         panel = next_task(counters, phase)
         if panel >= packed.shape[0]:
             break
         left = panel * tiles.COLUMNS
         right = min(left + tiles.COLUMNS, after.shape[1])
-        for top in range(0, count, tiles.ROWS):
-            _tile(x, top, packed[panel], tile)
-            for r in range(min(tiles.ROWS, count - top)):
+        for top in range(0, count, height):
+            _tile(x, top, count, packed[panel], tile)
+            for r in range(min(height, count - top)):
                 row = before[top + r, left:right]
                 _add_row(tile[r], row, after[top + r, left:right])
     barrier(threads, counters, phase)
@@ -174,11 +179,12 @@ def _add_projection(threads, counters, phase, x, count, packed, tile, before, af
 
 @njit(nogil=True, cache=True)
 def _project(x, count, packed, panel, tile, bias, out):
+    height = blocks.rows_of(packed)
     left = panel * tiles.COLUMNS
     right = min(left + tiles.COLUMNS, out.shape[1])
-    for top in range(0, count, tiles.ROWS):
-        _tile(x, top, packed, tile)
-        for r in range(min(tiles.ROWS, count - top)):
+    for top in range(0, count, height):
+        _tile(x, top, count, packed, tile)
+        for r in range(min(height, count - top)):
             if bias.size:
                 _add(tile[r], bias[left:right])
             round_row(tile[r], out[top + r, left:right])
@@ -188,13 +194,14 @@ def _project(x, count, packed, panel, tile, bias, out):
 def _activate(x, count, packed, panel, tile, out, kept_rows, kept):
     """One panel of silu(gate) * up; packed[0] holds the gate's columns, packed[1] those of up.
     Both go to rows of kept (rows, 96) as well."""
+    height = blocks.rows_of(packed)
     left = panel * tiles.COLUMNS
     right = min(left + tiles.COLUMNS, out.shape[1])
-    for top in range(0, count, tiles.ROWS):
-        _tile(x, top, packed[0], tile)
-        _tile(x, top, packed[1], tile[tiles.ROWS :])
-        for r in range(min(tiles.ROWS, count - top)):
-            gate, up = tile[r], tile[tiles.ROWS + r]
+    for top in range(0, count, height):
+        _tile(x, top, count, packed[0], tile)
+        _tile(x, top, count, packed[1], tile[height:])
+        for r in range(min(height, count - top)):
+            gate, up = tile[r], tile[height + r]
             _silu_times(gate, up, out[top + r, left:right])
             if top + r < kept_rows.size and kept_rows[top + r] >= 0:
                 row = kept[kept_rows[top + r]]
@@ -203,10 +210,11 @@ def _activate(x, count, packed, panel, tile, out, kept_rows, kept):
 
 
 @njit(inline="always")
-def _tile(x, top, packed, out):
-    address = x.ctypes.data + top * x.strides[0]
-    tiles.dot_tile(
-        address, x.strides[0], 4, packed, packed.shape[0], out.ctypes.data, out.strides[0], False,
+def _tile(x, top, count, packed, tile):
+    blocks.multiply(
+        x.ctypes.data + top * x.strides[0], x.strides[0], packed, packed.shape[0],
+        tile.ctypes.data, tile.strides[0], min(blocks.rows_of(packed), count - top), False,
+        top == 0,
     )  # fmt: skip
 
 

@@ -14,13 +14,11 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from polymath_fast.kernels.cpu.attention_parts import PANEL, by_panels, softmax, store_row
+from polymath_fast.kernels.cpu import panel_blocks
+from polymath_fast.kernels.cpu.attention_parts import softmax, store_row
 from polymath_fast.kernels.cpu.layers import rotated_head
+from polymath_fast.kernels.cpu.panel_blocks import PANEL, few_products, few_rows_of
 from polymath_fast.kernels.cpu.scalar import words
-from polymath_fast.kernels.cpu.tiles import low_narrow_tile, low_tile
-
-ROWS = 3
-"""queries of a tile"""
 
 
 @njit(nogil=True, cache=True)
@@ -63,11 +61,12 @@ def attend(
     base = -(-prompt_len // PANEL) * PANEL
     used = base + -(-own // PANEL) * PANEL
     size, per_word = queries.shape[1], 4 // queries.itemsize
-    for top in range(0, group, ROWS):
-        height = min(ROWS, group - top)
-        rows = queries[top : top + ROWS]
-        _products(rows, prompt_len, prompt_keys, scores)
-        _products(rows, own, keys, scores[:, base:])
+    block = few_rows_of(keys)
+    for top in range(0, group, block):
+        height = min(block, group - top)
+        some = queries[top : top + block]
+        few_products(some, prompt_len, prompt_keys, scores)
+        few_products(some, own, keys, scores[:, base:])
         for r in range(height):
             total, lse[top + r] = softmax(
                 scores[r, :used], prompt_len, base, own, scale, probs[r, :used]
@@ -75,23 +74,19 @@ def attend(
             scores[r, 0] = np.float32(1) / total
         for panel in range(used // PANEL):
             first_own = base // PANEL
-            block = prompt_values[panel] if panel < first_own else values[panel - first_own]
+            rows = prompt_values[panel] if panel < first_own else values[panel - first_own]
             end = prompt_len if panel < first_own else base + own
-            depth = -(-min(PANEL, end - panel * PANEL) // per_word)
+            filled = -(-min(PANEL, end - panel * PANEL) // per_word)
+            depth = panel_blocks.whole_words(values, filled)
             left = probs.ctypes.data + probs.itemsize * PANEL * panel
-            for part in range(block.shape[0]):
-                low_tile(
-                    left, probs.strides[0], 4, block[part], depth,
+            for part in range(rows.shape[0]):
+                panel_blocks.multiply_few(
+                    left, probs.strides[0], rows[part], depth,
                     sums.ctypes.data + 4 * part * PANEL, sums.strides[0], panel > 0,
                 )  # fmt: skip
         for r in range(height):
             row = out[(top + r) * size : (top + r + 1) * size]
             store_row(row, sums[r], scores[r, 0])
-
-
-@njit(nogil=True, cache=True)
-def _products(rows, count, panels, out):
-    by_panels(low_tile, low_narrow_tile, rows, count, panels, out)
 
 
 @njit(nogil=True, cache=True)

@@ -41,12 +41,56 @@ def zip_words(typing_context, low, high, out):
 
 def _emit_zip_words(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
     low, high, out = args
+    place = builder.inttoptr(out, _words.as_pointer())
+    builder.store(_zipped(builder, low, high), place, align=4)
+    return context.get_dummy_value()
+
+
+def _zipped(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
     halves = ir.VectorType(ir.IntType(16), LANES).as_pointer()
     parts = [
         builder.zext(builder.load(builder.inttoptr(source, halves), align=2), _words)
         for source in (low, high)
     ]
     upper = builder.shl(parts[1], ir.Constant(_words, [16] * LANES))
-    place = builder.inttoptr(out, _words.as_pointer())
-    builder.store(builder.or_(parts[0], upper), place, align=4)
+    return builder.or_(parts[0], upper)
+
+
+@intrinsic
+def turn_pairs(typing_context, source, step, out, out_step):
+    """out (16 rows, 16 words): word p of row r from the bf16 in column r of rows 2 p and 2 p + 1.
+
+    `source` (32, 16) bf16 and `out` are addresses, their rows `step` and `out_step` bytes apart.
+    """
+    signature = types.void(types.uintp, types.intp, types.uintp, types.intp)
+    return signature, _emit_turn_pairs
+
+
+def _emit_turn_pairs(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+    source, step, out, out_step = args
+
+    def row(start: ir.Value, step: ir.Value, number: int) -> ir.Value:
+        return builder.add(start, builder.mul(step, _i64(number)))
+
+    lines = [
+        _zipped(builder, row(source, step, 2 * pair), row(source, step, 2 * pair + 1))
+        for pair in range(LANES)
+    ]
+    for width in (1, 2, 4, 8):  # swap the off-diagonal quarters of squares of twice this width
+        for i in range(LANES):
+            if not i & width:
+                lines[i], lines[i + width] = _swapped(builder, lines[i], lines[i + width], width)
+    for number, line in enumerate(lines):
+        place = builder.inttoptr(row(out, out_step, number), _words.as_pointer())
+        builder.store(line, place, align=4)
     return context.get_dummy_value()
+
+
+def _swapped(
+    builder: ir.IRBuilder, upper: ir.Value, lower: ir.Value, width: int
+) -> tuple[ir.Value, ir.Value]:
+    lanes = range(LANES)
+    first = [LANES + lane - width if lane & width else lane for lane in lanes]
+    second = [LANES + lane if lane & width else lane + width for lane in lanes]
+    masks = (ir.Constant(_words, mask) for mask in (first, second))
+    return tuple(builder.shuffle_vector(upper, lower, mask) for mask in masks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from polymath_fast.kernels.cpu import bf16, tiles
+from polymath_fast.kernels.cpu import bf16, blocks, tiles
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 
@@ -29,8 +29,8 @@ def panel_count(columns: int) -> int:
 
 
 def padded_rows(count: int) -> int:
-    """`count` rounded up to whole tiles."""
-    return -(-count // tiles.ROWS) * tiles.ROWS
+    """`count` rounded up to what a block of a product may read."""
+    return -(-count // blocks.PADDING) * blocks.PADDING
 
 
 def pack_rows(name: str, matrix: torch.Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from polymath_fast.kernels.cpu import bf16, tiles
+from polymath_fast.kernels.cpu import bf16, blocks, tiles
 from polymath_fast.kernels.cpu.operands import (
     bits,
     pack_rows,
@@ -25,6 +25,7 @@ from polymath_fast.kernels.cpu.operands import (
     words,
 )
 from polymath_fast.kernels.cpu.threads import parallel, split
+from polymath_fast.kernels.cpu.weight_gradient import GROUP, weight_gradient
 from polymath_fast.kernels.cpu.workspace import buffer
 
 _precision_lock = threading.RLock()
@@ -58,14 +59,9 @@ class Products(Protocol):
 
 def products_for(weight: torch.Tensor) -> Products:
     """The implementation for `weight` (V, H) on this machine."""
-    if weight.dtype == torch.bfloat16 and tiles.available(weight.dtype) and not _has_matrix_unit():
+    if weight.dtype == torch.bfloat16 and tiles.available(weight.dtype):
         return TileProducts(weight)
     return TorchProducts(weight)
-
-
-def _has_matrix_unit() -> bool:
-    """Intel AMX multiplies several times faster than AVX512; torch reaches it, our tiles do not."""
-    return torch.cpu._is_amx_tile_supported()
 
 
 class TileLogits:
@@ -100,7 +96,7 @@ class TileLogits:
 
 
 class TileProducts(TileLogits):
-    """Our own bf16 products: AVX512-BF16 tiles with fp32 sums."""
+    """Our own bf16 products with fp32 sums, see `blocks`."""
 
     slope_dtype = torch.bfloat16
 
@@ -117,7 +113,7 @@ class TileProducts(TileLogits):
             packed = self._pairs = pack_rows("weight_pairs", self._weight)
         else:
             packed = self._pairs
-        tasks = split(count, tiles.ROWS, per_thread=4)
+        tasks = split(count, 2 * blocks.PADDING, per_thread=4)
         pairs = words(slopes)[:, : packed.shape[1]]
         parallel(bf16.hidden_gradient, tasks, pairs, packed, out.numpy())
 
@@ -128,20 +124,19 @@ class TileProducts(TileLogits):
 
 
 class TorchProducts:
-    """torch's products in fp32; bf16 weights on a matrix unit keep bf16 factors and fp32 sums."""
+    """torch's products in fp32."""
+
+    slope_dtype = torch.float32
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._weight = weight
         self._wide = weight
         if weight.dtype != torch.float32:
             self._wide = buffer("wide_weight", tuple(weight.shape), torch.float32)
             self._wide.copy_(weight)
-        self._narrow = weight.dtype == torch.bfloat16 and _has_matrix_unit()
-        self.slope_dtype = torch.bfloat16 if self._narrow else torch.float32
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         hidden = hidden.float()
-        with _fp32_products("bf16" if self._narrow else "ieee"):
+        with _fp32_products():
             # short sums, added up: the rounding of a long fp32 sum shows in log-probs
             for first in range(0, hidden.shape[1], _CHAIN):
                 some = slice(first, first + _CHAIN)
@@ -151,22 +146,20 @@ class TorchProducts:
     def d_hidden(
         self, slopes: torch.Tensor, count: int, columns: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        weight = self._weight if self._narrow else self._wide
-        weight = weight if columns is None else weight[columns]
-        with _fp32_products("ieee"):
+        weight = self._wide if columns is None else self._wide[columns]
+        with _fp32_products():
             _add_product(slopes[:count, : len(weight)], weight, out, False)
 
     def d_weight(
         self, slopes: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, add: bool
     ) -> None:
-        hidden = hidden if self._narrow else hidden.float()
-        with _fp32_products("ieee"):
-            _add_product(slopes[:, : len(out)].t(), hidden, out, add)
+        with _fp32_products():
+            _add_product(slopes[:, : len(out)].t(), hidden.float(), out, add)
 
 
 def packed_rows(hidden: torch.Tensor) -> np.ndarray | None:
     """`hidden` (N, H) as `add_weight_gradient` reads it, in scratch memory; None: as it is."""
-    if hidden.dtype != torch.bfloat16 or not tiles.available(hidden.dtype) or _has_matrix_unit():
+    if hidden.dtype != torch.bfloat16 or not tiles.available(hidden.dtype):
         return None
     return pack_rows("hidden_pairs", hidden)
 
@@ -180,9 +173,9 @@ def add_weight_gradient(
 ) -> None:
     """out (A, H) fp32 = or += slopes (N, A).T @ hidden (N, H), which `packed_rows` has packed."""
     if packed is not None:
-        per_thread = -(-len(out) // (bf16.GROUP * torch.get_num_threads()))
-        tasks = split(len(out), tiles.ROWS, per_thread)  # as many for each thread
-        parallel(bf16.weight_gradient, tasks, bits(slopes), packed, out.numpy(), add)
+        per_thread = -(-len(out) // (GROUP * torch.get_num_threads()))
+        tasks = split(len(out), 2 * blocks.PADDING, per_thread)  # as many for each thread
+        parallel(weight_gradient, tasks, bits(slopes), packed, out.numpy(), add)
         return
     _add_product(slopes.t(), hidden, out, add)
 
@@ -198,8 +191,8 @@ def _add_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, add
 
 
 @contextmanager
-def _fp32_products(precision: str) -> Iterator[None]:
-    """How oneDNN multiplies fp32 matrices: "ieee", or "bf16" factors with fp32 sums.
+def _fp32_products() -> Iterator[None]:
+    """oneDNN multiplies fp32 matrices as they are, whatever else it was told.
 
     Autocast, which would round the factors and the result, does not reach inside. The setting is
     the whole process's: one thread at a time has it changed.
@@ -207,7 +200,7 @@ def _fp32_products(precision: str) -> Iterator[None]:
     settings = torch.backends.mkldnn.matmul
     with _precision_lock:
         before = settings.fp32_precision
-        settings.fp32_precision = precision
+        settings.fp32_precision = "ieee"
         try:
             with torch.autocast("cpu", enabled=False):
                 yield

@@ -217,6 +217,8 @@ square_tile = _make_dot_tile(6, 4)
 """6 x 64: no waste on heads of 64 or 128"""
 narrow_tile = _make_dot_tile(6, 1, of=4)
 """6 x 16, of panels of 64"""
+even_tile = _make_dot_tile(4, 4)
+"""4 x 64: a quarter of the rows of the matrix unit"""
 low_tile = _make_dot_tile(3, 4)
 """3 x 64: the queries that share a key, where they are all there is"""
 low_narrow_tile = _make_dot_tile(3, 1, of=4)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.cpu import attention, attention_gradient, tiles
-from polymath_fast.kernels.cpu.attention_parts import PANEL, pack_prompt
+from polymath_fast.kernels.cpu.attention_parts import pack_prompt
 from polymath_fast.kernels.cpu.operands import bits
+from polymath_fast.kernels.cpu.panel_blocks import PANEL
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 from polymath_fast.kernels.prefix_attention.blocks import Block

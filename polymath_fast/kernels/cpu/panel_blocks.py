@@ -1,0 +1,152 @@
+"""Products of a few rows with panels of 64 columns, as attention has them: by the matrix unit where
+there is one, else in tiles of registers; see `blocks`.
+
+Rows are those of a block, `rows_of`, or where there are fewer, as when tokens are decoded,
+`few_rows_of`; the unit makes no difference between them.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+from numba.extending import overload
+
+from polymath_fast.kernels.cpu import matrix_unit, tiles
+from polymath_fast.kernels.cpu.blocks import by_unit
+from polymath_fast.kernels.cpu.tiles import LANES
+
+PANEL = 64
+
+
+def rows_of(panels):
+    """Rows of a block."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(rows_of, inline="always")
+def _compiled_rows_of(panels):
+    rows = matrix_unit.ROWS if by_unit(panels) else 6
+    return lambda panels: rows
+
+
+def few_rows_of(panels):
+    """Rows of a block of few."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(few_rows_of, inline="always")
+def _compiled_few_rows_of(panels):
+    rows = matrix_unit.ROWS if by_unit(panels) else 3
+    return lambda panels: rows
+
+
+def whole_words(panels, words):
+    """How many of a row's words a product had better run over, where those behind `words` are 0."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(whole_words, inline="always")
+def _compiled_whole_words(panels, words):
+    if by_unit(panels):
+        return lambda panels, words: -(-words // matrix_unit.WORDS) * matrix_unit.WORDS
+    return lambda panels, words: words
+
+
+def multiply(a, row_step, panel, words, out, out_step, add):
+    """out (rows, 64) fp32 = or += rows of `a` times `words` words of `panel` (words, 64).
+
+    `a` and `out` are addresses, row m of them at m times their step in bytes.
+    """
+    raise NotImplementedError("compiled code only")
+
+
+@overload(multiply, inline="always")
+def _compiled_multiply(a, row_step, panel, words, out, out_step, add):
+    return _by_unit if by_unit(panel) else _in_registers
+
+
+def multiply_few(a, row_step, panel, words, out, out_step, add):
+    """As `multiply`, for a block of few rows."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(multiply_few, inline="always")
+def _compiled_multiply_few(a, row_step, panel, words, out, out_step, add):
+    return _by_unit if by_unit(panel) else _few_in_registers
+
+
+def _by_unit(a, row_step, panel, words, out, out_step, add):
+    steps = words // matrix_unit.WORDS
+    matrix_unit.wide_block(a, row_step, panel, steps, out, out_step, add, False)
+    done = steps * matrix_unit.WORDS
+    if done < words:
+        _add_rest(a + 4 * done, row_step, panel[done:], words - done, out, out_step)
+
+
+@njit(nogil=True, cache=True)
+def _add_rest(a, row_step, panel, words, out, out_step):
+    """Words that do not fill a tile, in registers."""
+    for top in range(0, matrix_unit.ROWS, 4):
+        tiles.even_tile(
+            a + top * row_step, row_step, 4, panel, words, out + top * out_step, out_step, True
+        )
+
+
+def _in_registers(a, row_step, panel, words, out, out_step, add):
+    tiles.square_tile(a, row_step, 4, panel, words, out, out_step, add)
+
+
+def _few_in_registers(a, row_step, panel, words, out, out_step, add):
+    tiles.low_tile(a, row_step, 4, panel, words, out, out_step, add)
+
+
+def products(rows, count, panels, out):
+    """out (R, keys) fp32 = rows (R, D) of a block times the first `count` columns of `panels`, and
+    some more up to a whole panel."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(products, jit_options={"nogil": True, "cache": True})
+def _compiled_products(rows, count, panels, out):
+    if by_unit(panels):
+        return _products_by_unit
+    return lambda rows, count, panels, out: _in_tiles(
+        tiles.square_tile, tiles.narrow_tile, rows, count, panels, out
+    )
+
+
+def few_products(rows, count, panels, out):
+    """As `products`, for a block of few rows."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(few_products, jit_options={"nogil": True, "cache": True})
+def _compiled_few_products(rows, count, panels, out):
+    if by_unit(panels):
+        return _products_by_unit
+    return lambda rows, count, panels, out: _in_tiles(
+        tiles.low_tile, tiles.low_narrow_tile, rows, count, panels, out
+    )
+
+
+def _products_by_unit(rows, count, panels, out):
+    for panel in range(-(-count // PANEL)):
+        multiply(
+            rows.ctypes.data, rows.strides[0], panels[panel], panels.shape[1],
+            out.ctypes.data + 4 * PANEL * panel, out.strides[0], False,
+        )  # fmt: skip
+
+
+@njit(inline="always")
+def _in_tiles(whole, narrow, rows, count, panels, out):
+    """`whole` is a tile of R rows and 64 columns, `narrow` one of 16."""
+    left, step, depth = rows.ctypes.data, rows.strides[0], panels.shape[1]
+    place, out_step = out.ctypes.data, out.strides[0]
+    for panel in range(-(-count // PANEL)):
+        rest = count - panel * PANEL
+        if rest > PANEL - LANES:
+            whole(left, step, 4, panels[panel], depth, place, out_step, False)
+        else:
+            for column in range(0, rest, LANES):
+                some = panels[panel, :, column:]
+                narrow(left, step, 4, some, depth, place + 4 * column, out_step, False)
+        place += 4 * PANEL
