@@ -8,6 +8,8 @@ probabilities of a few query rows live in scratch memory that stays in the cache
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -21,7 +23,23 @@ from polymath_fast.kernels.cpu.attention_parts import (
     store_row,
     weighted_sums,
 )
+from polymath_fast.kernels.cpu.borrowed import BORROWED
 from polymath_fast.kernels.cpu.panel_blocks import PANEL, rows_of
+
+
+class _Room(NamedTuple):
+    """Scratch of one range of tasks."""
+
+    keys: np.ndarray
+    """of a path, packed as columns"""
+    values: np.ndarray
+    """of a path, packed as rows"""
+    path: np.ndarray
+    queries: np.ndarray
+    """of a block, as are the rest"""
+    scores: np.ndarray
+    probs: np.ndarray
+    sums: np.ndarray
 
 
 @njit(nogil=True, cache=True)
@@ -36,35 +54,54 @@ def forward(
     segment. most: keys of the longest path, the prompt apart. prompt_keys (Hkv, panels, D words,
     64), prompt_values (Hkv, D panels, words of rows, 64).
     """
-    size, key_heads = q.shape[2], k.shape[1]
-    group = q.shape[1] // key_heads
-    own_panels = -(-most // PANEL)
-    keys = np.empty((own_panels, prompt_keys.shape[2], PANEL), prompt_keys.dtype)
-    depth = own_panels * PANEL * k.itemsize // 4
-    values = np.zeros((prompt_values.shape[1], depth, PANEL), prompt_values.dtype)
-    path = np.empty((most, size), k.dtype)
-    block = rows_of(prompt_keys)
-    rows = np.zeros((block, size), q.dtype)
-    width = (prompt_keys.shape[1] + own_panels) * PANEL
-    scores = np.empty((block, width), np.float32)
-    probs = np.zeros((block, width), q.dtype)
-    sums = np.empty((block, values.shape[0] * PANEL), np.float32)
+    room = _room(q, k, prompt_keys, prompt_values, most)
     before = blocks.begin(prompt_keys)
+    _forward(
+        start, stop, q, k, v, table, runs, prompt_len, prompt_keys, prompt_values, scale, room, out,
+        lse,
+    )  # fmt: skip
+    blocks.end(prompt_keys, before)
+
+
+@njit(nogil=True, cache=True)
+def _room(q, k, prompt_keys, prompt_values, most):
+    size, block, own_panels = q.shape[2], rows_of(prompt_keys), -(-most // PANEL)
+    depth = own_panels * PANEL * k.itemsize // 4
+    width = (prompt_keys.shape[1] + own_panels) * PANEL
+    return _Room(
+        np.empty((own_panels, prompt_keys.shape[2], PANEL), prompt_keys.dtype),
+        np.zeros((prompt_values.shape[1], depth, PANEL), prompt_values.dtype),
+        np.empty((most, size), k.dtype),
+        np.zeros((block, size), q.dtype),
+        np.empty((block, width), np.float32),
+        np.zeros((block, width), q.dtype),
+        np.empty((block, prompt_values.shape[1] * PANEL), np.float32),
+    )
+
+
+@njit(**BORROWED)
+def _forward(
+    start, stop, q, k, v, table, runs, prompt_len, prompt_keys, prompt_values, scale, room, out, lse
+):
+    key_heads = k.shape[1]
+    group = q.shape[1] // key_heads
+    block = rows_of(prompt_keys)
+    scores, probs, sums = room.scores, room.probs, room.sums
     for task in range(start, stop):
         segment, head = divmod(task, key_heads)
         first, count, _, sees = table[segment, :4]
         seen = prompt_len if sees else 0
         base = -(-seen // PANEL) * PANEL
-        above = gather(k, table[segment], runs, head, path)
-        pack_columns(path, above + count, keys)
-        gather(v, table[segment], runs, head, path)
-        pack_rows(path, above + count, values)
+        above = gather(k, table[segment], runs, head, room.path)
+        pack_columns(room.path, above + count, room.keys)
+        gather(v, table[segment], runs, head, room.path)
+        pack_rows(room.path, above + count, room.values)
         for query_head in range(head * group, (head + 1) * group):
             for top in range(0, count, block):
                 height = min(block, count - top)
-                copy_rows(q, first + top, height, query_head, rows, 0)
+                copy_rows(q, first + top, height, query_head, room.queries, 0)
                 last = above + top + height
-                products(rows, seen, prompt_keys[head], last, keys, scores)
+                products(room.queries, seen, prompt_keys[head], last, room.keys, scores)
                 used = base + -(-last // PANEL) * PANEL
                 for r in range(height):
                     total, log_sum = softmax(
@@ -72,13 +109,12 @@ def forward(
                     )
                     lse[first + top + r, query_head] = log_sum
                     scores[r, 0] = np.float32(1) / total
-                weighted_sums(probs, seen, prompt_values[head], last, values, sums)
+                weighted_sums(probs, seen, prompt_values[head], last, room.values, sums)
                 for r in range(height):
                     store_row(out[first + top + r, query_head], sums[r], scores[r, 0])
-    blocks.end(prompt_keys, before)
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def gather(source, line, runs, head, out):
     """out: rows of a segment's path, from the prompt's end to its own last; how many are above."""
     above = 0

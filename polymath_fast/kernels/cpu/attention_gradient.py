@@ -25,6 +25,7 @@ from polymath_fast.kernels.cpu.attention_parts import (
     whole_panels,
     zero,
 )
+from polymath_fast.kernels.cpu.borrowed import BORROWED, INLINED
 from polymath_fast.kernels.cpu.layers import copy_row
 from polymath_fast.kernels.cpu.panel_blocks import PANEL, rows_of
 from polymath_fast.kernels.cpu.scalar import exp, put, value
@@ -79,26 +80,40 @@ def backward(
     before; what a segment's own queries give to its own rows to d_shared[-1]. prompt_values holds
     values packed as columns, prompt_key_rows keys packed as rows; the rest is that of `forward`.
     """
-    key_heads, size = k.shape[1:]
-    group = q.shape[1] // key_heads
-    parts = prompt_key_rows.shape[1]
+    parts, block = prompt_key_rows.shape[1], rows_of(prompt_keys)
     width = (prompt_keys.shape[1] + -(-most // PANEL)) * PANEL
-    path = np.empty((most, size), k.dtype)
+    path = np.empty((most, k.shape[2]), k.dtype)
     own = _room_for_keys(most, k, prompt_keys, parts)
-    block = rows_of(prompt_keys)
     tile = _room_for_tile(block, q, width, parts)
     chunk = _room_for_chunk(q, width, prompt_keys, parts)
     d_keys = np.empty((width + block, parts * PANEL), np.float32)
     d_values = np.empty(d_keys.shape, np.float32)
+    prompt = _Keys(prompt_keys, prompt_values, prompt_key_rows)
     before = blocks.begin(prompt_keys)
+    _backward(
+        start, stop, q, k, v, table, runs, prompt_len, prompt, scale, out, lse, d_out,
+        d_shared[slots[start]], d_shared[-1], d_q, d_k, d_v, path, own, tile, chunk, d_keys,
+        d_values,
+    )  # fmt: skip
+    blocks.end(prompt_keys, before)
+
+
+@njit(**BORROWED)
+def _backward(
+    start, stop, q, k, v, table, runs, prompt_len, prompts, scale, out, lse, d_out, shared, inner,
+    d_q, d_k, d_v, path, own, tile, chunk, d_keys, d_values,
+):  # fmt: skip
+    """`backward` with room for everything; `prompts` holds those of all heads."""
+    key_heads = k.shape[1]
+    group = q.shape[1] // key_heads
     for task in range(start, stop):
         segment, head = divmod(task, key_heads)
         line = table[segment]
         first, count, _, sees = line[:4]
         seen = prompt_len if sees else 0
-        prompt = _Keys(prompt_keys[head], prompt_values[head], prompt_key_rows[head])
+        prompt = _Keys(prompts.columns[head], prompts.values[head], prompts.rows[head])
         above = _pack(k, v, line, runs, head, path, own)
-        used = whole_panels(seen) + whole_panels(above + count) + block
+        used = whole_panels(seen) + whole_panels(above + count) + rows_of(own.columns)
         for row in range(used):
             zero(d_keys[row])
             zero(d_values[row])
@@ -111,10 +126,8 @@ def backward(
                 )
                 _to_keys(chunk.d_scores, q, which, seen, ahead, chunk, d_keys)
                 _to_keys(chunk.probs, d_out, which, seen, ahead, chunk, d_values)
-        shared, inner = d_shared[slots[start], head], d_shared[-1, head]
-        _hand_out(d_keys, seen, line, runs, head, shared[0], inner[0], d_k)
-        _hand_out(d_values, seen, line, runs, head, shared[1], inner[1], d_v)
-    blocks.end(prompt_keys, before)
+        _hand_out(d_keys, seen, line, runs, head, shared[head, 0], inner[head, 0], d_k)
+        _hand_out(d_values, seen, line, runs, head, shared[head, 1], inner[head, 1], d_v)
 
 
 @njit(nogil=True, cache=True)
@@ -145,7 +158,7 @@ def _room_for_chunk(q, width, like, parts):
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(**INLINED)
 def _pack(k, v, line, runs, head, path, own):
     """Keys and values of a segment's path into `own`; how many are above the segment."""
     above = gather(k, line, runs, head, path)
@@ -157,7 +170,7 @@ def _pack(k, v, line, runs, head, path, own):
     return above
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(**INLINED)
 def _to_queries(q, d_out, out, lse, which, seen, before, prompt, own, scale, tile, chunk, d_q):
     """d_q of a chunk of queries, and probabilities and gradients of scores into `chunk`.
 
@@ -190,7 +203,7 @@ def _to_queries(q, d_out, out, lse, which, seen, before, prompt, own, scale, til
             store_row(d_q[first + top + r, head], sums[r], np.float32(1))
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(**INLINED)
 def _to_keys(matrix, source, which, seen, before, chunk, out):
     """out (keys, D) += matrix (queries, keys).T @ the chunk's rows of `source`."""
     first, count, head = which
@@ -200,7 +213,7 @@ def _to_keys(matrix, source, which, seen, before, chunk, out):
     add_transposed(matrix, count, seen, width, before, chunk.packed, chunk.turned, out)
 
 
-@njit(nogil=True, cache=True, forceinline=True)
+@njit(**INLINED)
 def _hand_out(sums, seen, line, runs, head, shared, inner, out):
     """Gradients (keys, D) of a path: of rows that others see, too, added to `shared`, the segment's
     own into `inner` where it has children, else into `out` (T, Hkv, D)."""
@@ -217,14 +230,14 @@ def _hand_out(sums, seen, line, runs, head, shared, inner, out):
             store_row(out[first + row, head], sums[at + row], np.float32(1))
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def _add_rows(rows, count, out):
     for row in range(count):
         for d in range(out.shape[1]):
             out[row, d] += rows[row, d]
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def _score_slopes(scores, slopes, seen, base, own, scale, log_sum, delta, probs, d_scores):
     """Probabilities of a row and the gradient of its scores, 0 where there is no key."""
     _slopes(scores[:seen], slopes[:seen], scale, log_sum, delta, probs[:seen], d_scores[:seen])
@@ -239,7 +252,7 @@ def _score_slopes(scores, slopes, seen, base, own, scale, log_sum, delta, probs,
     zero(d_scores[last:])
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def _slopes(scores, slopes, scale, log_sum, delta, probs, d_scores):
     for i in range(scores.size):
         p = exp(scores[i] * scale - log_sum)
@@ -247,7 +260,7 @@ def _slopes(scores, slopes, scale, log_sum, delta, probs, d_scores):
         put(d_scores, i, p * (slopes[i] - delta) * scale)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
+@njit(fastmath=_FAST, **INLINED)
 def _dot(left, right):
     total = np.float32(0)
     for d in range(left.size):

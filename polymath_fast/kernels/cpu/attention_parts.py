@@ -15,29 +15,31 @@ from numba.extending import overload
 
 from polymath_fast.kernels.cpu import panel_blocks
 from polymath_fast.kernels.cpu.blocks import by_unit
+from polymath_fast.kernels.cpu.borrowed import BORROWED, INLINED
 from polymath_fast.kernels.cpu.layers import copy_row
 from polymath_fast.kernels.cpu.moves import turn_pairs, zip_words
 from polymath_fast.kernels.cpu.panel_blocks import PANEL
-from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, put, words
+from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, put
 from polymath_fast.kernels.cpu.tiles import LANES, square_tile
 
+_NOTHING = np.zeros(LANES, np.uint16)
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def whole_panels(count):
     """Columns of the panels that hold `count`."""
     return -(-count // PANEL) * PANEL
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def copy_rows(source, first, count, head, out, at):
     """out[at : at + count] (., D) = rows [first, first + count) of `source` (T, H, D)."""
     for r in range(count):
         copy_row(source[first + r, head], out[at + r])
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def pack_columns(rows, count, out):
     """out (panels, D words, 64): the first `count` of `rows` (., D) as columns, then zeros."""
     for panel in range(-(-count // PANEL)):
@@ -45,7 +47,7 @@ def pack_columns(rows, count, out):
         for column in range(PANEL):
             row = panel * PANEL + column
             if row < count:
-                packed = words(rows[row])
+                packed = rows[row].view(out.dtype)
                 for word in range(packed.size):
                     block[word, column] = packed[word]
             else:
@@ -59,21 +61,20 @@ def pack_rows(rows, count, out):
     raise NotImplementedError("compiled code only")
 
 
-@overload(pack_rows, jit_options={"nogil": True, "cache": True})
+@overload(pack_rows, jit_options=BORROWED)
 def _compiled_pack_rows(rows, count, out):
     if rows.dtype == types.uint16:
 
         def pack(rows, count, out):
-            zeros = np.zeros(rows.shape[1], np.uint16)
             for pair in range(-(-count // PANEL) * PANEL // 2):
-                low, high = zeros.ctypes.data, zeros.ctypes.data
-                if 2 * pair < count:
-                    low = rows[2 * pair].ctypes.data
-                if 2 * pair + 1 < count:
-                    high = rows[2 * pair + 1].ctypes.data
                 for column in range(0, rows.shape[1], LANES):
+                    low, high = _NOTHING.ctypes.data, _NOTHING.ctypes.data
+                    if 2 * pair < count:
+                        low = rows[2 * pair, column:].ctypes.data
+                    if 2 * pair + 1 < count:
+                        high = rows[2 * pair + 1, column:].ctypes.data
                     place = out[column // PANEL, pair].ctypes.data + 4 * (column % PANEL)
-                    zip_words(low + 2 * column, high + 2 * column, place)
+                    zip_words(low, high, place)
     else:
 
         def pack(rows, count, out):
@@ -100,16 +101,16 @@ def pack_prompt(start, stop, rows, count, columns, packed_rows):
         pack_rows(own, count, packed_rows[head])
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def products(rows, seen, prompt, count, own, out):
     """out (R, keys) fp32 = rows (R, D) of a block times the first `seen` columns of the prompt and,
-    from the next whole panel on, the first `count` of its own; and some more up to a whole
-    panel."""
+    from the next whole panel on, the first `count` of its own; and some more up to a
+    multiple of 16."""
     panel_blocks.products(rows, seen, prompt, out)
     panel_blocks.products(rows, count, own, out[:, -(-seen // PANEL) * PANEL :])
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def weighted_sums(weights, seen, prompt, count, own, out):
     """out (R, D) fp32 = weights (R, keys) of a block times packed rows: `seen` of the prompt and,
     from the next whole panel on, `count` of its own. Weights of other keys are 0."""
@@ -134,7 +135,7 @@ def add_transposed(matrix, count, seen, width, own, packed, turned, out):
     raise NotImplementedError("compiled code only")
 
 
-@overload(add_transposed, jit_options={"nogil": True, "cache": True})
+@overload(add_transposed, jit_options=BORROWED)
 def _compiled_add_transposed(matrix, count, seen, width, own, packed, turned, out):
     if by_unit(packed):
         return _add_turned
@@ -181,7 +182,7 @@ def _add_turned(matrix, count, seen, width, own, packed, turned, out):
             )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def _add_products(words, depth, per_word, count, seen, own, packed, out):
     """The products of `add_transposed`; words (depth, .) hold `per_word` of its rows each."""
     base = whole_panels(seen)
@@ -200,14 +201,14 @@ def _add_products(words, depth, per_word, count, seen, own, packed, out):
             top += panel_blocks.rows_of(packed)
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def zero(row):
     """row[:] = 0."""
     for j in range(row.size):
         row[j] = 0
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def softmax(row, seen, base, own, scale, out):
     """Sum of the exponentials of a row and its log-sum-exp; they themselves go to `out`, 0 where
     there is no key: keys [0, seen) and [base, base + own) exist."""
@@ -219,7 +220,7 @@ def softmax(row, seen, base, own, scale, out):
     return total, top + np.float32(math.log(total))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
+@njit(fastmath=_FAST, **INLINED)
 def _largest(row):
     top = np.float32(-np.inf)
     for i in range(row.size):
@@ -227,7 +228,7 @@ def _largest(row):
     return top
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
+@njit(fastmath=_FAST, **INLINED)
 def _exponentials(row, scale, top, out):
     total = np.float32(0)
     for i in range(row.size):
@@ -237,7 +238,7 @@ def _exponentials(row, scale, top, out):
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def store_row(out, values, factor):
     """out = values * factor, as long as `out`."""
     for d in range(out.size):

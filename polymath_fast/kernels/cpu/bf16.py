@@ -48,10 +48,12 @@ def logits(start, stop, hidden, count, packed, out):
             first = pairs * chain // chains
             depth = pairs * (chain + 1) // chains - first
             some = packed[panel, first:]
+            following = packed[panel, first + depth :].ctypes.data
             for top in range(0, count, height):
+                ahead = blocks.ahead_of(following, depth, top // height)
                 put(
                     hidden.ctypes.data + top * hidden.strides[0] + 4 * first, hidden.strides[0],
-                    some, depth, out, top, count, left, chain > 0, True, top == 0, spare,
+                    some, depth, out, top, count, left, chain > 0, True, ahead, spare,
                 )  # fmt: skip
     blocks.end(packed, before)
 
@@ -80,29 +82,36 @@ def hidden_gradient(start, stop, slopes, packed, out):
         depth = min(DEPTH, pairs - first)
         for panel in range(packed.shape[0]):
             some = packed[panel, first:]
+            following = next_panel(packed, panel, first)
             for top in range(start, stop, height):
+                ahead = blocks.ahead_of(following, depth, (top - start) // height)
                 put(
                     slopes.ctypes.data + top * slopes.strides[0] + 4 * first, slopes.strides[0],
-                    some, depth, out, top, stop, panel * COLUMNS, first > 0, False, top == start,
-                    spare,
+                    some, depth, out, top, stop, panel * COLUMNS, first > 0, False, ahead, spare,
                 )  # fmt: skip
     blocks.end(packed, before)
 
 
 @njit(inline="always")
-def put(a, row_step, b, words, out, top, bottom, left, add, apart, fetch, spare):
+def next_panel(packed, panel, first):
+    """Address of word `first` of the panel behind this one; 0: there is none."""
+    return packed[panel + 1, first:].ctypes.data if panel + 1 < packed.shape[0] else np.uintp(0)
+
+
+@njit(inline="always")
+def put(a, row_step, b, words, out, top, bottom, left, add, apart, ahead, spare):
     """One block of `out` at (top, left), = or +=; rows from `bottom` on are not written.
 
-    a, row_step, b, words, fetch: see `blocks.multiply`. apart: it is a sum of its own, which is
+    a, row_step, b, words, ahead: see `blocks.multiply`. apart: it is a sum of its own, which is
     then added to what `out` holds.
     """
     count = min(blocks.rows_of(b), bottom - top)
     inside = top + blocks.rows_of(b) <= bottom and left + COLUMNS <= out.shape[1]
     if inside and not (add and apart and blocks.continues(b)):
         place = out.ctypes.data + top * out.strides[0] + 4 * left
-        blocks.multiply(a, row_step, b, words, place, out.strides[0], count, add, fetch)
+        blocks.multiply(a, row_step, b, words, place, out.strides[0], count, add, ahead)
     else:
-        blocks.multiply(a, row_step, b, words, spare.ctypes.data, 4 * COLUMNS, count, False, fetch)
+        blocks.multiply(a, row_step, b, words, spare.ctypes.data, 4 * COLUMNS, count, False, ahead)
         for row in range(count):
             for column in range(min(COLUMNS, out.shape[1] - left)):
                 held = out[top + row, left + column] if add else np.float32(0)

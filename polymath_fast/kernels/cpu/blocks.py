@@ -94,27 +94,36 @@ def _compiled_continues(packed):
     return lambda packed: unit
 
 
-def multiply(a, row_step, packed, words, out, out_step, count, add, fetch):
+@njit(inline="always")
+def ahead_of(following, words, block):
+    """What `multiply` is told with block number 0, 1, ... of rows: the first two have the memory
+    bring `following`, the next as many words, half by half. An address, 0: there are none."""
+    bytes_each = words // matrix_unit.WORDS * matrix_unit.FETCHED
+    wanted = following != 0 and block < 2
+    return following + block * bytes_each if wanted else following * 0
+
+
+def multiply(a, row_step, packed, words, out, out_step, count, add, ahead):
     """out (rows, 48) fp32 = or += rows of `a` times `words` words of `packed` (words, 48).
 
     `a` and `out` are addresses, row m of them at m times their step in bytes. `count` rows, at most
-    `rows_of`, matter; all of a block's may be read and written. `fetch`: what lies behind these
-    words is needed soon.
+    `rows_of`, matter; all of a block's may be read and written. `ahead`: where the next words are
+    that this thread multiplies by, see `ahead_of`, or 0.
     """
     raise NotImplementedError("compiled code only")
 
 
 @overload(multiply, inline="always")
-def _compiled_multiply(a, row_step, packed, words, out, out_step, count, add, fetch):
+def _compiled_multiply(a, row_step, packed, words, out, out_step, count, add, ahead):
     return _by_unit if by_unit(packed) else _in_registers
 
 
-def _by_unit(a, row_step, packed, words, out, out_step, count, add, fetch):
+def _by_unit(a, row_step, packed, words, out, out_step, count, add, ahead):
     steps = words // matrix_unit.WORDS
     if count > matrix_unit.ROWS:
-        matrix_unit.high_block(a, row_step, packed, steps, out, out_step, add, fetch)
+        matrix_unit.high_block(a, row_step, packed, steps, out, out_step, add, ahead)
     else:
-        matrix_unit.low_block(a, row_step, packed, steps, out, out_step, add, fetch)
+        matrix_unit.low_block(a, row_step, packed, steps, out, out_step, add, ahead)
     done = steps * matrix_unit.WORDS
     if done < words:
         _add_rest(a + 4 * done, row_step, packed[done:], words - done, out, out_step, count)
@@ -129,5 +138,5 @@ def _add_rest(a, row_step, packed, words, out, out_step, count):
         )
 
 
-def _in_registers(a, row_step, packed, words, out, out_step, count, add, fetch):
+def _in_registers(a, row_step, packed, words, out, out_step, count, add, ahead):
     tiles.dot_tile(a, row_step, 4, packed, words, out, out_step, add)

@@ -6,20 +6,39 @@ uint16; a word is what a product counts in, one fp32 or two bf16.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 from polymath_fast.kernels.cpu import blocks, tiles
-from polymath_fast.kernels.cpu.decode_attention import attend, place
+from polymath_fast.kernels.cpu.borrowed import BORROWED
+from polymath_fast.kernels.cpu.decode_attention import ROWS, attend, place
 from polymath_fast.kernels.cpu.layers import copy_row, rms_norm, round_row
 from polymath_fast.kernels.cpu.moves import copy
-from polymath_fast.kernels.cpu.panel_blocks import PANEL, few_rows_of
+from polymath_fast.kernels.cpu.panel_blocks import PANEL
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 from polymath_fast.kernels.cpu.team import barrier, next_task
 
 PHASES = 8
 """of one layer: norm, projections, attention, output, norm, tape, gate and up, down"""
 _LOWEST = np.float32(-80.0)
+
+
+class _Room(NamedTuple):
+    """Scratch of one thread."""
+
+    queries: np.ndarray
+    """of a key head"""
+    scores: np.ndarray
+    """of a tile, as are the next two"""
+    probs: np.ndarray
+    sums: np.ndarray
+    tile: np.ndarray
+    """two blocks of a product"""
+    wide: np.ndarray
+    """two heads in fp32"""
+    new_key: np.ndarray
 
 
 @njit(nogil=True, cache=True)
@@ -47,27 +66,48 @@ def step(
     kept_gate_up is (L, panels, rows, 96): 48 columns of gate, then the same ones of up.
     """
     key_heads, size = keys.shape[2], stacked.shape[2]
-    group = heads // key_heads
     width = (keys.shape[3] + prompt_keys.shape[2]) * PANEL
-    few = few_rows_of(keys)
-    queries = np.zeros((-(-group // few) * few, size), stacked.dtype)
-    scores = np.empty((few, width), np.float32)
-    probs = np.zeros((few, width), stacked.dtype)
-    sums = np.empty((few, values.shape[4] * PANEL), np.float32)
-    height = blocks.rows_of(qkv)
-    tile = np.empty((2 * height, tiles.COLUMNS), np.float32)
-    before = blocks.begin(qkv)
-    wide = np.empty(size, np.float32)
+    room = _Room(
+        np.zeros((-(-(heads // key_heads) // ROWS) * ROWS, size), stacked.dtype),
+        np.empty((ROWS, width), np.float32),
+        np.zeros((ROWS, width), stacked.dtype),
+        np.empty((ROWS, values.shape[4] * PANEL), np.float32),
+        np.empty((2 * blocks.rows_of(qkv), tiles.COLUMNS), np.float32),
+        np.empty(2 * size, np.float32),
+        np.empty(size, stacked.dtype),
+    )
     projected = stacked.reshape(stacked.shape[0], stacked.shape[1] * size)
     kept_projected = kept_stacked.reshape(kept_stacked.shape[0], -1, projected.shape[1])
+    before = blocks.begin(qkv)
+    _layers(
+        threads, counters, count, norms, head_norms, biases, qkv, output, gate_up, down, heads, cos,
+        sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values,
+        scale, hidden, stacked, projected, attended, lse, between, normed, active, out, kept_rows,
+        kept_hidden, kept_projected, kept_attended, kept_lse, kept_between, kept_gate_up, room,
+    )  # fmt: skip
+    blocks.end(qkv, before)
+
+
+@njit(**BORROWED)
+def _layers(
+    threads, counters, count, norms, head_norms, biases, qkv, output, gate_up, down, heads, cos,
+    sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values, scale,
+    hidden, stacked, projected, attended, lse, between, normed, active, out, kept_rows, kept_hidden,
+    kept_projected, kept_attended, kept_lse, kept_between, kept_gate_up, room,
+):  # fmt: skip
+    """`step` with room for everything."""
+    key_heads, size, tile = keys.shape[2], stacked.shape[2], room.tile
+    group = heads // key_heads
     for layer in range(keys.shape[0]):
         phase = PHASES * layer
         _norm_rows(threads, counters, phase, hidden, count, norms[2 * layer], eps, normed)
-        while True:
-            panel = next_task(counters, phase + 1)
-            if panel >= qkv.shape[1]:
-                break
-            _project(normed, count, qkv[layer, panel], panel, tile, biases[layer], projected)
+        panel = next_task(counters, phase + 1)
+        while panel < qkv.shape[1]:
+            later = next_task(counters, phase + 1)
+            following = _address(qkv[layer], later)
+            weights = qkv[layer, panel]
+            _project(normed, count, weights, panel, following, tile, biases[layer], projected)
+            panel = later
         barrier(threads, counters, phase + 1)
         while True:
             task = next_task(counters, phase + 2)
@@ -79,12 +119,12 @@ def step(
                 position = lengths[b] + i - firsts[b]
                 place(
                     stacked[i], heads, head, cos[i], sin[i], head_norms[layer], eps, position,
-                    own_keys, own_values, wide, queries,
+                    own_keys, own_values, room.wide, room.new_key, room.queries,
                 )  # fmt: skip
                 attend(
-                    queries, group, position + 1, own_keys, own_values, prompt_len,
-                    prompt_keys[layer, head], prompt_values[layer, head], scale, scores, probs,
-                    sums, attended[i, head * group * size : (head + 1) * group * size],
+                    room.queries, group, position + 1, own_keys, own_values, prompt_len,
+                    prompt_keys[layer, head], prompt_values[layer, head], scale, room.scores,
+                    room.probs, room.sums, attended[i, head * group * size : (head + 1) * group * size],
                     lse[i, head * group : (head + 1) * group],
                 )  # fmt: skip
         barrier(threads, counters, phase + 2)
@@ -103,13 +143,13 @@ def step(
             _keep(top, attended, rows, kept_attended[layer])
             _keep(top, lse, rows, kept_lse[layer])
             _keep(top, between, rows, kept_between[layer])
-        while True:
-            panel = next_task(counters, phase + 6)
-            if panel >= gate_up.shape[1] // 2:
-                break
-            weights = gate_up[layer, 2 * panel :]
-            kept = kept_gate_up[layer, panel]
-            _activate(normed, count, weights, panel, tile, active, kept_rows, kept)
+        panel = next_task(counters, phase + 6)
+        while panel < gate_up.shape[1] // 2:
+            later = next_task(counters, phase + 6)
+            following = _address(gate_up[layer], 2 * later)
+            weights, kept = gate_up[layer, 2 * panel :], kept_gate_up[layer, panel]
+            _activate(normed, count, weights, panel, following, tile, active, kept_rows, kept)
+            panel = later
         barrier(threads, counters, phase + 6)
         _add_projection(
             threads, counters, phase + 7, active, count, down[layer], tile, between, hidden
@@ -119,10 +159,9 @@ def step(
     if next_task(counters, end + 1) == 0:
         _keep(0, hidden, kept_rows, kept_hidden[keys.shape[0]])
     barrier(threads, counters, end + 1)
-    blocks.end(qkv, before)
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def gate_and_up(start, stop, kept, rows, out):
     """Rows [start, stop) of out (R, 2 I): gate, then up, of rows[i] of kept (panels, rows, 96)."""
     width = out.shape[1] // 2
@@ -142,14 +181,14 @@ def gate_and_up(start, stop, kept, rows, out):
             copy_row(rest[tiles.COLUMNS :], out[i, width + whole * tiles.COLUMNS :])
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def _keep(top, source, rows, kept):
     for i in range(rows.size):
         if rows[i] >= 0:
             copy_row(source[top + i], kept[rows[i]])
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def _norm_rows(threads, counters, phase, x, count, weight, eps, out):
     while True:
         top = next_task(counters, phase) * tiles.ROWS
@@ -159,47 +198,48 @@ def _norm_rows(threads, counters, phase, x, count, weight, eps, out):
     barrier(threads, counters, phase)
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def _add_projection(threads, counters, phase, x, count, packed, tile, before, after):
     """after = before + x @ a weight; tasks are panels of its outputs."""
     height = blocks.rows_of(packed)
-    while True:
-        panel = next_task(counters, phase)
-        if panel >= packed.shape[0]:
-            break
+    panel = next_task(counters, phase)
+    while panel < packed.shape[0]:
+        later = next_task(counters, phase)
+        following = _address(packed, later)
         left = panel * tiles.COLUMNS
         right = min(left + tiles.COLUMNS, after.shape[1])
         for top in range(0, count, height):
-            _tile(x, top, count, packed[panel], tile)
+            _tile(x, top, count, packed[panel], following, tile)
             for r in range(min(height, count - top)):
                 row = before[top + r, left:right]
                 _add_row(tile[r], row, after[top + r, left:right])
+        panel = later
     barrier(threads, counters, phase)
 
 
-@njit(nogil=True, cache=True)
-def _project(x, count, packed, panel, tile, bias, out):
+@njit(**BORROWED)
+def _project(x, count, packed, panel, following, tile, bias, out):
     height = blocks.rows_of(packed)
     left = panel * tiles.COLUMNS
     right = min(left + tiles.COLUMNS, out.shape[1])
     for top in range(0, count, height):
-        _tile(x, top, count, packed, tile)
+        _tile(x, top, count, packed, following, tile)
         for r in range(min(height, count - top)):
             if bias.size:
                 _add(tile[r], bias[left:right])
             round_row(tile[r], out[top + r, left:right])
 
 
-@njit(nogil=True, cache=True)
-def _activate(x, count, packed, panel, tile, out, kept_rows, kept):
+@njit(**BORROWED)
+def _activate(x, count, packed, panel, following, tile, out, kept_rows, kept):
     """One panel of silu(gate) * up; packed[0] holds the gate's columns, packed[1] those of up.
     Both go to rows of kept (rows, 96) as well."""
     height = blocks.rows_of(packed)
     left = panel * tiles.COLUMNS
     right = min(left + tiles.COLUMNS, out.shape[1])
     for top in range(0, count, height):
-        _tile(x, top, count, packed[0], tile)
-        _tile(x, top, count, packed[1], tile[height:])
+        _tile(x, top, count, packed[0], packed[1].ctypes.data, tile)
+        _tile(x, top, count, packed[1], following, tile[height:])
         for r in range(min(height, count - top)):
             gate, up = tile[r], tile[height + r]
             _silu_times(gate, up, out[top + r, left:right])
@@ -210,27 +250,35 @@ def _activate(x, count, packed, panel, tile, out, kept_rows, kept):
 
 
 @njit(inline="always")
-def _tile(x, top, count, packed, tile):
+def _address(panels, number):
+    """Of that panel; 0 if there is none."""
+    return panels[number].ctypes.data if number < panels.shape[0] else np.uintp(0)
+
+
+@njit(inline="always")
+def _tile(x, top, count, packed, following, scratch):
+    """`following` is the address of the panel that comes next, see `blocks.ahead_of`."""
+    height = blocks.rows_of(packed)
     blocks.multiply(
         x.ctypes.data + top * x.strides[0], x.strides[0], packed, packed.shape[0],
-        tile.ctypes.data, tile.strides[0], min(blocks.rows_of(packed), count - top), False,
-        top == 0,
+        scratch.ctypes.data, scratch.strides[0], min(height, count - top), False,
+        blocks.ahead_of(following, packed.shape[0], top // height),
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def _add(row, other):
     for j in range(other.size):
         row[j] += other[j]
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def _add_row(row, other, out):
     for j in range(out.size):
         put(out, j, value(other[j]) + row[j])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(error_model="numpy", **BORROWED)
 def _silu_times(gate, up, out):
     for j in range(out.size):
         sigmoid = np.float32(1) / (np.float32(1) + exp(-maximum(gate[j], _LOWEST)))

@@ -14,14 +14,17 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from polymath_fast.kernels.cpu import panel_blocks
 from polymath_fast.kernels.cpu.attention_parts import softmax, store_row
+from polymath_fast.kernels.cpu.borrowed import BORROWED
 from polymath_fast.kernels.cpu.layers import rotated_head
-from polymath_fast.kernels.cpu.panel_blocks import PANEL, few_products, few_rows_of
-from polymath_fast.kernels.cpu.scalar import words
+from polymath_fast.kernels.cpu.panel_blocks import PANEL, in_tiles
+from polymath_fast.kernels.cpu.tiles import low_narrow_tile, low_tile
+
+ROWS = 3
+"""queries of a tile"""
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def store(start, stop, k, v, first, keys, values):
     """Keys and values of rows k, v (T, Hkv, D) into positions [first, first + T) of one completion;
     a range of heads.
@@ -31,27 +34,27 @@ def store(start, stop, k, v, first, keys, values):
     """
     for head in range(start, stop):
         for row in range(k.shape[0]):
-            _store_key(words(k[row, head]), first + row, keys[head])
+            _store_key(k[row, head].view(keys.dtype), first + row, keys[head])
             _store_value(v[row, head], first + row, values[head])
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def place(
-    stacked, heads, head, cos, sin, norms, eps, position, keys, values, wide, queries
+    stacked, heads, head, cos, sin, norms, eps, position, keys, values, wide, new_key, queries
 ):  # fmt: skip
-    """Rotated queries of one key head, and its new key and value in the cache."""
+    """Rotated queries of one key head, and its new key and value in the cache; wide (2 D,) fp32 and
+    new_key (D,) are scratch."""
     key_heads = (stacked.shape[0] - heads) // 2
     group = heads // key_heads
     first = head * group
     for g in range(group):
         rotated_head(stacked[first + g], first + g, cos, sin, norms, eps, wide, queries[g])
-    new_key = np.empty(stacked.shape[1], stacked.dtype)
     rotated_head(stacked[heads + head], heads + head, cos, sin, norms, eps, wide, new_key)
-    _store_key(words(new_key), position, keys)
+    _store_key(new_key.view(keys.dtype), position, keys)
     _store_value(stacked[heads + key_heads + head], position, values)
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def attend(
     queries, group, own, keys, values, prompt_len, prompt_keys, prompt_values, scale, scores, probs,
     sums, out, lse,
@@ -61,12 +64,11 @@ def attend(
     base = -(-prompt_len // PANEL) * PANEL
     used = base + -(-own // PANEL) * PANEL
     size, per_word = queries.shape[1], 4 // queries.itemsize
-    block = few_rows_of(keys)
-    for top in range(0, group, block):
-        height = min(block, group - top)
-        some = queries[top : top + block]
-        few_products(some, prompt_len, prompt_keys, scores)
-        few_products(some, own, keys, scores[:, base:])
+    for top in range(0, group, ROWS):
+        height = min(ROWS, group - top)
+        some = queries[top : top + ROWS]
+        _products(some, prompt_len, prompt_keys, scores)
+        _products(some, own, keys, scores[:, base:])
         for r in range(height):
             total, lse[top + r] = softmax(
                 scores[r, :used], prompt_len, base, own, scale, probs[r, :used]
@@ -76,12 +78,11 @@ def attend(
             first_own = base // PANEL
             rows = prompt_values[panel] if panel < first_own else values[panel - first_own]
             end = prompt_len if panel < first_own else base + own
-            filled = -(-min(PANEL, end - panel * PANEL) // per_word)
-            depth = panel_blocks.whole_words(values, filled)
+            depth = -(-min(PANEL, end - panel * PANEL) // per_word)
             left = probs.ctypes.data + probs.itemsize * PANEL * panel
             for part in range(rows.shape[0]):
-                panel_blocks.multiply_few(
-                    left, probs.strides[0], rows[part], depth,
+                low_tile(
+                    left, probs.strides[0], 4, rows[part], depth,
                     sums.ctypes.data + 4 * part * PANEL, sums.strides[0], panel > 0,
                 )  # fmt: skip
         for r in range(height):
@@ -89,7 +90,12 @@ def attend(
             store_row(row, sums[r], scores[r, 0])
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
+def _products(rows, count, panels, out):
+    in_tiles(low_tile, low_narrow_tile, rows, count, panels, out)
+
+
+@njit(**BORROWED)
 def _store_key(row, position, keys):
     panel, column = position // PANEL, position % PANEL
     for word in range(row.size):
@@ -100,7 +106,7 @@ def _store_value(row, position, values):
     raise NotImplementedError("compiled code only")
 
 
-@overload(_store_value)
+@overload(_store_value, jit_options=BORROWED)
 def _compiled_store_value(row, position, values):
     if row.dtype == types.uint16:
 

@@ -11,20 +11,21 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from polymath_fast.kernels.cpu.borrowed import BORROWED, INLINED
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
 _LOWEST = np.float32(-80.0)  # the exponential of its opposite is still finite
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def rms_norm(start, stop, x, weight, eps, out):
     """out (N, H) = x / rms(x) * weight (H,). Source: arXiv 1910.07467, equation 4."""
     for i in range(start, stop):
         _norm(x[i], weight, _inverse_rms(x[i], eps), out[i])
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def rms_norm_gradient(start, stop, x, weight, eps, upstream, residual, out, slots, d_weight):
     """out (N, H) = residual (N, H) + gradient of x; d_weight[slots[start]] (H,) fp32 += its own."""
     into = d_weight[slots[start]]
@@ -41,7 +42,12 @@ def rotate(start, stop, stacked, heads, cos, sin, norms, eps, out):
     cos, sin (N, D); norms (heads, D): weights of each head's RMSNorm, or (0, D): none. Source:
     arXiv 2104.09864, equation 34, with the halves of a head as pairs.
     """
-    row = np.empty(stacked.shape[2], np.float32)
+    row = np.empty(2 * stacked.shape[2], np.float32)
+    _rotate_rows(start, stop, stacked, heads, cos, sin, norms, eps, row, out)
+
+
+@njit(**BORROWED)
+def _rotate_rows(start, stop, stacked, heads, cos, sin, norms, eps, row, out):
     for i in range(start, stop):
         for head in range(heads):
             rotated_head(stacked[i, head], head, cos[i], sin[i], norms, eps, row, out[i, head])
@@ -49,15 +55,17 @@ def rotate(start, stop, stacked, heads, cos, sin, norms, eps, out):
             copy_row(stacked[i, head], out[i, head])
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def rotated_head(source, head, cos, sin, norms, eps, wide, out):
-    """out (D,) = source (D,) with head `head`'s norm, if there is one, rotated; wide (D,) fp32 is
+    """out (D,) = source (D,) with head `head`'s norm, if there is one, rotated; wide (2 D,) fp32 is
     scratch."""
     if norms.shape[0]:
         _norm_wide(source, norms[head], _inverse_rms(source, eps), wide)
     else:
         _widen(source, wide)
-    _rotate_row(wide, cos, sin, source.size // 2, out)
+    turned = wide[source.size :]
+    _rotate_row(wide, cos, sin, source.size // 2, turned)
+    round_row(turned, out)
 
 
 @njit(nogil=True, cache=True)
@@ -66,10 +74,18 @@ def rotate_gradient(
 ):
     """out (N, all heads, D): gradient of `stacked` from those of its rotated queries and keys and
     of its values; d_norms[slots[start]] (heads, D) fp32 += that of the norm's weights."""
+    row = np.zeros((2, stacked.shape[2]), np.float32)
+    _rotate_rows_back(
+        start, stop, stacked, heads, cos, sin, norms, eps, d_q, d_k, d_v, out, slots, d_norms, row
+    )
+
+
+@njit(**BORROWED)
+def _rotate_rows_back(
+    start, stop, stacked, heads, cos, sin, norms, eps, d_q, d_k, d_v, out, slots, d_norms, rows
+):
     queries, keys = d_q.shape[1], d_k.shape[1]
-    size = stacked.shape[2]
-    row = np.empty(size, np.float32)
-    nothing = np.zeros(size, np.float32)
+    size, row, nothing = stacked.shape[2], rows[0], rows[1]
     for i in range(start, stop):
         for head in range(heads):
             if head < queries:
@@ -90,8 +106,12 @@ def rotate_gradient(
 @njit(nogil=True, cache=True)
 def swiglu(start, stop, gate_up, out):
     """out (N, I) = silu(gate) * up for gate_up (N, 2 I). Source: arXiv 2002.05202, equation 6."""
+    _swiglu_rows(start, stop, gate_up, np.empty(out.shape[1], np.float32), out)
+
+
+@njit(**BORROWED)
+def _swiglu_rows(start, stop, gate_up, sigmoid, out):
     width = out.shape[1]
-    sigmoid = np.empty(width, np.float32)
     for i in range(start, stop):
         _sigmoid(gate_up[i, :width], sigmoid)
         _swiglu(gate_up[i, :width], gate_up[i, width:], sigmoid, out[i])
@@ -100,9 +120,14 @@ def swiglu(start, stop, gate_up, out):
 @njit(nogil=True, cache=True)
 def swiglu_gradient(start, stop, gate_up, upstream, d_gate_up):
     """d_gate_up (N, 2 I) from upstream (N, I), which becomes what `swiglu` had put out."""
+    sigmoid = np.empty(upstream.shape[1], np.float32)
+    _swiglu_gradient_rows(start, stop, gate_up, sigmoid, upstream, d_gate_up)
+
+
+@njit(**BORROWED)
+def _swiglu_gradient_rows(start, stop, gate_up, sigmoid, upstream, d_gate_up):
     # one output a loop: a loop with three of them is too tangled for the compiler to vectorise
     width = upstream.shape[1]
-    sigmoid = np.empty(width, np.float32)
     for i in range(start, stop):
         gate, up = gate_up[i, :width], gate_up[i, width:]
         _sigmoid(gate, sigmoid)
@@ -111,21 +136,21 @@ def swiglu_gradient(start, stop, gate_up, upstream, d_gate_up):
         _swiglu(gate, up, sigmoid, upstream[i])
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def copy_row(source, out):
     """out = source; a loop, because numba takes a second to compile each assignment of arrays."""
     for j in range(out.size):
         out[j] = source[j]
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def round_row(row, out):
     """out (D,) = the first D of row, fp32, rounded to the dtype of `out`."""
     for j in range(out.size):
         put(out, j, row[j])
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
+@njit(fastmath=_FAST, **INLINED)
 def _inverse_rms(row, eps):
     total = np.float32(0)
     for j in range(row.size):
@@ -134,19 +159,19 @@ def _inverse_rms(row, eps):
     return np.float32(1) / np.sqrt(total / np.float32(row.size) + eps)
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def _norm(row, weight, scale, out):
     for j in range(row.size):
         put(out, j, value(row[j]) * scale * value(weight[j]))
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def _norm_wide(row, weight, scale, out):
     for j in range(row.size):
         out[j] = value(row[j]) * scale * value(weight[j])
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def _norm_gradient(row, weight, scale, upstream, residual, out, d_weight):
     dot = _norm_dot(row, weight, scale, upstream) / np.float32(row.size)
     for j in range(row.size):
@@ -157,7 +182,7 @@ def _norm_gradient(row, weight, scale, upstream, residual, out, d_weight):
         put(out, j, value(residual[j]) + slope)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
+@njit(fastmath=_FAST, **INLINED)
 def _norm_dot(row, weight, scale, upstream):
     dot = np.float32(0)
     for j in range(row.size):
@@ -165,43 +190,48 @@ def _norm_dot(row, weight, scale, upstream):
     return dot
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def _widen(row, out):
     for j in range(row.size):
         out[j] = value(row[j])
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def _rotate_row(row, cos, sin, half, out):
-    low, high = out[:half], out[half:]
-    for j in range(half):
-        put(low, j, row[j] * value(cos[j]) - row[j + half] * value(sin[j]))
-    for j in range(half):
-        put(high, j, row[j + half] * value(cos[j + half]) + row[j] * value(sin[j + half]))
+    """out (D,) fp32; the first D of row."""
+    # slices: an index that is a sum might be negative, for all the compiler knows
+    first, second = row[:half], row[half : 2 * half]
+    _add_products(first, cos[:half], second, sin[:half], np.float32(-1), out[:half])
+    _add_products(second, cos[half:], first, sin[half:], np.float32(1), out[half:])
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def _rotate_back(row, cos, sin, half, out):
-    low, high = out[:half], out[half:]
-    for j in range(half):
-        low[j] = value(row[j]) * value(cos[j]) + value(row[j + half]) * value(sin[j + half])
-    for j in range(half):
-        high[j] = value(row[j + half]) * value(cos[j + half]) - value(row[j]) * value(sin[j])
+    first, second = row[:half], row[half:]
+    _add_products(first, cos[:half], second, sin[half:], np.float32(1), out[:half])
+    _add_products(second, cos[half:], first, sin[:half], np.float32(-1), out[half:])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")  # else each / is a branch
+@njit(**INLINED)
+def _add_products(a, b, c, d, sign, out):
+    """out = a b + sign c d."""
+    for j in range(out.size):
+        put(out, j, value(a[j]) * value(b[j]) + sign * (value(c[j]) * value(d[j])))
+
+
+@njit(error_model="numpy", **INLINED)  # else each / is a branch
 def _sigmoid(row, out):
     for j in range(row.size):
         out[j] = np.float32(1) / (np.float32(1) + exp(-maximum(value(row[j]), _LOWEST)))
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def _swiglu(gate, up, sigmoid, out):
     for j in range(gate.size):
         put(out, j, value(gate[j]) * sigmoid[j] * value(up[j]))
 
 
-@njit(nogil=True, cache=True)
+@njit(**INLINED)
 def _d_gate(gate, up, sigmoid, upstream, out):
     for j in range(gate.size):
         slope = sigmoid[j] * (np.float32(1) + value(gate[j]) * (np.float32(1) - sigmoid[j]))

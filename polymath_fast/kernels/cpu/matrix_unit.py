@@ -17,16 +17,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from polymath_fast.kernels.cpu.moves import emit_fetch
+
 ROWS = 16
 WORDS = 16
 _LINE = 64
 _TILES = 8
-_AHEAD = 6144
-"""bytes between what is multiplied and what is fetched meanwhile: the processor does not see by
-itself which lines tiles will ask for"""
-_SECOND_LEVEL = 2
+FETCHED = 24 * _LINE
+"""bytes that are fetched for later in each step: half of a panel's, so that the memory is as busy
+under each of two blocks"""
 
-_i8, _i32, _i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_i8, _i64 = ir.IntType(8), ir.IntType(64)
 _pointer = _i8.as_pointer()
 CONFIG_BYTES = 64
 _CONFIG = bytearray(CONFIG_BYTES)
@@ -77,16 +78,18 @@ def restore(typing_context, saved):
     return types.void(types.uintp), emit
 
 
-def _make_block(height: int, width: int) -> Callable[..., None]:
-    """The intrinsic for `height` times 16 rows and `width` times 16 columns."""
+def _make_block(height: int, width: int, of: int | None = None) -> Callable[..., None]:
+    """The intrinsic for `height` times 16 rows and `width` times 16 columns, the first ones of
+    panels `of` as many or more."""
+    line = _LINE * (of or width)
 
     @intrinsic
-    def block(typing_context, a, row_step, b, steps, out, out_step, add, fetch):
+    def block(typing_context, a, row_step, b, steps, out, out_step, add, ahead):
         """out (rows, columns) fp32 = or += rows of `a` times columns of `b`, over 16 `steps` pairs.
 
-        `b` is an array packed as (words, columns) uint32; `a` and `out` are addresses, row m of
-        them at m times their step in bytes. `fetch`: memory behind `b` is asked for as well, for
-        the blocks that follow. `configure` has been called.
+        `b` is an array packed as (words, columns) uint32, the first ones of a panel; `a` and `out`
+        are addresses, row m of them at m times their step in bytes. `ahead`: where memory begins of
+        which `FETCHED` bytes a step are needed soon, or 0. `configure` has been called.
         """
         signature = types.void(
             types.uintp,
@@ -96,13 +99,13 @@ def _make_block(height: int, width: int) -> Callable[..., None]:
             types.uintp,
             types.intp,
             types.boolean,
-            types.boolean,
+            types.uintp,
         )
 
         def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
             data = context.make_array(signature.args[2])(context, builder, args[2]).data
             args = [*args[:2], builder.ptrtoint(data, _i64), *args[3:]]
-            _emit_block(builder, height, width, args)
+            _emit_block(builder, height, width, line, args)
             return context.get_dummy_value()
 
         return signature, emit
@@ -110,8 +113,11 @@ def _make_block(height: int, width: int) -> Callable[..., None]:
     return block
 
 
-def _emit_block(builder: ir.IRBuilder, height: int, width: int, args: Sequence[ir.Value]) -> None:
-    a, row_step, b, steps, out, out_step, add, fetch = args
+def _emit_block(
+    builder: ir.IRBuilder, height: int, width: int, line: int, args: Sequence[ir.Value]
+) -> None:
+    """`line` bytes of b are one word of every column of its panel."""
+    a, row_step, b, steps, out, out_step, add, ahead = args
 
     def below(start: ir.Value, step: ir.Value, count: int) -> ir.Value:
         return builder.add(start, builder.mul(step, _i64(ROWS * count)))
@@ -129,14 +135,16 @@ def _emit_block(builder: ir.IRBuilder, height: int, width: int, args: Sequence[i
             for tile, _ in sums:
                 _call(builder, "tilezero", [_i8(tile)])
     lefts = [below(a, row_step, row) for row in range(height)]
-    step_bytes = WORDS * width * _LINE
+    fetches = builder.icmp_unsigned("!=", ahead, _i64(0))
     with cgutils.for_range(builder, steps) as loop:
-        right = builder.add(b, builder.mul(loop.index, _i64(step_bytes)))
-        with builder.if_then(fetch):
-            for line in range(0, step_bytes, _LINE):
-                _fetch(builder, builder.add(right, _i64(_AHEAD + line)))
+        right = builder.add(b, builder.mul(loop.index, _i64(WORDS * line)))
+        with builder.if_then(fetches):
+            later = builder.add(ahead, builder.mul(loop.index, _i64(FETCHED)))
+            for offset in range(0, FETCHED, _LINE):
+                emit_fetch(builder, builder.add(later, _i64(offset)))
         offset = builder.mul(loop.index, _i64(4 * WORDS))
-        _emit_step(builder, [builder.add(left, offset) for left in lefts], row_step, right, width)
+        rows = [builder.add(left, offset) for left in lefts]
+        _emit_step(builder, rows, row_step, right, width, line)
     for tile, place in sums:
         _tile_call(builder, "tilestored64", tile, place, out_step)
 
@@ -147,6 +155,7 @@ def _emit_step(
     row_step: ir.Value,
     right: ir.Value,
     width: int,
+    line: int,
 ) -> None:
     """16 pairs of every row and column. Behind the sums comes a tile of the left factor, then as
     many as are left of the right one."""
@@ -156,20 +165,13 @@ def _emit_step(
     for column in range(width):
         second = first + 1 + column % spare
         place = builder.add(right, _i64(_LINE * column))
-        _tile_call(builder, "tileloadd64", second, place, _i64(_LINE * width))
+        _tile_call(builder, "tileloadd64", second, place, _i64(line))
         order = range(height) if column % 2 == 0 else reversed(range(height))
         for number, row in enumerate(order):
             if column == 0 or number:  # else it is the one that came last
                 _tile_call(builder, "tileloadd64", first, lefts[row], row_step)
             factors = [_i8(row * width + column), _i8(first), _i8(second)]
             _call(builder, "tdpbf16ps", factors)
-
-
-def _fetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [_pointer, _i32, _i32, _i32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    place = builder.inttoptr(address, _pointer)
-    builder.call(function, [place, _i32(0), _i32(_SECOND_LEVEL), _i32(1)])
 
 
 def _tile_call(
@@ -189,3 +191,5 @@ high_block = _make_block(2, 3)
 """32 x 48: half the loads of `b`"""
 wide_block = _make_block(1, 4)
 """16 x 64"""
+narrow_blocks = tuple(_make_block(1, width, of=4) for width in (1, 2, 3))
+"""16 x 16, 32 and 48, of panels of 64"""

@@ -33,6 +33,27 @@ def _emit_copy(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -
 
 
 @intrinsic
+def fetch(typing_context, address):
+    """Ask for the line of memory at an address: it will be read soon."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        emit_fetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.uintp), emit
+
+
+def emit_fetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """A line into the second-level cache."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _i32, _i32, _i32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    to_read, second_level, data = _i32(0), _i32(2), _i32(1)
+    place = builder.inttoptr(address, pointer)
+    builder.call(function, [place, to_read, second_level, data])
+
+
+@intrinsic
 def zip_words(typing_context, low, high, out):
     """out: 16 words, low half from the 16 bf16 at `low`, high half from those at `high`."""
     signature = types.void(types.uintp, types.uintp, types.uintp)

@@ -1,8 +1,5 @@
 """Products of a few rows with panels of 64 columns, as attention has them: by the matrix unit where
 there is one, else in tiles of registers; see `blocks`.
-
-Rows are those of a block, `rows_of`, or where there are fewer, as when tokens are decoded,
-`few_rows_of`; the unit makes no difference between them.
 """
 
 from __future__ import annotations
@@ -12,9 +9,12 @@ from numba.extending import overload
 
 from polymath_fast.kernels.cpu import matrix_unit, tiles
 from polymath_fast.kernels.cpu.blocks import by_unit
+from polymath_fast.kernels.cpu.borrowed import BORROWED
 from polymath_fast.kernels.cpu.tiles import LANES
 
 PANEL = 64
+WORDS = matrix_unit.WORDS
+_one, _two, _three = matrix_unit.narrow_blocks
 
 
 def rows_of(panels):
@@ -28,17 +28,6 @@ def _compiled_rows_of(panels):
     return lambda panels: rows
 
 
-def few_rows_of(panels):
-    """Rows of a block of few."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(few_rows_of, inline="always")
-def _compiled_few_rows_of(panels):
-    rows = matrix_unit.ROWS if by_unit(panels) else 3
-    return lambda panels: rows
-
-
 def whole_words(panels, words):
     """How many of a row's words a product had better run over, where those behind `words` are 0."""
     raise NotImplementedError("compiled code only")
@@ -47,7 +36,7 @@ def whole_words(panels, words):
 @overload(whole_words, inline="always")
 def _compiled_whole_words(panels, words):
     if by_unit(panels):
-        return lambda panels, words: -(-words // matrix_unit.WORDS) * matrix_unit.WORDS
+        return lambda panels, words: -(-words // WORDS) * WORDS
     return lambda panels, words: words
 
 
@@ -64,25 +53,15 @@ def _compiled_multiply(a, row_step, panel, words, out, out_step, add):
     return _by_unit if by_unit(panel) else _in_registers
 
 
-def multiply_few(a, row_step, panel, words, out, out_step, add):
-    """As `multiply`, for a block of few rows."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(multiply_few, inline="always")
-def _compiled_multiply_few(a, row_step, panel, words, out, out_step, add):
-    return _by_unit if by_unit(panel) else _few_in_registers
-
-
 def _by_unit(a, row_step, panel, words, out, out_step, add):
-    steps = words // matrix_unit.WORDS
-    matrix_unit.wide_block(a, row_step, panel, steps, out, out_step, add, False)
-    done = steps * matrix_unit.WORDS
+    steps = words // WORDS
+    matrix_unit.wide_block(a, row_step, panel, steps, out, out_step, add, 0)
+    done = steps * WORDS
     if done < words:
         _add_rest(a + 4 * done, row_step, panel[done:], words - done, out, out_step)
 
 
-@njit(nogil=True, cache=True)
+@njit(**BORROWED)
 def _add_rest(a, row_step, panel, words, out, out_step):
     """Words that do not fill a tile, in registers."""
     for top in range(0, matrix_unit.ROWS, 4):
@@ -95,50 +74,41 @@ def _in_registers(a, row_step, panel, words, out, out_step, add):
     tiles.square_tile(a, row_step, 4, panel, words, out, out_step, add)
 
 
-def _few_in_registers(a, row_step, panel, words, out, out_step, add):
-    tiles.low_tile(a, row_step, 4, panel, words, out, out_step, add)
-
-
 def products(rows, count, panels, out):
     """out (R, keys) fp32 = rows (R, D) of a block times the first `count` columns of `panels`, and
-    some more up to a whole panel."""
+    some more up to a multiple of 16."""
     raise NotImplementedError("compiled code only")
 
 
-@overload(products, jit_options={"nogil": True, "cache": True})
+@overload(products, jit_options=BORROWED)
 def _compiled_products(rows, count, panels, out):
     if by_unit(panels):
         return _products_by_unit
-    return lambda rows, count, panels, out: _in_tiles(
+    return lambda rows, count, panels, out: in_tiles(
         tiles.square_tile, tiles.narrow_tile, rows, count, panels, out
     )
 
 
-def few_products(rows, count, panels, out):
-    """As `products`, for a block of few rows."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(few_products, jit_options={"nogil": True, "cache": True})
-def _compiled_few_products(rows, count, panels, out):
-    if by_unit(panels):
-        return _products_by_unit
-    return lambda rows, count, panels, out: _in_tiles(
-        tiles.low_tile, tiles.low_narrow_tile, rows, count, panels, out
-    )
-
-
 def _products_by_unit(rows, count, panels, out):
+    left, step, depth = rows.ctypes.data, rows.strides[0], panels.shape[1]
+    place, out_step = out.ctypes.data, out.strides[0]
+    steps = depth // WORDS
     for panel in range(-(-count // PANEL)):
-        multiply(
-            rows.ctypes.data, rows.strides[0], panels[panel], panels.shape[1],
-            out.ctypes.data + 4 * PANEL * panel, out.strides[0], False,
-        )  # fmt: skip
+        right, rest = panels[panel], count - panel * PANEL
+        if depth % WORDS or rest > PANEL - LANES:
+            multiply(left, step, right, depth, place, out_step, False)
+        elif rest > 2 * LANES:  # columns that nobody needs would have to come from memory
+            _three(left, step, right, steps, place, out_step, False, 0)
+        elif rest > LANES:
+            _two(left, step, right, steps, place, out_step, False, 0)
+        else:
+            _one(left, step, right, steps, place, out_step, False, 0)
+        place += 4 * PANEL
 
 
 @njit(inline="always")
-def _in_tiles(whole, narrow, rows, count, panels, out):
-    """`whole` is a tile of R rows and 64 columns, `narrow` one of 16."""
+def in_tiles(whole, narrow, rows, count, panels, out):
+    """As `products`, by `whole`, a tile of R rows and 64 columns, and `narrow`, one of 16."""
     left, step, depth = rows.ctypes.data, rows.strides[0], panels.shape[1]
     place, out_step = out.ctypes.data, out.strides[0]
     for panel in range(-(-count // PANEL)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
@@ -135,18 +134,6 @@ def _compiled_put(out, index, number):
             out[index] = number
 
     return put
-
-
-def words(row):
-    """A row as the words of 32 bits that products count in: pairs of bf16, or fp32 as they are."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(words)
-def _compiled_words(row):
-    if row.dtype == types.uint16:
-        return lambda row: row.view(np.uint32)
-    return lambda row: row
 
 
 def load_row(source, half, scale, out):

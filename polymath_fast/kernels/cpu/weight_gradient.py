@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from polymath_fast.kernels.cpu import blocks
-from polymath_fast.kernels.cpu.bf16 import DEPTH, put
+from polymath_fast.kernels.cpu.bf16 import DEPTH, next_panel, put
 from polymath_fast.kernels.cpu.moves import turn_pairs
 from polymath_fast.kernels.cpu.tiles import COLUMNS, LANES
 
@@ -33,11 +33,13 @@ def weight_gradient(start, stop, slopes, packed, out, add):
         _turn(slopes[2 * first :], depth, start, stop, turned)
         for panel in range(packed.shape[0]):
             some = packed[panel, first:]
+            following = next_panel(packed, panel, first)
             for top in range(start, stop, height):
+                ahead = blocks.ahead_of(following, depth, (top - start) // height)
                 put(
                     turned.ctypes.data + (top - start) * turned.strides[0], turned.strides[0],
-                    some, depth, out, top, stop, panel * COLUMNS, add or first > 0, False,
-                    top == start, spare,
+                    some, depth, out, top, stop, panel * COLUMNS, add or first > 0, False, ahead,
+                    spare,
                 )  # fmt: skip
     blocks.end(packed, before)
 
