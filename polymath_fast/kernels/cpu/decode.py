@@ -124,7 +124,8 @@ def _layers(
                 attend(
                     room.queries, group, position + 1, own_keys, own_values, prompt_len,
                     prompt_keys[layer, head], prompt_values[layer, head], scale, room.scores,
-                    room.probs, room.sums, attended[i, head * group * size : (head + 1) * group * size],
+                    room.probs, room.sums,
+                    attended[i, head * group * size : (head + 1) * group * size],
                     lse[i, head * group : (head + 1) * group],
                 )  # fmt: skip
         barrier(threads, counters, phase + 2)
