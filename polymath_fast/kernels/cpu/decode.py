@@ -6,39 +6,21 @@ uint16; a word is what a product counts in, one fp32 or two bf16.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 
 from polymath_fast.kernels.cpu import blocks, tiles
 from polymath_fast.kernels.cpu.borrowed import BORROWED
-from polymath_fast.kernels.cpu.decode_attention import ROWS, attend, place
-from polymath_fast.kernels.cpu.layers import copy_row, rms_norm, round_row
+from polymath_fast.kernels.cpu.decode_attention import attend, make_room, tokens_at_once
+from polymath_fast.kernels.cpu.decode_products import activate, add_projection, address, project
+from polymath_fast.kernels.cpu.layers import copy_row, rms_norm
 from polymath_fast.kernels.cpu.moves import copy
-from polymath_fast.kernels.cpu.panel_blocks import PANEL
-from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 from polymath_fast.kernels.cpu.team import barrier, next_task
 
 PHASES = 8
 """of one layer: norm, projections, attention, output, norm, tape, gate and up, down"""
-_LOWEST = np.float32(-80.0)
-
-
-class _Room(NamedTuple):
-    """Scratch of one thread."""
-
-    queries: np.ndarray
-    """of a key head"""
-    scores: np.ndarray
-    """of a tile, as are the next two"""
-    probs: np.ndarray
-    sums: np.ndarray
-    tile: np.ndarray
-    """two blocks of a product"""
-    wide: np.ndarray
-    """two heads in fp32"""
-    new_key: np.ndarray
+_TASKS = 4
+"""of attention that a thread should have at least"""
 
 
 @njit(nogil=True, cache=True)
@@ -65,18 +47,9 @@ def step(
     what the last norm reads), nowhere if that is negative, or if kept_rows is (0,), not (count,);
     kept_gate_up is (L, panels, rows, 96): 48 columns of gate, then the same ones of up.
     """
-    key_heads, size = keys.shape[2], stacked.shape[2]
-    width = (keys.shape[3] + prompt_keys.shape[2]) * PANEL
-    room = _Room(
-        np.zeros((-(-(heads // key_heads) // ROWS) * ROWS, size), stacked.dtype),
-        np.empty((ROWS, width), np.float32),
-        np.zeros((ROWS, width), stacked.dtype),
-        np.empty((ROWS, values.shape[4] * PANEL), np.float32),
-        np.empty((2 * blocks.rows_of(qkv), tiles.COLUMNS), np.float32),
-        np.empty(2 * size, np.float32),
-        np.empty(size, stacked.dtype),
-    )
-    projected = stacked.reshape(stacked.shape[0], stacked.shape[1] * size)
+    room = make_room(stacked, heads // keys.shape[2], keys, values, prompt_keys)
+    tile = np.empty((2 * blocks.rows_of(qkv), tiles.COLUMNS), np.float32)
+    projected = stacked.reshape(stacked.shape[0], stacked.shape[1] * stacked.shape[2])
     kept_projected = kept_stacked.reshape(kept_stacked.shape[0], -1, projected.shape[1])
     before = blocks.begin(qkv)
     _layers(
@@ -84,6 +57,7 @@ def step(
         sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values,
         scale, hidden, stacked, projected, attended, lse, between, normed, active, out, kept_rows,
         kept_hidden, kept_projected, kept_attended, kept_lse, kept_between, kept_gate_up, room,
+        tile,
     )  # fmt: skip
     blocks.end(qkv, before)
 
@@ -93,43 +67,38 @@ def _layers(
     threads, counters, count, norms, head_norms, biases, qkv, output, gate_up, down, heads, cos,
     sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values, scale,
     hidden, stacked, projected, attended, lse, between, normed, active, out, kept_rows, kept_hidden,
-    kept_projected, kept_attended, kept_lse, kept_between, kept_gate_up, room,
+    kept_projected, kept_attended, kept_lse, kept_between, kept_gate_up, room, tile,
 ):  # fmt: skip
     """`step` with room for everything."""
-    key_heads, size, tile = keys.shape[2], stacked.shape[2], room.tile
-    group = heads // key_heads
+    key_heads = keys.shape[2]
+    together = tokens_at_once(heads // key_heads)
+    chunk = max(1, min(together, lengths.size * key_heads // (_TASKS * threads)))
     for layer in range(keys.shape[0]):
         phase = PHASES * layer
         _norm_rows(threads, counters, phase, hidden, count, norms[2 * layer], eps, normed)
         panel = next_task(counters, phase + 1)
         while panel < qkv.shape[1]:
             later = next_task(counters, phase + 1)
-            following = _address(qkv[layer], later)
+            following = address(qkv[layer], later)
             weights = qkv[layer, panel]
-            _project(normed, count, weights, panel, following, tile, biases[layer], projected)
+            project(normed, count, weights, panel, following, tile, biases[layer], projected)
             panel = later
         barrier(threads, counters, phase + 1)
         while True:
             task = next_task(counters, phase + 2)
-            if task >= lengths.size * key_heads:
+            b, head = task // key_heads * chunk, task % key_heads
+            if b >= lengths.size:
                 break
-            b, head = task // key_heads, task % key_heads
-            own_keys, own_values = keys[layer, slots[b], head], values[layer, slots[b], head]
-            for i in range(firsts[b], firsts[b + 1]):  # in order: each row sees those before it
-                position = lengths[b] + i - firsts[b]
-                place(
-                    stacked[i], heads, head, cos[i], sin[i], head_norms[layer], eps, position,
-                    own_keys, own_values, room.wide, room.new_key, room.queries,
-                )  # fmt: skip
+            end = firsts[min(b + chunk, lengths.size)]
+            for first in range(firsts[b], end, together):
                 attend(
-                    room.queries, group, position + 1, own_keys, own_values, prompt_len,
-                    prompt_keys[layer, head], prompt_values[layer, head], scale, room.scores,
-                    room.probs, room.sums,
-                    attended[i, head * group * size : (head + 1) * group * size],
-                    lse[i, head * group : (head + 1) * group],
+                    first, min(first + together, end), b, firsts, lengths, slots, stacked, heads,
+                    head, cos, sin, head_norms[layer], eps, keys[layer], values[layer], prompt_len,
+                    prompt_keys[layer, head], prompt_values[layer, head], scale, room, attended,
+                    lse,
                 )  # fmt: skip
         barrier(threads, counters, phase + 2)
-        _add_projection(
+        add_projection(
             threads, counters, phase + 3, attended, count, output[layer], tile, hidden, between
         )
         last = norms[2 * layer + 1]
@@ -147,12 +116,12 @@ def _layers(
         panel = next_task(counters, phase + 6)
         while panel < gate_up.shape[1] // 2:
             later = next_task(counters, phase + 6)
-            following = _address(gate_up[layer], 2 * later)
+            following = address(gate_up[layer], 2 * later)
             weights, kept = gate_up[layer, 2 * panel :], kept_gate_up[layer, panel]
-            _activate(normed, count, weights, panel, following, tile, active, kept_rows, kept)
+            activate(normed, count, weights, panel, following, tile, active, kept_rows, kept)
             panel = later
         barrier(threads, counters, phase + 6)
-        _add_projection(
+        add_projection(
             threads, counters, phase + 7, active, count, down[layer], tile, between, hidden
         )
     end = PHASES * keys.shape[0]
@@ -197,90 +166,3 @@ def _norm_rows(threads, counters, phase, x, count, weight, eps, out):
             break
         rms_norm(top, min(top + tiles.ROWS, count), x, weight, eps, out)
     barrier(threads, counters, phase)
-
-
-@njit(**BORROWED)
-def _add_projection(threads, counters, phase, x, count, packed, tile, before, after):
-    """after = before + x @ a weight; tasks are panels of its outputs."""
-    height = blocks.rows_of(packed)
-    panel = next_task(counters, phase)
-    while panel < packed.shape[0]:
-        later = next_task(counters, phase)
-        following = _address(packed, later)
-        left = panel * tiles.COLUMNS
-        right = min(left + tiles.COLUMNS, after.shape[1])
-        for top in range(0, count, height):
-            _tile(x, top, count, packed[panel], following, tile)
-            for r in range(min(height, count - top)):
-                row = before[top + r, left:right]
-                _add_row(tile[r], row, after[top + r, left:right])
-        panel = later
-    barrier(threads, counters, phase)
-
-
-@njit(**BORROWED)
-def _project(x, count, packed, panel, following, tile, bias, out):
-    height = blocks.rows_of(packed)
-    left = panel * tiles.COLUMNS
-    right = min(left + tiles.COLUMNS, out.shape[1])
-    for top in range(0, count, height):
-        _tile(x, top, count, packed, following, tile)
-        for r in range(min(height, count - top)):
-            if bias.size:
-                _add(tile[r], bias[left:right])
-            round_row(tile[r], out[top + r, left:right])
-
-
-@njit(**BORROWED)
-def _activate(x, count, packed, panel, following, tile, out, kept_rows, kept):
-    """One panel of silu(gate) * up; packed[0] holds the gate's columns, packed[1] those of up.
-    Both go to rows of kept (rows, 96) as well."""
-    height = blocks.rows_of(packed)
-    left = panel * tiles.COLUMNS
-    right = min(left + tiles.COLUMNS, out.shape[1])
-    for top in range(0, count, height):
-        _tile(x, top, count, packed[0], packed[1].ctypes.data, tile)
-        _tile(x, top, count, packed[1], following, tile[height:])
-        for r in range(min(height, count - top)):
-            gate, up = tile[r], tile[height + r]
-            _silu_times(gate, up, out[top + r, left:right])
-            if top + r < kept_rows.size and kept_rows[top + r] >= 0:
-                row = kept[kept_rows[top + r]]
-                round_row(gate, row[: tiles.COLUMNS])
-                round_row(up, row[tiles.COLUMNS :])
-
-
-@njit(inline="always")
-def _address(panels, number):
-    """Of that panel; 0 if there is none."""
-    return panels[number].ctypes.data if number < panels.shape[0] else np.uintp(0)
-
-
-@njit(inline="always")
-def _tile(x, top, count, packed, following, scratch):
-    """`following` is the address of the panel that comes next, see `blocks.ahead_of`."""
-    height = blocks.rows_of(packed)
-    blocks.multiply(
-        x.ctypes.data + top * x.strides[0], x.strides[0], packed, packed.shape[0],
-        scratch.ctypes.data, scratch.strides[0], min(height, count - top), False,
-        blocks.ahead_of(following, packed.shape[0], top // height),
-    )  # fmt: skip
-
-
-@njit(**BORROWED)
-def _add(row, other):
-    for j in range(other.size):
-        row[j] += other[j]
-
-
-@njit(**BORROWED)
-def _add_row(row, other, out):
-    for j in range(out.size):
-        put(out, j, value(other[j]) + row[j])
-
-
-@njit(error_model="numpy", **BORROWED)
-def _silu_times(gate, up, out):
-    for j in range(out.size):
-        sigmoid = np.float32(1) / (np.float32(1) + exp(-maximum(gate[j], _LOWEST)))
-        put(out, j, gate[j] * sigmoid * up[j])

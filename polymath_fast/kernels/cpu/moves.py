@@ -32,17 +32,6 @@ def _emit_copy(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -
     return context.get_dummy_value()
 
 
-@intrinsic
-def fetch(typing_context, address):
-    """Ask for the line of memory at an address: it will be read soon."""
-
-    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        emit_fetch(builder, args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.uintp), emit
-
-
 def emit_fetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     """A line into the second-level cache."""
     pointer = ir.IntType(8).as_pointer()
