@@ -74,8 +74,8 @@ def test_scratch_memory_in_the_cache_is_not_counted_twice() -> None:
     vocabulary, hidden = 151936, 1536
     sums = 4 * vocabulary * hidden / gib
     logits = {
-        "bfloat16": (LOGITS + 2 * 600 * 151968) / gib,
-        "float32": (LOGITS + 4 * 296 * 151952) / gib,
+        "bfloat16": (LOGITS + 2 * 592 * 151968) / gib,
+        "float32": (LOGITS + 4 * 288 * 151952) / gib,
     }
     chunks = {
         dtype: chunk_rows(16384, vocabulary, hidden, torch_dtype(dtype), H100) * vocabulary / gib
@@ -112,7 +112,7 @@ def test_scratch_memory_lies_in_one_piece_of_the_cache() -> None:
         return next(parts) - next(parts)
 
     sums = 4 * 151936 * 1536 / 2**30
-    logits, slopes = LOGITS / 2**30, 2 * 600 * 151968 / 2**30
+    logits, slopes = LOGITS / 2**30, 2 * 592 * 151968 / 2**30
     assert spared(1) == pytest.approx(logits + slopes + sums)
     assert spared(4) == pytest.approx(logits + slopes)
     assert spared(28) == pytest.approx(logits)
@@ -139,9 +139,9 @@ def test_the_head_on_a_gpu_is_counted_as_the_kernel_cuts_it(family: str) -> None
         some = estimate(family=family, gpu=gpu, active_vocabulary="auto")["LM head"]
         assert some * 2**30 == head_bytes(*size, gpu, some_columns=True)
     on_cpu = estimate("vllm", device="cpu", family=family)["LM head"]
-    blocks = LOGITS + 2 * 600 * 151968
+    blocks = LOGITS + 2 * 592 * 151968
     if family != "qwen2.5-1.5b":  # 152064 columns, a few more cache lines
-        blocks = 4 * 120 * 152080 + 2 * 600 * 152096
+        blocks = 4 * 120 * 152080 + 2 * 592 * 152096
     assert on_cpu * 2**30 == blocks + 8 * size[1] * size[2]
 
 

@@ -45,10 +45,15 @@ def test_one_sample_is_learnt_and_the_saved_model_knows_it(tmp_path):
 @pytest.mark.vllm
 def test_vllm_carries_the_same_job(tmp_path):
     """Sampling and learning agree, on the first weights and after an update reached the engine."""
+    reward = tmp_path / "reward.py"  # of which no draw gives all completions the same
+    reward.write_text(
+        "def brevity(completions, **_):\n    return [1 / (9 + len(c)) for c in completions]"
+    )
     rows = run(
         tmp_path / "run",
         *("--engine", "vllm", "--max-steps", "3", "--eval-dataset"),
         *("--num-generations", "16", "--max-completion-length", "48", "--beta", "0.001"),
+        *("--reward", f"{reward}:brevity"),
         *("--learning-rate", "5e-5", "--verify-sync"),  # so that bfloat16 moves enough to see it
     )
     assert [row["step"] for row in rows] == [1, 2, 3]

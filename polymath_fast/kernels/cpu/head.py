@@ -119,7 +119,7 @@ class Head:
 
 def rows_that_fit(budget: int, row_bytes: int, count: int) -> int:
     """Rows of a buffer: what the budget allows in whole tiles, at least a few tiles."""
-    return min(max(budget // row_bytes // 32 * 32, 32), max(count, 1))
+    return min(max(budget // row_bytes // 8 * 8, 32), max(count, 1))
 
 
 def odd_lines(columns: int, itemsize: int) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from polymath_fast.kernels.active_vocabulary import ROUNDING
 from polymath_fast.kernels.cpu import vocabulary
+from polymath_fast.kernels.cpu.blocks import PADDING
 from polymath_fast.kernels.cpu.head import Head, odd_lines, rows_that_fit
 from polymath_fast.kernels.cpu.operands import bits, padded_rows
 from polymath_fast.kernels.cpu.workspace import buffer, claim
@@ -36,7 +37,8 @@ NO_GRADIENTS = Gradients(None, None, None, {})
 
 def capacity(block: int, row_bytes: int, count: int) -> int:
     """Gradient rows that are collected, for blocks of `block` of `count` rows."""
-    return max(rows_that_fit(SLOPES_BYTES, row_bytes, padded_rows(count)), padded_rows(block))
+    fitting = rows_that_fit(SLOPES_BYTES, row_bytes, padded_rows(count))
+    return max(fitting // PADDING * PADDING, padded_rows(block))  # a product reads whole blocks
 
 
 class HeadGradient:

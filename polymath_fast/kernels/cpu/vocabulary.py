@@ -23,7 +23,7 @@ from polymath_fast.kernels.active_vocabulary import (
     SAMPLED_ROWS,
     SOME_COLUMNS,
 )
-from polymath_fast.kernels.cpu.operands import bits
+from polymath_fast.kernels.cpu.operands import bits, padded_rows
 from polymath_fast.kernels.cpu.products import Products
 from polymath_fast.kernels.cpu.scalar import value
 from polymath_fast.kernels.cpu.threads import parallel, split
@@ -112,7 +112,7 @@ def _expected_norm(
     """Norm of d_hidden, from its ratio to sum |slope| |weight| on a sample of rows."""
     count = min(SAMPLED_ROWS, len(slopes))
     rows = torch.arange(count) * len(slopes) // count
-    sample = torch.nn.functional.pad(slopes[rows], (0, 0, 0, -len(rows) % 8))
+    sample = torch.nn.functional.pad(slopes[rows], (0, 0, 0, padded_rows(count) - count))
     exact = torch.empty(len(rows), size, dtype=torch.float32)
     products.d_hidden(sample, len(rows), None, exact)
     masses = _row_masses(bits(slopes), lengths)
