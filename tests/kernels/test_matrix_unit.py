@@ -20,7 +20,8 @@ needs_unit = pytest.mark.skipif(not matrix_unit.available(), reason="needs AMX")
 
 @njit
 def _block(a, b, out, count, add):
-    before = blocks.begin(b)
+    before = np.empty(blocks.SAVED, np.uint8)
+    blocks.begin(b, before)
     place, step = out.ctypes.data, out.strides[0]
     blocks.multiply(a.ctypes.data, a.strides[0], b, b.shape[0], place, step, count, add, place)
     blocks.end(b, before)
@@ -29,7 +30,8 @@ def _block(a, b, out, count, add):
 
 @njit
 def _panel(a, b, out, count, add):
-    before = blocks.begin(b)
+    before = np.empty(blocks.SAVED, np.uint8)
+    blocks.begin(b, before)
     place, step = out.ctypes.data, out.strides[0]
     panel_blocks.multiply(a.ctypes.data, a.strides[0], b, b.shape[0], place, step, add)
     blocks.end(b, before)
@@ -68,7 +70,8 @@ def test_sums_are_those_of_the_factors(multiply, columns, count, depth):
 def test_only_columns_that_count_are_multiplied(count, depth):
     @njit
     def scores(rows, count, panels, out):
-        before = blocks.begin(panels)
+        before = np.empty(blocks.SAVED, np.uint8)
+        blocks.begin(panels, before)
         panel_blocks.products(rows, count, panels, out)
         blocks.end(panels, before)
 

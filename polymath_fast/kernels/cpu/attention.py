@@ -40,9 +40,10 @@ class _Room(NamedTuple):
     scores: np.ndarray
     probs: np.ndarray
     sums: np.ndarray
+    before: np.ndarray
+    """see `blocks.begin`"""
 
 
-@njit(nogil=True, cache=True)
 def forward(
     start, stop, q, k, v, table, runs, prompt_len, prompt_keys, prompt_values, scale, most, out, lse
 ):
@@ -55,15 +56,12 @@ def forward(
     64), prompt_values (Hkv, D panels, words of rows, 64).
     """
     room = _room(q, k, prompt_keys, prompt_values, most)
-    before = blocks.begin(prompt_keys)
     _forward(
         start, stop, q, k, v, table, runs, prompt_len, prompt_keys, prompt_values, scale, room, out,
         lse,
     )  # fmt: skip
-    blocks.end(prompt_keys, before)
 
 
-@njit(nogil=True, cache=True)
 def _room(q, k, prompt_keys, prompt_values, most):
     size, block, own_panels = q.shape[2], rows_of(prompt_keys), -(-most // PANEL)
     depth = own_panels * PANEL * k.itemsize // 4
@@ -76,6 +74,7 @@ def _room(q, k, prompt_keys, prompt_values, most):
         np.empty((block, width), np.float32),
         np.zeros((block, width), q.dtype),
         np.empty((block, prompt_values.shape[1] * PANEL), np.float32),
+        np.empty(blocks.SAVED, np.uint8),
     )
 
 
@@ -87,6 +86,7 @@ def _forward(
     group = q.shape[1] // key_heads
     block = rows_of(prompt_keys)
     scores, probs, sums = room.scores, room.probs, room.sums
+    blocks.begin(prompt_keys, room.before)
     for task in range(start, stop):
         segment, head = divmod(task, key_heads)
         first, count, _, sees = table[segment, :4]
@@ -112,6 +112,7 @@ def _forward(
                 weighted_sums(probs, seen, prompt_values[head], last, room.values, sums)
                 for r in range(height):
                     store_row(out[first + top + r, query_head], sums[r], scores[r, 0])
+    blocks.end(prompt_keys, room.before)
 
 
 @njit(**BORROWED)

@@ -67,7 +67,6 @@ class _Chunk(NamedTuple):
     packed: np.ndarray
 
 
-@njit(nogil=True, cache=True)
 def backward(
     start, stop, q, k, v, table, runs, prompt_len, prompt_keys, prompt_values, prompt_key_rows,
     scale, most, out, lse, d_out, slots, d_q, d_k, d_v, d_shared,
@@ -89,21 +88,21 @@ def backward(
     d_keys = np.empty((width + block, parts * PANEL), np.float32)
     d_values = np.empty(d_keys.shape, np.float32)
     prompt = _Keys(prompt_keys, prompt_values, prompt_key_rows)
-    before = blocks.begin(prompt_keys)
+    before = np.empty(blocks.SAVED, np.uint8)
     _backward(
         start, stop, q, k, v, table, runs, prompt_len, prompt, scale, out, lse, d_out,
         d_shared[slots[start]], d_shared[-1], d_q, d_k, d_v, path, own, tile, chunk, d_keys,
-        d_values,
+        d_values, before,
     )  # fmt: skip
-    blocks.end(prompt_keys, before)
 
 
 @njit(**BORROWED)
 def _backward(
     start, stop, q, k, v, table, runs, prompt_len, prompts, scale, out, lse, d_out, shared, inner,
-    d_q, d_k, d_v, path, own, tile, chunk, d_keys, d_values,
+    d_q, d_k, d_v, path, own, tile, chunk, d_keys, d_values, before,
 ):  # fmt: skip
     """`backward` with room for everything; `prompts` holds those of all heads."""
+    blocks.begin(own.columns, before)
     key_heads = k.shape[1]
     group = q.shape[1] // key_heads
     for task in range(start, stop):
@@ -128,9 +127,9 @@ def _backward(
                 _to_keys(chunk.probs, d_out, which, seen, ahead, chunk, d_values)
         _hand_out(d_keys, seen, line, runs, head, shared[head, 0], inner[head, 0], d_k)
         _hand_out(d_values, seen, line, runs, head, shared[head, 1], inner[head, 1], d_v)
+    blocks.end(own.columns, before)
 
 
-@njit(nogil=True, cache=True)
 def _room_for_keys(most, k, like, parts):
     panels = -(-most // PANEL)
     columns = np.empty((panels, like.shape[2], PANEL), like.dtype)
@@ -138,7 +137,6 @@ def _room_for_keys(most, k, like, parts):
     return _Keys(columns, np.empty(columns.shape, like.dtype), rows)
 
 
-@njit(nogil=True, cache=True)
 def _room_for_tile(block, q, width, parts):
     rows, scores = (block, q.shape[2]), (block, width)
     return _Tile(
@@ -147,7 +145,6 @@ def _room_for_tile(block, q, width, parts):
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
 def _room_for_chunk(q, width, like, parts):
     pairs = CHUNK // 2 if q.itemsize == 2 else 0
     depth = whole_panels(CHUNK) * q.itemsize // 4

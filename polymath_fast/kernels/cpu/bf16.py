@@ -41,7 +41,8 @@ def logits(start, stop, hidden, count, packed, out):
     chains = -(-pairs // blocks.chain_of(packed))
     height = blocks.rows_of(packed)
     spare = np.empty((height, COLUMNS), np.float32)
-    before = blocks.begin(packed)
+    before = np.empty(blocks.SAVED, np.uint8)
+    blocks.begin(packed, before)
     for panel in range(start, stop):
         left = panel * COLUMNS
         for chain in range(chains):
@@ -77,7 +78,8 @@ def hidden_gradient(start, stop, slopes, packed, out):
     height = blocks.rows_of(packed)
     spare = np.empty((height, COLUMNS), np.float32)
     pairs = packed.shape[1]
-    before = blocks.begin(packed)
+    before = np.empty(blocks.SAVED, np.uint8)
+    blocks.begin(packed, before)
     for first in range(0, pairs, DEPTH):
         depth = min(DEPTH, pairs - first)
         for panel in range(packed.shape[0]):

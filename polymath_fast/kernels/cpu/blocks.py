@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numba import njit, types
+from numba import njit
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import matrix_unit, tiles
@@ -18,43 +17,39 @@ from polymath_fast.kernels.cpu import matrix_unit, tiles
 COLUMNS = tiles.COLUMNS
 PADDING = matrix_unit.ROWS
 """left operands have memory for a multiple of so many rows"""
+SAVED = matrix_unit.CONFIG_BYTES
 _UNIT_ROWS = 2 * matrix_unit.ROWS
 _HAS_UNIT = matrix_unit.available()
 """asked for when this is imported: compiled code that comes from the cache asks no more"""
 
 
 def by_unit(packed: Any) -> bool:
-    """Whether blocks of a factor of this numba type are the matrix unit's."""
-    return packed.dtype == types.uint32 and _HAS_UNIT
+    """Whether blocks of a factor, an array or numba's type of it, are the matrix unit's."""
+    return str(packed.dtype) == "uint32" and _HAS_UNIT
 
 
-def rows_of(packed):
-    """Rows of a block, at most."""
-    raise NotImplementedError("compiled code only")
+def rows_of(packed: Any) -> int:
+    """Rows of a block, at most; compiled code may ask, too."""
+    return _UNIT_ROWS if by_unit(packed) else tiles.ROWS
 
 
 @overload(rows_of, inline="always")
 def _compiled_rows_of(packed):
-    rows = _UNIT_ROWS if by_unit(packed) else tiles.ROWS
+    rows = rows_of(packed)
     return lambda packed: rows
 
 
-def begin(packed):
-    """What a thread calls before its first block; the result is for `end`, after its last."""
+def begin(packed, before):
+    """What a thread calls before its first block, and `end` after its last; before (SAVED,) uint8
+    is scratch for the time between."""
     raise NotImplementedError("compiled code only")
 
 
 @overload(begin, inline="always")
-def _compiled_begin(packed):
+def _compiled_begin(packed, before):
     if by_unit(packed):
-
-        def begin(packed):
-            before = np.empty(matrix_unit.CONFIG_BYTES, np.uint8)
-            matrix_unit.configure(before.ctypes.data)
-            return before
-
-        return begin
-    return lambda packed: np.empty(0, np.uint8)
+        return lambda packed, before: matrix_unit.configure(before.ctypes.data)
+    return lambda packed, before: None
 
 
 def end(packed, before):

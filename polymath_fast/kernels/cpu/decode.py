@@ -23,7 +23,6 @@ _TASKS = 4
 """of attention that a thread should have at least"""
 
 
-@njit(nogil=True, cache=True)
 def step(
     threads, counters, count, norms, head_norms, biases, qkv, output, gate_up, down, heads, cos,
     sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values, scale,
@@ -51,15 +50,14 @@ def step(
     tile = np.empty((2 * blocks.rows_of(qkv), tiles.COLUMNS), np.float32)
     projected = stacked.reshape(stacked.shape[0], stacked.shape[1] * stacked.shape[2])
     kept_projected = kept_stacked.reshape(kept_stacked.shape[0], -1, projected.shape[1])
-    before = blocks.begin(qkv)
+    before = np.empty(blocks.SAVED, np.uint8)
     _layers(
         threads, counters, count, norms, head_norms, biases, qkv, output, gate_up, down, heads, cos,
         sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values,
         scale, hidden, stacked, projected, attended, lse, between, normed, active, out, kept_rows,
         kept_hidden, kept_projected, kept_attended, kept_lse, kept_between, kept_gate_up, room,
-        tile,
+        tile, before,
     )  # fmt: skip
-    blocks.end(qkv, before)
 
 
 @njit(**BORROWED)
@@ -68,8 +66,10 @@ def _layers(
     sin, eps, firsts, lengths, slots, keys, values, prompt_len, prompt_keys, prompt_values, scale,
     hidden, stacked, projected, attended, lse, between, normed, active, out, kept_rows, kept_hidden,
     kept_projected, kept_attended, kept_lse, kept_between, kept_gate_up, room, tile,
+    before,
 ):  # fmt: skip
     """`step` with room for everything."""
+    blocks.begin(qkv, before)
     key_heads = keys.shape[2]
     together = tokens_at_once(heads // key_heads)
     chunk = max(1, min(together, lengths.size * key_heads // (_TASKS * threads)))
@@ -129,6 +129,7 @@ def _layers(
     if next_task(counters, end + 1) == 0:
         _keep(0, hidden, kept_rows, kept_hidden[keys.shape[0]])
     barrier(threads, counters, end + 1)
+    blocks.end(qkv, before)
 
 
 @njit(**BORROWED)

@@ -71,9 +71,8 @@ class Room(NamedTuple):
     new_key: np.ndarray
 
 
-@njit(nogil=True, cache=True)
 def make_room(stacked, group, keys, values, prompt_keys):
-    """Of a decoder; group: query heads of a key head."""
+    """Of a decoder's arrays; group: query heads of a key head."""
     size, block = stacked.shape[2], panel_blocks.rows_of(keys)
     rows = -(-max(_TOGETHER, group) // block) * block + ROWS  # the last tile may stand out
     width = (keys.shape[3] + prompt_keys.shape[2]) * PANEL

@@ -4,6 +4,8 @@ there is one, else in tiles of registers; see `blocks`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import njit
 from numba.extending import overload
 
@@ -17,14 +19,14 @@ WORDS = matrix_unit.WORDS
 _one, _two, _three = matrix_unit.narrow_blocks
 
 
-def rows_of(panels):
-    """Rows of a block."""
-    raise NotImplementedError("compiled code only")
+def rows_of(panels: Any) -> int:
+    """Rows of a block; compiled code may ask, too."""
+    return matrix_unit.ROWS if by_unit(panels) else 6
 
 
 @overload(rows_of, inline="always")
 def _compiled_rows_of(panels):
-    rows = matrix_unit.ROWS if by_unit(panels) else 6
+    rows = rows_of(panels)
     return lambda panels: rows
 
 

@@ -27,7 +27,8 @@ def weight_gradient(start, stop, slopes, packed, out, add):
     rows = -(-(stop - start) // blocks.PADDING) * blocks.PADDING
     # a line more than a power of two: rows would share the same few sets of the cache
     turned = np.empty((rows, min(pairs, DEPTH) + 2 * LANES), np.uint32)
-    before = blocks.begin(packed)
+    before = np.empty(blocks.SAVED, np.uint8)
+    blocks.begin(packed, before)
     for first in range(0, pairs, DEPTH):
         depth = min(DEPTH, pairs - first)
         _turn(slopes[2 * first :], depth, start, stop, turned)
