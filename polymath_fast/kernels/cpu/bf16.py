@@ -109,11 +109,12 @@ def put(a, row_step, b, words, out, top, bottom, left, add, apart, ahead, spare)
     """
     count = min(blocks.rows_of(b), bottom - top)
     inside = top + blocks.rows_of(b) <= bottom and left + COLUMNS <= out.shape[1]
-    if inside and not (add and apart and blocks.continues(b)):
-        place = out.ctypes.data + top * out.strides[0] + 4 * left
-        blocks.multiply(a, row_step, b, words, place, out.strides[0], count, add, ahead)
-    else:
-        blocks.multiply(a, row_step, b, words, spare.ctypes.data, 4 * COLUMNS, count, False, ahead)
+    direct = inside and not (add and apart and blocks.continues(b))
+    place, step = spare.ctypes.data, spare.strides[0]
+    if direct:
+        place, step = out.ctypes.data + top * out.strides[0] + 4 * left, out.strides[0]
+    blocks.multiply(a, row_step, b, words, place, step, count, add and direct, ahead)
+    if not direct:
         for row in range(count):
             for column in range(min(COLUMNS, out.shape[1] - left)):
                 held = out[top + row, left + column] if add else np.float32(0)
