@@ -52,7 +52,7 @@ def logits(start, stop, hidden, count, packed, out):
             following = packed[panel, first + depth :].ctypes.data
             for top in range(0, count, height):
                 ahead = blocks.ahead_of(following, depth, top // height)
-                put(
+                _put(
                     hidden.ctypes.data + top * hidden.strides[0] + 4 * first, hidden.strides[0],
                     some, depth, out, top, count, left, chain > 0, True, ahead, spare,
                 )  # fmt: skip
@@ -69,39 +69,41 @@ def pack_pairs(start, stop, source, packed):
         for panel in range(packed.shape[0]):
             left = panel * COLUMNS
             width = min(COLUMNS, source.shape[1] - left)
-            interleave(source, 2 * pair, 1, left, width, packed[panel, pair:])
+            _interleave(source, 2 * pair, 1, left, width, packed[panel, pair:])
 
 
 @njit(nogil=True, cache=True)
 def hidden_gradient(start, stop, slopes, packed, out):
     """out (M, H) fp32 = slopes (rows, V / 2) words @ packed weight; the range is one of M."""
-    height = blocks.rows_of(packed)
-    spare = np.empty((height, COLUMNS), np.float32)
-    pairs = packed.shape[1]
+    spare = np.empty((blocks.rows_of(packed), COLUMNS), np.float32)
     before = np.empty(blocks.SAVED, np.uint8)
     blocks.begin(packed, before)
-    for first in range(0, pairs, DEPTH):
-        depth = min(DEPTH, pairs - first)
-        for panel in range(packed.shape[0]):
-            some = packed[panel, first:]
-            following = next_panel(packed, panel, first)
-            for top in range(start, stop, height):
-                ahead = blocks.ahead_of(following, depth, (top - start) // height)
-                put(
-                    slopes.ctypes.data + top * slopes.strides[0] + 4 * first, slopes.strides[0],
-                    some, depth, out, top, stop, panel * COLUMNS, first > 0, False, ahead, spare,
-                )  # fmt: skip
+    for first in range(0, packed.shape[1], DEPTH):
+        a = slopes.ctypes.data + start * slopes.strides[0] + 4 * first
+        put_panels(a, slopes.strides[0], packed, first, out, start, stop, first > 0, spare)
     blocks.end(packed, before)
 
 
 @njit(inline="always")
-def next_panel(packed, panel, first):
-    """Address of word `first` of the panel behind this one; 0: there is none."""
-    return packed[panel + 1, first:].ctypes.data if panel + 1 < packed.shape[0] else np.uintp(0)
+def put_panels(a, row_step, packed, first, out, start, stop, add, spare):
+    """Rows [start, stop) of `out` = or += rows at the address `a` times `packed` from its word
+    `first` on, `DEPTH` words at most."""
+    height, depth = blocks.rows_of(packed), min(DEPTH, packed.shape[1] - first)
+    for panel in range(packed.shape[0]):
+        some, following = packed[panel, first:], np.uintp(0)
+        if panel + 1 < packed.shape[0]:
+            following = packed[panel + 1, first:].ctypes.data
+        for top in range(start, stop, height):
+            ahead = blocks.ahead_of(following, depth, (top - start) // height)
+            left = a + (top - start) * row_step
+            _put(
+                left, row_step, some, depth, out, top, stop, panel * COLUMNS, add, False, ahead,
+                spare,
+            )  # fmt: skip
 
 
 @njit(inline="always")
-def put(a, row_step, b, words, out, top, bottom, left, add, apart, ahead, spare):
+def _put(a, row_step, b, words, out, top, bottom, left, add, apart, ahead, spare):
     """One block of `out` at (top, left), = or +=; rows from `bottom` on are not written.
 
     a, row_step, b, words, ahead: see `blocks.multiply`. apart: it is a sum of its own, which is
@@ -122,7 +124,7 @@ def put(a, row_step, b, words, out, top, bottom, left, add, apart, ahead, spare)
 
 
 @njit(nogil=True, cache=True)
-def interleave(source, top, pairs, left, width, out):
+def _interleave(source, top, pairs, left, width, out):
     """out (pairs, columns) words: rows 2 p and 2 p + 1 of `source`, columns left to left + width.
 
     What lies past the rows of `source`, or past `width`, is zero.

@@ -14,7 +14,6 @@ from numba.extending import overload
 
 from polymath_fast.kernels.cpu import matrix_unit, tiles
 
-COLUMNS = tiles.COLUMNS
 PADDING = matrix_unit.ROWS
 """left operands have memory for a multiple of so many rows"""
 SAVED = matrix_unit.CONFIG_BYTES

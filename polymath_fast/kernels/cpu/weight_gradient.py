@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from polymath_fast.kernels.cpu import blocks
-from polymath_fast.kernels.cpu.bf16 import DEPTH, next_panel, put
+from polymath_fast.kernels.cpu.bf16 import DEPTH, put_panels
 from polymath_fast.kernels.cpu.moves import turn_pairs
 from polymath_fast.kernels.cpu.tiles import COLUMNS, LANES
 
@@ -22,26 +22,19 @@ factor"""
 def weight_gradient(start, stop, slopes, packed, out, add):
     """out (V, H) fp32 = or += slopes (count, V).T @ packed hidden; the range is one of V, of a few
     hundred rows at most."""
-    height, pairs = blocks.rows_of(packed), packed.shape[1]
-    spare = np.empty((height, COLUMNS), np.float32)
+    pairs = packed.shape[1]
+    spare = np.empty((blocks.rows_of(packed), COLUMNS), np.float32)
     rows = -(-(stop - start) // blocks.PADDING) * blocks.PADDING
     # a line more than a power of two: rows would share the same few sets of the cache
     turned = np.empty((rows, min(pairs, DEPTH) + 2 * LANES), np.uint32)
     before = np.empty(blocks.SAVED, np.uint8)
     blocks.begin(packed, before)
     for first in range(0, pairs, DEPTH):
-        depth = min(DEPTH, pairs - first)
-        _turn(slopes[2 * first :], depth, start, stop, turned)
-        for panel in range(packed.shape[0]):
-            some = packed[panel, first:]
-            following = next_panel(packed, panel, first)
-            for top in range(start, stop, height):
-                ahead = blocks.ahead_of(following, depth, (top - start) // height)
-                put(
-                    turned.ctypes.data + (top - start) * turned.strides[0], turned.strides[0],
-                    some, depth, out, top, stop, panel * COLUMNS, add or first > 0, False, ahead,
-                    spare,
-                )  # fmt: skip
+        _turn(slopes[2 * first :], min(DEPTH, pairs - first), start, stop, turned)
+        more = add or first > 0
+        put_panels(
+            turned.ctypes.data, turned.strides[0], packed, first, out, start, stop, more, spare
+        )
     blocks.end(packed, before)
 
 
