@@ -23,7 +23,8 @@ def _block(a, b, out, count, add):
     before = np.empty(blocks.SAVED, np.uint8)
     blocks.begin(b, before)
     place, step = out.ctypes.data, out.strides[0]
-    blocks.multiply(a.ctypes.data, a.strides[0], b, b.shape[0], place, step, count, add, place)
+    later = blocks.later(b.ctypes.data, b.shape[0], 0, 1, place)
+    blocks.multiply(a.ctypes.data, a.strides[0], b, b.shape[0], place, step, count, add, later)
     blocks.end(b, before)
     return blocks.rows_of(b)
 
@@ -167,7 +168,7 @@ def _loop(height: int, width: int, of: int) -> str:
     """Assembly from the first to the last product of a block."""
     module = ir.Module()
     whole, flag = ir.IntType(64), ir.IntType(1)
-    kind = ir.FunctionType(ir.VoidType(), [whole] * 6 + [flag, whole])
+    kind = ir.FunctionType(ir.VoidType(), [whole] * 6 + [flag, ir.ArrayType(whole, 3)])
     function = ir.Function(module, kind, "block")
     builder = ir.IRBuilder(function.append_basic_block())
     matrix_unit._emit_block(builder, height, width, 64 * of, function.args)

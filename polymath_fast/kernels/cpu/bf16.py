@@ -32,7 +32,18 @@ def pack_weight(start, stop, weight, packed):
 
 @njit(nogil=True, cache=True)
 def logits(start, stop, hidden, count, packed, out):
-    """out (count, V) fp32 = hidden (rows, H / 2) words @ packed weight; the range is of panels.
+    """out (count, V) fp32 = hidden (rows, H / 2) words @ packed weight; the range is of panels."""
+    spare = np.empty((blocks.rows_of(packed), COLUMNS), np.float32)
+    before = np.empty(blocks.SAVED, np.uint8)
+    blocks.begin(packed, before)
+    for panel in range(start, stop):
+        put_logits(panel, hidden, count, packed, out, spare)
+    blocks.end(packed, before)
+
+
+@njit(nogil=True, cache=True)
+def put_logits(panel, hidden, count, packed, out, spare):
+    """Those of one panel, where `blocks.begin` has been called.
 
     Sums of at most `chain_of` pairs are added up: an error of fp32 rounding grows with the length
     of the chain, and log-probs show it.
@@ -40,23 +51,16 @@ def logits(start, stop, hidden, count, packed, out):
     pairs = packed.shape[1]
     chains = -(-pairs // blocks.chain_of(packed))
     height = blocks.rows_of(packed)
-    spare = np.empty((height, COLUMNS), np.float32)
-    before = np.empty(blocks.SAVED, np.uint8)
-    blocks.begin(packed, before)
-    for panel in range(start, stop):
-        left = panel * COLUMNS
-        for chain in range(chains):
-            first = pairs * chain // chains
-            depth = pairs * (chain + 1) // chains - first
-            some = packed[panel, first:]
-            following = packed[panel, first + depth :].ctypes.data
-            for top in range(0, count, height):
-                ahead = blocks.ahead_of(following, depth, top // height)
-                _put(
-                    hidden.ctypes.data + top * hidden.strides[0] + 4 * first, hidden.strides[0],
-                    some, depth, out, top, count, left, chain > 0, True, ahead, spare,
-                )  # fmt: skip
-    blocks.end(packed, before)
+    for chain in range(chains):
+        first = pairs * chain // chains
+        depth = pairs * (chain + 1) // chains - first
+        some = packed[panel, first:]
+        following = packed[panel, first + depth :].ctypes.data
+        for top in range(0, count, height):
+            _put(
+                hidden.ctypes.data + top * hidden.strides[0] + 4 * first, hidden.strides[0], some,
+                depth, out, 0, top, count, panel * COLUMNS, chain > 0, True, following, spare,
+            )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
@@ -94,33 +98,37 @@ def put_panels(a, row_step, packed, first, out, start, stop, add, spare):
         if panel + 1 < packed.shape[0]:
             following = packed[panel + 1, first:].ctypes.data
         for top in range(start, stop, height):
-            ahead = blocks.ahead_of(following, depth, (top - start) // height)
             left = a + (top - start) * row_step
             _put(
-                left, row_step, some, depth, out, top, stop, panel * COLUMNS, add, False, ahead,
-                spare,
+                left, row_step, some, depth, out, start, top, stop, panel * COLUMNS, add, False,
+                following, spare,
             )  # fmt: skip
 
 
 @njit(inline="always")
-def _put(a, row_step, b, words, out, top, bottom, left, add, apart, ahead, spare):
-    """One block of `out` at (top, left), = or +=; rows from `bottom` on are not written.
+def _put(a, row_step, b, words, out, start, top, stop, left, add, apart, following, spare):
+    """The block of rows [start, stop) of `out` at (top, left), = or +=.
 
-    a, row_step, b, words, ahead: see `blocks.multiply`. apart: it is a sum of its own, which is
-    then added to what `out` holds.
+    a, row_step, b, words: see `blocks.multiply`; following: `blocks.later`. apart: it is a sum of
+    its own, which is then added to what `out` holds.
     """
-    count = min(blocks.rows_of(b), bottom - top)
-    inside = top + blocks.rows_of(b) <= bottom and left + COLUMNS <= out.shape[1]
-    direct = inside and not (add and apart and blocks.continues(b))
-    place, step = spare.ctypes.data, spare.strides[0]
-    if direct:
-        place, step = out.ctypes.data + top * out.strides[0] + 4 * left, out.strides[0]
-    blocks.multiply(a, row_step, b, words, place, step, count, add and direct, ahead)
-    if not direct:
-        for row in range(count):
-            for column in range(min(COLUMNS, out.shape[1] - left)):
-                held = out[top + row, left + column] if add else np.float32(0)
-                out[top + row, left + column] = held + spare[row, column]
+    height = blocks.rows_of(b)
+    count, below = min(height, stop - top), top + height
+    place = out.ctypes.data + top * out.strides[0] + 4 * left
+    soon = np.uintp(0)
+    if below < stop:
+        soon = place + height * out.strides[0]
+    number = (top - start) // height
+    later = blocks.later(following, words, number, -(-(stop - start) // height), soon)
+    inside = below <= stop and left + COLUMNS <= out.shape[1]
+    if inside and not (add and apart and blocks.continues(b)):
+        blocks.multiply(a, row_step, b, words, place, out.strides[0], count, add, later)
+        return
+    blocks.multiply(a, row_step, b, words, spare.ctypes.data, spare.strides[0], count, False, later)
+    for row in range(count):
+        for column in range(min(COLUMNS, out.shape[1] - left)):
+            held = out[top + row, left + column] if add else np.float32(0)
+            out[top + row, left + column] = held + spare[row, column]
 
 
 @njit(nogil=True, cache=True)

@@ -89,35 +89,37 @@ def _compiled_continues(packed):
 
 
 @njit(inline="always")
-def ahead_of(following, words, block):
-    """What `multiply` is told with block number 0, 1, ... of rows: the first two have the memory
-    bring `following`, the next as many words, half by half. An address, 0: there are none."""
-    bytes_each = words // matrix_unit.WORDS * matrix_unit.FETCHED
-    wanted = following != 0 and block < 2
-    return following + block * bytes_each if wanted else following * 0
+def later(following, words, block, blocks, sums):
+    """What `multiply` has the memory bring meanwhile, for number `block` of `blocks` of rows: half
+    of the as many `words` at `following` under each of the first two, or all under a single one;
+    and what is at `sums`. Addresses, 0: nothing."""
+    half = words // matrix_unit.WORDS * matrix_unit.FETCHED
+    nothing = following * 0
+    first = following + block * half if following != 0 and block < 2 else nothing
+    second = following + half if following != 0 and blocks == 1 else nothing
+    return first, second, sums + nothing
 
 
-def multiply(a, row_step, packed, words, out, out_step, count, add, ahead):
+def multiply(a, row_step, packed, words, out, out_step, count, add, later):
     """out (rows, 48) fp32 = or += rows of `a` times `words` words of `packed` (words, 48).
 
     `a` and `out` are addresses, row m of them at m times their step in bytes. `count` rows, at most
-    `rows_of`, matter; all of a block's may be read and written. `ahead`: where the next words are
-    that this thread multiplies by, see `ahead_of`, or 0.
+    `rows_of`, matter; all of a block's may be read and written. later: see there.
     """
     raise NotImplementedError("compiled code only")
 
 
 @overload(multiply, inline="always")
-def _compiled_multiply(a, row_step, packed, words, out, out_step, count, add, ahead):
+def _compiled_multiply(a, row_step, packed, words, out, out_step, count, add, later):
     return _by_unit if by_unit(packed) else _in_registers
 
 
-def _by_unit(a, row_step, packed, words, out, out_step, count, add, ahead):
+def _by_unit(a, row_step, packed, words, out, out_step, count, add, later):
     steps = words // matrix_unit.WORDS
     if count > matrix_unit.ROWS:
-        matrix_unit.high_block(a, row_step, packed, steps, out, out_step, add, ahead)
+        matrix_unit.high_block(a, row_step, packed, steps, out, out_step, add, later)
     else:
-        matrix_unit.low_block(a, row_step, packed, steps, out, out_step, add, ahead)
+        matrix_unit.low_block(a, row_step, packed, steps, out, out_step, add, later)
     done = steps * matrix_unit.WORDS
     if done < words:
         _add_rest(a + 4 * done, row_step, packed[done:], words - done, out, out_step, count)
@@ -132,5 +134,5 @@ def _add_rest(a, row_step, packed, words, out, out_step, count):
         )
 
 
-def _in_registers(a, row_step, packed, words, out, out_step, count, add, ahead):
+def _in_registers(a, row_step, packed, words, out, out_step, count, add, later):
     tiles.dot_tile(a, row_step, 4, packed, words, out, out_step, add)

@@ -1,7 +1,7 @@
 """The matrix products of decoding, a panel of outputs a task, with what follows at once on each.
 
 Weights are packed (panels, words of inputs, 48). `following` is the address of the panel that this
-thread will multiply by next, or 0, see `blocks.ahead_of`. R rows, I width of the MLP.
+thread will multiply by next, or 0, see `blocks.later`. R rows, I width of the MLP.
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ def address(panels, number):
 
 @njit(inline="always")
 def _tile(x, top, count, packed, following, scratch):
-    """`following` is the address of the panel that comes next, see `blocks.ahead_of`."""
-    height = blocks.rows_of(packed)
+    """`following` is the address of the panel that comes next, see `blocks.later`."""
+    height, words = blocks.rows_of(packed), packed.shape[0]
+    block, number = top // height, -(-count // height)
     blocks.multiply(
-        x.ctypes.data + top * x.strides[0], x.strides[0], packed, packed.shape[0],
-        scratch.ctypes.data, scratch.strides[0], min(height, count - top), False,
-        blocks.ahead_of(following, packed.shape[0], top // height),
+        x.ctypes.data + top * x.strides[0], x.strides[0], packed, words, scratch.ctypes.data,
+        scratch.strides[0], min(height, count - top), False,
+        blocks.later(following, words, block, number, np.uintp(0)),
     )  # fmt: skip
 
 

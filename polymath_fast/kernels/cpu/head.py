@@ -13,7 +13,7 @@ import torch
 
 from polymath_fast.kernels.cpu import rows
 from polymath_fast.kernels.cpu.operands import bits
-from polymath_fast.kernels.cpu.products import products_for
+from polymath_fast.kernels.cpu.products import TileProducts, products_for
 from polymath_fast.kernels.cpu.threads import parallel, split
 from polymath_fast.kernels.cpu.workspace import buffer
 
@@ -103,18 +103,28 @@ class Head:
     def _logits(self, start: int, stop: int) -> torch.Tensor:
         width = odd_lines(self.vocab, 4)
         out = buffer("logits", (self.block, width), torch.float32)[: stop - start]
-        self.products.logits(self.hidden[start:stop], out[:, : self.vocab])
-        parallel(
-            rows.head_statistics,
-            split(stop - start),
-            out.numpy(),
-            self.vocab,
-            self._bias,
-            self.targets[start:stop],
-            self.scale,
-            self.found[:, start:stop].numpy(),
-        )
+        logits, found = out[:, : self.vocab], self.found[:, start:stop].numpy()
+        hidden, targets = self.hidden[start:stop], self.targets[start:stop]
+        tasks, given = split(stop - start), (out.numpy(), self.vocab)
+        if isinstance(self.products, TileProducts):
+            shifts = self._target_logits(hidden, targets)
+            more = (self._bias, targets, self.scale, shifts, logits)
+            sums = self.products.logits_and_sums(hidden, *more)
+            more = (targets, self.scale, shifts, sums, found)
+            parallel(rows.shifted_statistics, tasks, *given, *more)
+        else:
+            self.products.logits(hidden, logits)
+            more = (self._bias, targets, self.scale, found)
+            parallel(rows.head_statistics, tasks, *given, *more)
         return out
+
+    def _target_logits(self, hidden: torch.Tensor, targets: np.ndarray) -> np.ndarray:
+        """(rows,) fp32 and scaled, about as they will be in the product."""
+        index = torch.from_numpy(targets)
+        found = (hidden.float() * self.weight[index].float()).sum(1)
+        if len(self._bias):
+            found += torch.from_numpy(self._bias)[index]
+        return found.mul_(float(self.scale)).numpy()
 
 
 def rows_that_fit(budget: int, row_bytes: int, count: int) -> int:

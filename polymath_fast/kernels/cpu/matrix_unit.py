@@ -84,12 +84,13 @@ def _make_block(height: int, width: int, of: int | None = None) -> Callable[...,
     line = _LINE * (of or width)
 
     @intrinsic
-    def block(typing_context, a, row_step, b, steps, out, out_step, add, ahead):
+    def block(typing_context, a, row_step, b, steps, out, out_step, add, later):
         """out (rows, columns) fp32 = or += rows of `a` times columns of `b`, over 16 `steps` pairs.
 
         `b` is an array packed as (words, columns) uint32, the first ones of a panel; `a` and `out`
-        are addresses, row m of them at m times their step in bytes. `ahead`: where memory begins of
-        which `FETCHED` bytes a step are needed soon, or 0. `configure` has been called.
+        are addresses, row m of them at m times their step in bytes. later: addresses of what the
+        memory is to bring meanwhile, or 0; of the first two `FETCHED` bytes a step, of the last
+        what will be `out` of the next block. `configure` has been called.
         """
         signature = types.void(
             types.uintp,
@@ -99,7 +100,7 @@ def _make_block(height: int, width: int, of: int | None = None) -> Callable[...,
             types.uintp,
             types.intp,
             types.boolean,
-            types.uintp,
+            types.UniTuple(types.uintp, 3),
         )
 
         def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -117,7 +118,7 @@ def _emit_block(
     builder: ir.IRBuilder, height: int, width: int, line: int, args: Sequence[ir.Value]
 ) -> None:
     """`line` bytes of b are one word of every column of its panel."""
-    a, row_step, b, steps, out, out_step, add, ahead = args
+    a, row_step, b, steps, out, out_step, add, later = args
 
     def below(start: ir.Value, step: ir.Value, count: int) -> ir.Value:
         return builder.add(start, builder.mul(step, _i64(ROWS * count)))
@@ -135,18 +136,38 @@ def _emit_block(
             for tile, _ in sums:
                 _call(builder, "tilezero", [_i8(tile)])
     lefts = [below(a, row_step, row) for row in range(height)]
-    fetches = builder.icmp_unsigned("!=", ahead, _i64(0))
     with cgutils.for_range(builder, steps) as loop:
         right = builder.add(b, builder.mul(loop.index, _i64(WORDS * line)))
-        with builder.if_then(fetches):
-            later = builder.add(ahead, builder.mul(loop.index, _i64(FETCHED)))
-            for offset in range(0, FETCHED, _LINE):
-                emit_fetch(builder, builder.add(later, _i64(offset)))
+        _emit_fetches(builder, later, loop.index, height, width, out_step)
         offset = builder.mul(loop.index, _i64(4 * WORDS))
         rows = [builder.add(left, offset) for left in lefts]
         _emit_step(builder, rows, row_step, right, width, line)
     for tile, place in sums:
         _tile_call(builder, "tilestored64", tile, place, out_step)
+
+
+def _emit_fetches(
+    builder: ir.IRBuilder,
+    later: ir.Value,
+    step: ir.Value,
+    height: int,
+    width: int,
+    out_step: ir.Value,
+) -> None:
+    """What is fetched in this step of the loop: of sums, two rows."""
+    *words, sums = (builder.extract_value(later, i) for i in range(3))
+    for start in words:
+        with builder.if_then(builder.icmp_unsigned("!=", start, _i64(0))):
+            place = builder.add(start, builder.mul(step, _i64(FETCHED)))
+            for offset in range(0, FETCHED, _LINE):
+                emit_fetch(builder, builder.add(place, _i64(offset)))
+    some = builder.icmp_unsigned("!=", sums, _i64(0))
+    some = builder.and_(some, builder.icmp_unsigned("<", step, _i64(ROWS * height // 2)))
+    with builder.if_then(some):
+        row = builder.add(sums, builder.mul(out_step, builder.shl(step, _i64(1))))
+        for place in (row, builder.add(row, out_step)):
+            for offset in range(0, _LINE * width, _LINE):
+                emit_fetch(builder, builder.add(place, _i64(offset)), to_write=True)
 
 
 def _emit_step(

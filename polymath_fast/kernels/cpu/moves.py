@@ -32,14 +32,14 @@ def _emit_copy(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -
     return context.get_dummy_value()
 
 
-def emit_fetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """A line into the second-level cache."""
+def emit_fetch(builder: ir.IRBuilder, address: ir.Value, to_write: bool = False) -> None:
+    """A line into the second-level cache, or, `to_write`, into the first, for this core alone."""
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, _i32, _i32, _i32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    to_read, second_level, data = _i32(0), _i32(2), _i32(1)
+    locality, data = _i32(3 if to_write else 2), _i32(1)
     place = builder.inttoptr(address, pointer)
-    builder.call(function, [place, to_read, second_level, data])
+    builder.call(function, [place, _i32(int(to_write)), locality, data])
 
 
 @intrinsic

@@ -17,6 +17,8 @@ from polymath_fast.kernels.cpu.tiles import LANES
 PANEL = 64
 WORDS = matrix_unit.WORDS
 _one, _two, _three = matrix_unit.narrow_blocks
+_NOTHING = (0, 0, 0)
+"""is fetched meanwhile: what they multiply is in the cache"""
 
 
 def rows_of(panels: Any) -> int:
@@ -57,7 +59,7 @@ def _compiled_multiply(a, row_step, panel, words, out, out_step, add):
 
 def _by_unit(a, row_step, panel, words, out, out_step, add):
     steps = words // WORDS
-    matrix_unit.wide_block(a, row_step, panel, steps, out, out_step, add, 0)
+    matrix_unit.wide_block(a, row_step, panel, steps, out, out_step, add, _NOTHING)
     done = steps * WORDS
     if done < words:
         _add_rest(a + 4 * done, row_step, panel[done:], words - done, out, out_step)
@@ -100,11 +102,11 @@ def _products_by_unit(rows, count, panels, out):
         if depth % WORDS or rest > PANEL - LANES:
             multiply(left, step, right, depth, place, out_step, False)
         elif rest > 2 * LANES:  # columns that nobody needs would have to come from memory
-            _three(left, step, right, steps, place, out_step, False, 0)
+            _three(left, step, right, steps, place, out_step, False, _NOTHING)
         elif rest > LANES:
-            _two(left, step, right, steps, place, out_step, False, 0)
+            _two(left, step, right, steps, place, out_step, False, _NOTHING)
         else:
-            _one(left, step, right, steps, place, out_step, False, 0)
+            _one(left, step, right, steps, place, out_step, False, _NOTHING)
         place += 4 * PANEL
 
 

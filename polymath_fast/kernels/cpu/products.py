@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from polymath_fast.kernels.cpu import bf16, blocks, tiles
+from polymath_fast.kernels.cpu import bf16, blocks, head_sums, tiles
 from polymath_fast.kernels.cpu.operands import (
     bits,
     pack_rows,
@@ -75,6 +75,28 @@ class TileLogits:
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """See `Products.logits`."""
+        left, panels = self._factors(hidden)
+        parallel(bf16.logits, split(len(panels)), left, len(hidden), panels, out.numpy())
+
+    def logits_and_sums(
+        self,
+        hidden: torch.Tensor,
+        bias: np.ndarray,
+        targets: np.ndarray,
+        scale: np.float32,
+        shifts: np.ndarray,
+        out: torch.Tensor,
+    ) -> np.ndarray:
+        """`logits` with `bias`, and the sums (groups, R, 2) of `rows.shifted_sums`."""
+        left, panels = self._factors(hidden)
+        groups = head_sums.group_count(len(panels))
+        sums = buffer("softmax_sums", (groups, len(hidden), 2), torch.float32).numpy()
+        given = (left, len(hidden), panels, bias, targets, scale, shifts, out.numpy(), sums)
+        parallel(head_sums.logits_and_sums, split(groups), *given)
+        return sums
+
+    def _factors(self, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and panels of the product."""
         if self._panels is None:
             self._panels = self._packed()
         count, size = hidden.shape
@@ -82,8 +104,7 @@ class TileLogits:
         left = buffer("left_rows", shape, self._weight.dtype)
         left[:count, :size] = hidden
         left[:, size:] = 0
-        tasks = split(len(self._panels))
-        parallel(bf16.logits, tasks, words(left), count, self._panels, out.numpy())
+        return words(left), self._panels
 
     def _packed(self) -> np.ndarray:
         weight = self._weight

@@ -15,11 +15,16 @@ from numba import njit, types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import scalar
+from polymath_fast.kernels.cpu.borrowed import BORROWED, INLINED
 from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, value
 
 BLOCK = 1024
 _FLOOR = np.float32(-100.0)
 """no logit counts as further below than this: exp is 0 there, and 0 * inf is avoided"""
+_FAR = np.float32(80.0)
+_MOST = 1e9
+"""of a sum of exponentials by the target's logit, less than exp(`_FAR`): with a larger one the
+entropy, a difference of two numbers as large as its logarithm, loses digits"""
 _FAST = {"reassoc", "nsz", "contract", "arcp"}  # NaN and infinity keep their meaning
 
 
@@ -32,6 +37,41 @@ def head_statistics(start, stop, logits, vocab, bias, targets, scale, found):
         for v in range(bias.size):
             row[v] += bias[v]
         _statistics(row, targets[i], scale, found[:, i])
+
+
+@njit(**BORROWED)
+def shifted_sums(logits, left, bias, targets, scale, shifts, sums):
+    """What a few columns of logits (R, C), those from `left` on, give to the statistics: sums (R,
+    2) fp32 of exp(x) and exp(x) x without the target, x = logit * scale - shifts (R,); `bias` is
+    added in place."""
+    for i in range(logits.shape[0]):
+        row = logits[i]
+        if bias.size:
+            _add(bias[left : left + row.size], row)
+        target = targets[i] - left
+        inside = 0 <= target < row.size
+        kept = row[target] if inside else np.float32(0)
+        if inside:
+            row[target] = -np.inf
+        sums[i, 0], sums[i, 1] = _block_sums(row, scale, shifts[i], True)
+        if inside:
+            row[target] = kept
+
+
+@njit(nogil=True, cache=True)
+def shifted_statistics(start, stop, logits, vocab, targets, scale, shifts, sums, found):
+    """As `head_statistics`, from the sums (G, R, 2) of all columns; from the row where its `shifts`
+    are far from its largest logit."""
+    for i in range(start, stop):
+        total = moment = 0.0
+        for group in range(sums.shape[0]):
+            total += sums[group, i, 0]
+            moment += sums[group, i, 1]
+        row = logits[i, :vocab]
+        if total <= _MOST:
+            _finish(row[targets[i]] * scale, shifts[i], total, moment, found[:, i])
+        else:  # NaN, too
+            _statistics(row, targets[i], scale, found[:, i])
 
 
 @njit(nogil=True, cache=True)
@@ -127,7 +167,13 @@ def _statistics(row, target, scale, found):
     row[target] = -np.inf
     top, total, moment = _sums(row, scale, kept * scale)
     row[target] = kept
-    distance = np.float64(kept * scale) - top
+    _finish(kept * scale, top, total, moment, found)
+
+
+@njit(nogil=True, cache=True)
+def _finish(scaled, top, total, moment, found):
+    """Statistics by the scaled logit of the target, and sums over the others."""
+    distance = np.float64(scaled) - top
     mine = math.exp(distance)
     everything = total + mine
     log_total = math.log(everything)
@@ -159,16 +205,32 @@ def _sums(row, scale, top):
             moment = (moment + total * drop) * factor if total > 0 else 0.0
             total = total * factor if total > 0 else 0.0
             top = peak
-        partial = np.float32(0)
-        partial_moment = np.float32(0)
-        for v in range(block.size):
-            x = maximum(block[v] * scale - top, _FLOOR)
-            e = exp(x)
-            partial += e
-            partial_moment += e * x
+        partial, partial_moment = _block_sums(block, scale, top, False)
         total += partial
         moment += partial_moment
     return top, total, moment
+
+
+@njit(fastmath=_FAST, **INLINED)
+def _block_sums(block, scale, top, bounded):
+    """Sums of exp(x) and of exp(x) x, x = block * scale - top, `_FAR` where it is larger or NaN if
+    `bounded`."""
+    total = np.float32(0)
+    moment = np.float32(0)
+    for v in range(block.size):
+        x = maximum(block[v] * scale - top, _FLOOR)
+        if bounded and not x < _FAR:
+            x = _FAR
+        e = exp(x)
+        total += e
+        moment += e * x
+    return total, moment
+
+
+@njit(**BORROWED)
+def _add(values, row):
+    for v in range(row.size):
+        row[v] += values[v]
 
 
 @njit(nogil=True, cache=True)
