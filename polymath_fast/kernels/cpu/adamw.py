@@ -7,10 +7,11 @@ neither on where a range begins nor on whether it fell into vector code.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import scalar
+from polymath_fast.kernels.cpu.jit import njit
 from polymath_fast.kernels.cpu.scalar import fma
 
 CHUNK = 1 << 16
@@ -19,14 +20,14 @@ BLOCK = 1024
 """elements whose updates stay in the first-level cache between two loops"""
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def squares(start, stop, grad, out):
     """out[c] = sum of squares of chunk c of `grad`, in fp64; the range is of chunks."""
     for chunk in range(start, stop):
         out[chunk] = _squares(grad[chunk * CHUNK : (chunk + 1) * CHUNK])
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz", "contract"}, forceinline=True)
+@njit(fastmath={"reassoc", "nsz", "contract"}, forceinline=True)
 def _squares(values):
     total = 0.0
     for i in range(values.size):
@@ -35,7 +36,7 @@ def _squares(values):
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def update(start, stop, live, master, m, v, grad, segments, half, zero, numbers):
     """One step of elements [start, stop) that lie in `segments` (3, S): starts, stops, decayed.
 
@@ -59,7 +60,7 @@ def update(start, stop, live, master, m, v, grad, segments, half, zero, numbers)
             _step(live[span], master[span], steps, rate, fade, half)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def _moments(grad, factor, beta1, rest1, beta2, rest2, spread, eps, m, v, steps):
     """Both moments in place, and what the learning rate multiplies."""
     for i in range(steps.size):
@@ -71,7 +72,7 @@ def _moments(grad, factor, beta1, rest1, beta2, rest2, spread, eps, m, v, steps)
         steps[i] = first / fma(np.sqrt(second), spread, eps)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _step(live, master, steps, rate, decay, half):
     for i in range(steps.size):
         p = _read(live, master, i)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from polymath_fast.kernels.cpu import blocks
 from polymath_fast.kernels.cpu.attention_parts import (
@@ -23,7 +22,7 @@ from polymath_fast.kernels.cpu.attention_parts import (
     store_row,
     weighted_sums,
 )
-from polymath_fast.kernels.cpu.borrowed import BORROWED
+from polymath_fast.kernels.cpu.jit import BORROWED, njit
 from polymath_fast.kernels.cpu.panel_blocks import PANEL, rows_of
 
 

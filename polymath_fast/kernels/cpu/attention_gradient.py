@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from polymath_fast.kernels.cpu import blocks
 from polymath_fast.kernels.cpu.attention import gather
@@ -25,7 +24,7 @@ from polymath_fast.kernels.cpu.attention_parts import (
     whole_panels,
     zero,
 )
-from polymath_fast.kernels.cpu.borrowed import BORROWED, INLINED
+from polymath_fast.kernels.cpu.jit import BORROWED, INLINED, njit
 from polymath_fast.kernels.cpu.layers import copy_row
 from polymath_fast.kernels.cpu.panel_blocks import PANEL, rows_of
 from polymath_fast.kernels.cpu.scalar import exp, put, value

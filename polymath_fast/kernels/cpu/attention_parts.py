@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import panel_blocks
 from polymath_fast.kernels.cpu.blocks import by_unit
-from polymath_fast.kernels.cpu.borrowed import BORROWED, INLINED
+from polymath_fast.kernels.cpu.jit import BORROWED, INLINED, njit
 from polymath_fast.kernels.cpu.layers import copy_row
 from polymath_fast.kernels.cpu.moves import turn_pairs, zip_words
 from polymath_fast.kernels.cpu.panel_blocks import PANEL
@@ -90,7 +90,7 @@ def _compiled_pack_rows(rows, count, out):
     return pack
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def pack_prompt(start, stop, rows, count, columns, packed_rows):
     """Both packings of the prompt, an entry of `columns` and `packed_rows` a head; a range of
     heads."""

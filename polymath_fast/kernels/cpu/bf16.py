@@ -8,9 +8,9 @@ operands have room for whole blocks of rows, so a block may read past the rows t
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from polymath_fast.kernels.cpu import blocks
+from polymath_fast.kernels.cpu.jit import njit
 from polymath_fast.kernels.cpu.moves import zip_words
 from polymath_fast.kernels.cpu.tiles import COLUMNS, LANES
 
@@ -19,7 +19,7 @@ DEPTH = 512
 stays in the second-level cache"""
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def pack_weight(start, stop, weight, packed):
     """weight (V, H / 2) words -> packed (panels, H / 2, 48) words; entries past V are zero."""
     vocab, pairs = weight.shape
@@ -30,7 +30,7 @@ def pack_weight(start, stop, weight, packed):
                 packed[panel, pair, column] = weight[row, pair] if row < vocab else 0
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def logits(start, stop, hidden, count, packed, out):
     """out (count, V) fp32 = hidden (rows, H / 2) words @ packed weight; the range is of panels."""
     spare = np.empty((blocks.rows_of(packed), COLUMNS), np.float32)
@@ -41,7 +41,7 @@ def logits(start, stop, hidden, count, packed, out):
     blocks.end(packed, before)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def put_logits(panel, hidden, count, packed, out, spare):
     """Those of one panel, where `blocks.begin` has been called.
 
@@ -63,7 +63,7 @@ def put_logits(panel, hidden, count, packed, out, spare):
             )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def pack_pairs(start, stop, source, packed):
     """source (K, columns) -> packed (panels, K / 2, 48) words of two rows; the range is of K / 2.
 
@@ -76,7 +76,7 @@ def pack_pairs(start, stop, source, packed):
             _interleave(source, 2 * pair, 1, left, width, packed[panel, pair:])
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def hidden_gradient(start, stop, slopes, packed, out):
     """out (M, H) fp32 = slopes (rows, V / 2) words @ packed weight; the range is one of M."""
     spare = np.empty((blocks.rows_of(packed), COLUMNS), np.float32)
@@ -131,7 +131,7 @@ def _put(a, row_step, b, words, out, start, top, stop, left, add, apart, followi
             out[top + row, left + column] = held + spare[row, column]
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _interleave(source, top, pairs, left, width, out):
     """out (pairs, columns) words: rows 2 p and 2 p + 1 of `source`, columns left to left + width.
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import matrix_unit, tiles
+from polymath_fast.kernels.cpu.jit import njit
 
 PADDING = matrix_unit.ROWS
 """left operands have memory for a multiple of so many rows"""
@@ -125,7 +125,7 @@ def _by_unit(a, row_step, packed, words, out, out_step, count, add, later):
         _add_rest(a + 4 * done, row_step, packed[done:], words - done, out, out_step, count)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _add_rest(a, row_step, packed, words, out, out_step, count):
     """Words that do not fill a tile, in registers."""
     for top in range(0, -(-count // matrix_unit.ROWS) * matrix_unit.ROWS, tiles.ROWS):

@@ -7,12 +7,11 @@ uint16; a word is what a product counts in, one fp32 or two bf16.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from polymath_fast.kernels.cpu import blocks, tiles
-from polymath_fast.kernels.cpu.borrowed import BORROWED
 from polymath_fast.kernels.cpu.decode_attention import attend, make_room, tokens_at_once
 from polymath_fast.kernels.cpu.decode_products import activate, add_projection, address, project
+from polymath_fast.kernels.cpu.jit import BORROWED, njit
 from polymath_fast.kernels.cpu.layers import copy_row, rms_norm
 from polymath_fast.kernels.cpu.moves import copy
 from polymath_fast.kernels.cpu.team import barrier, next_task

@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import panel_blocks
 from polymath_fast.kernels.cpu.attention_parts import softmax, store_row
-from polymath_fast.kernels.cpu.borrowed import BORROWED
+from polymath_fast.kernels.cpu.jit import BORROWED, njit
 from polymath_fast.kernels.cpu.layers import rotated_head
 from polymath_fast.kernels.cpu.panel_blocks import PANEL, in_tiles
 from polymath_fast.kernels.cpu.tiles import low_narrow_tile, low_tile

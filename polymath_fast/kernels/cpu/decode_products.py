@@ -7,10 +7,9 @@ thread will multiply by next, or 0, see `blocks.later`. R rows, I width of the M
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from polymath_fast.kernels.cpu import blocks, tiles
-from polymath_fast.kernels.cpu.borrowed import BORROWED
+from polymath_fast.kernels.cpu.jit import BORROWED, njit
 from polymath_fast.kernels.cpu.layers import round_row
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 from polymath_fast.kernels.cpu.team import barrier, next_task

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from polymath_fast.kernels.cpu import scalar
+from polymath_fast.kernels.cpu.jit import njit
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put
 
 BLOCK = 512
@@ -21,7 +21,7 @@ _INLINED = {"forceinline": True, "fastmath": _FAST}
 _FLOOR = np.float32(-100.0)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(error_model="numpy")
 def draw(
     start, stop, logits, vocab, half, scale, greedy, order, bounds, uniforms, tokens, logprobs,
     kept_rows, kept, kept_half, places, found,
@@ -74,7 +74,7 @@ def draw(
                 _keep(row, kept[kept_rows[i]])
 
 
-@njit(nogil=True, cache=True, **_INLINED)
+@njit(**_INLINED)
 def _largest(row):
     top = np.float32(-np.inf)
     for v in range(row.size):
@@ -82,7 +82,7 @@ def _largest(row):
     return top
 
 
-@njit(nogil=True, cache=True, **_INLINED)
+@njit(**_INLINED)
 def _exponentials(row, top):
     """exp(x) of x = row - top, in place; the sums of exp(x) and of exp(x) x."""
     total = np.float32(0)
@@ -96,7 +96,7 @@ def _exponentials(row, top):
     return np.float64(total), np.float64(moment)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _first(row, top):
     for v in range(row.size):
         if row[v] == top:
@@ -104,7 +104,7 @@ def _first(row, top):
     return 0
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _invert(row, masses, target):
     """The column at which the running sum of the row passes `target`; never one of mass 0."""
     block = 0
@@ -121,7 +121,7 @@ def _invert(row, masses, target):
     return last if last >= 0 else _first(row, np.float32(1))
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _without(row, masses, token):
     """The sum over all columns but one, which keeps its digits where that one is nearly all."""
     mine = token // BLOCK
@@ -135,7 +135,7 @@ def _without(row, masses, token):
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _keep(row, out):
     for v in range(row.size):
         put(out, v, row[v])

@@ -5,10 +5,10 @@ they are in the second-level cache: the target's logit stands in for the largest
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from polymath_fast.kernels.cpu import blocks, rows
 from polymath_fast.kernels.cpu.bf16 import put_logits
+from polymath_fast.kernels.cpu.jit import njit
 from polymath_fast.kernels.cpu.tiles import COLUMNS
 
 PANELS = 8
@@ -20,7 +20,7 @@ def group_count(panels: int) -> int:
     return -(-panels // PANELS)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def logits_and_sums(
     start, stop, hidden, count, packed, bias, targets, scale, shifts, out, sums
 ):  # fmt: skip

@@ -9,9 +9,8 @@ Ranges are of rows. N rows, H hidden, D head size, I width of the MLP.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from polymath_fast.kernels.cpu.borrowed import BORROWED, INLINED
+from polymath_fast.kernels.cpu.jit import BORROWED, INLINED, njit
 from polymath_fast.kernels.cpu.scalar import exp, maximum, put, value
 
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
@@ -34,7 +33,7 @@ def rms_norm_gradient(start, stop, x, weight, eps, upstream, residual, out, slot
         _norm_gradient(x[i], weight, scale, upstream[i], residual[i], out[i], into)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def rotate(start, stop, stacked, heads, cos, sin, norms, eps, out):
     """Heads [0, heads) of stacked (N, all heads, D), normalised if asked, then rotated, into out,
     which may be `stacked`; the other heads are copied.
@@ -68,7 +67,7 @@ def rotated_head(source, head, cos, sin, norms, eps, wide, out):
     round_row(turned, out)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def rotate_gradient(
     start, stop, stacked, heads, cos, sin, norms, eps, d_q, d_k, d_v, out, slots, d_norms
 ):
@@ -103,7 +102,7 @@ def _rotate_rows_back(
             copy_row(d_v[i, head], out[i, queries + keys + head])
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def swiglu(start, stop, gate_up, out):
     """out (N, I) = silu(gate) * up for gate_up (N, 2 I). Source: arXiv 2002.05202, equation 6."""
     _swiglu_rows(start, stop, gate_up, np.empty(out.shape[1], np.float32), out)
@@ -117,7 +116,7 @@ def _swiglu_rows(start, stop, gate_up, sigmoid, out):
         _swiglu(gate_up[i, :width], gate_up[i, width:], sigmoid, out[i])
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def swiglu_gradient(start, stop, gate_up, upstream, d_gate_up):
     """d_gate_up (N, 2 I) from upstream (N, I), which becomes what `swiglu` had put out."""
     sigmoid = np.empty(upstream.shape[1], np.float32)

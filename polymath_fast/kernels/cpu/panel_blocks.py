@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import matrix_unit, tiles
 from polymath_fast.kernels.cpu.blocks import by_unit
-from polymath_fast.kernels.cpu.borrowed import BORROWED
+from polymath_fast.kernels.cpu.jit import BORROWED, njit
 from polymath_fast.kernels.cpu.tiles import LANES
 
 PANEL = 64

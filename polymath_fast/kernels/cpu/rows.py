@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import scalar
-from polymath_fast.kernels.cpu.borrowed import BORROWED, INLINED
+from polymath_fast.kernels.cpu.jit import BORROWED, INLINED, njit
 from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, value
 
 BLOCK = 1024
@@ -28,7 +28,7 @@ entropy, a difference of two numbers as large as its logarithm, loses digits"""
 _FAST = {"reassoc", "nsz", "contract", "arcp"}  # NaN and infinity keep their meaning
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def head_statistics(start, stop, logits, vocab, bias, targets, scale, found):
     """Statistics of rows [start, stop) of `logits` (R, V + padding), to which `bias` (V,) or (0,)
     is added in place; found (4, R) fp64."""
@@ -58,7 +58,7 @@ def shifted_sums(logits, left, bias, targets, scale, shifts, sums):
             row[target] = kept
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def shifted_statistics(start, stop, logits, vocab, targets, scale, shifts, sums, found):
     """As `head_statistics`, from the sums (G, R, 2) of all columns; from the row where its `shifts`
     are far from its largest logit."""
@@ -74,7 +74,7 @@ def shifted_statistics(start, stop, logits, vocab, targets, scale, shifts, sums,
             _statistics(row, targets[i], scale, found[:, i])
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def head_slopes(
     start, stop, logits, vocab, index, targets, scale, found, by_logprob, by_entropy, first, out
 ):
@@ -100,7 +100,7 @@ def head_slopes(
             _store(target_row, v, np.float32(0), False)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def recorded_slopes(
     start, stop, kept, vocab, kept_rows, index, order, bounds, targets, scale, found, by_logprob,
     first, out,
@@ -132,7 +132,7 @@ def recorded_slopes(
             _store(target_row, targets[each], np.float32(slope * scale), False)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def logits_statistics(start, stop, source, step, vocab, half, targets, scale, found):
     """Statistics of rows [start, stop); row i is source[i * step :][:vocab], fp32, or bf16 or
     (`half`) fp16 bits."""
@@ -142,7 +142,7 @@ def logits_statistics(start, stop, source, step, vocab, half, targets, scale, fo
         _statistics(row, targets[i], scale, found[:, i])
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def logits_slopes(
     start, stop, source, step, vocab, half, targets, scale, found, by_logprob, by_entropy, out
 ):
@@ -160,7 +160,7 @@ def logits_slopes(
             )
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _statistics(row, target, scale, found):
     """Sums leave the target out, so that 1 - p keeps its digits where the model is confident."""
     kept = row[target]
@@ -170,7 +170,7 @@ def _statistics(row, target, scale, found):
     _finish(kept * scale, top, total, moment, found)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _finish(scaled, top, total, moment, found):
     """Statistics by the scaled logit of the target, and sums over the others."""
     distance = np.float64(scaled) - top
@@ -188,7 +188,7 @@ def _finish(scaled, top, total, moment, found):
     found[3] = total / everything
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, forceinline=True)
+@njit(fastmath=_FAST, forceinline=True)
 def _sums(row, scale, top):
     """Largest x = row * scale, sum of exp(x - largest) and of exp(x - largest) (x - largest)."""
     total = 0.0
@@ -233,7 +233,7 @@ def _add(values, row):
         row[v] += values[v]
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _slopes(row, target, scale, found, by_logprob, by_entropy, out, half):
     """out = d loss / d row, from d loss / d logprob and d loss / d entropy.
 

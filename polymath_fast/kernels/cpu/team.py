@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from polymath_fast.kernels.cpu.jit import njit
 from polymath_fast.kernels.cpu.threads import on_threads
 
 _PATIENCE = 2000
@@ -66,7 +67,7 @@ def next_task(counters, phase):
     return atomic_add(counters.ctypes.data + phase * counters.strides[0], 1)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def barrier(threads, counters, phase):
     """Return when all threads have come here in this phase; what they wrote is then visible."""
     place = counters.ctypes.data + phase * counters.strides[0] + 8

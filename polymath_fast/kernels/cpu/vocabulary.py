@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 
 from polymath_fast.kernels.active_vocabulary import (
     CPU_BUDGETS,
@@ -23,6 +22,7 @@ from polymath_fast.kernels.active_vocabulary import (
     SAMPLED_ROWS,
     SOME_COLUMNS,
 )
+from polymath_fast.kernels.cpu.jit import njit
 from polymath_fast.kernels.cpu.operands import bits, padded_rows
 from polymath_fast.kernels.cpu.products import Products
 from polymath_fast.kernels.cpu.scalar import value
@@ -186,7 +186,7 @@ def _relative(error: float, found: torch.Tensor) -> float:
     return error / exact if exact > 0 else float(error > 0)
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@njit(fastmath=True)
 def _column_sums(start, stop, slopes, norms, peak, mass):
     """Of columns [start, stop): largest |slope|, and sum over rows of |slope| norm."""
     peak[start:stop] = 0
@@ -205,7 +205,7 @@ def _column_sums(start, stop, slopes, norms, peak, mass):
                 some_mass[v] += size * norm
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@njit(fastmath=True)
 def _row_sums(start, stop, slopes, lengths, out):
     """out[i] = sum over columns of |slopes[i, v]| lengths[v]."""
     for i in range(start, stop):
@@ -221,7 +221,7 @@ def _row_sums(start, stop, slopes, lengths, out):
         out[i] = total
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@njit(fastmath=True)
 def _norms(start, stop, matrix, out):
     """out[i] = length of row i."""
     for i in range(start, stop):
@@ -233,7 +233,7 @@ def _norms(start, stop, matrix, out):
         out[i] = np.sqrt(total)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _gather(start, stop, slopes, columns, out):
     for i in range(start, stop):
         row = slopes[i]

@@ -6,10 +6,10 @@ One of them is packed by `bf16.pack_pairs`; of the other the kernel turns what i
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from polymath_fast.kernels.cpu import blocks
 from polymath_fast.kernels.cpu.bf16 import DEPTH, put_panels
+from polymath_fast.kernels.cpu.jit import njit
 from polymath_fast.kernels.cpu.moves import turn_pairs
 from polymath_fast.kernels.cpu.tiles import COLUMNS, LANES
 
@@ -18,7 +18,7 @@ GROUP = 288
 factor"""
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def weight_gradient(start, stop, slopes, packed, out, add):
     """out (V, H) fp32 = or += slopes (count, V).T @ packed hidden; the range is one of V, of a few
     hundred rows at most."""
@@ -38,7 +38,7 @@ def weight_gradient(start, stop, slopes, packed, out, add):
     blocks.end(packed, before)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _turn(source, pairs, start, stop, out):
     """out (columns, pairs) words: rows 2 p and 2 p + 1 of `source` (rows, V) in columns [start,
     stop); what lies past its rows is zero."""

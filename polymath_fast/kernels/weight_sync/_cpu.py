@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from polymath_fast.kernels.cpu import threads
+from polymath_fast.kernels.cpu.jit import njit
 from polymath_fast.kernels.weight_sync.table import ROW, SegmentTable
 
 CHUNK = 1 << 15
@@ -37,7 +38,7 @@ def weight_sync(table: SegmentTable) -> None:
             torch._foreach_copy_([segment.dst for segment in group.segments], sources)
 
 
-@njit(nogil=True, cache=True)
+@njit()
 def _copy_chunks(start, stop, table, size, halves, convert):
     """Chunks start to stop of `table` (segments, 7); a kept element is `halves` times 16 bits."""
     scale, wide = (4, 2) if convert else (2 * halves, 2 * halves)
