@@ -103,20 +103,42 @@ class Head:
     def _logits(self, start: int, stop: int) -> torch.Tensor:
         width = odd_lines(self.vocab, 4)
         out = buffer("logits", (self.block, width), torch.float32)[: stop - start]
-        logits, found = out[:, : self.vocab], self.found[:, start:stop].numpy()
-        hidden, targets = self.hidden[start:stop], self.targets[start:stop]
-        tasks, given = split(stop - start), (out.numpy(), self.vocab)
         if isinstance(self.products, TileProducts):
-            shifts = self._target_logits(hidden, targets)
-            more = (self._bias, targets, self.scale, shifts, logits)
-            sums = self.products.logits_and_sums(hidden, *more)
-            more = (targets, self.scale, shifts, sums, found)
-            parallel(rows.shifted_statistics, tasks, *given, *more)
+            self._logits_with_statistics(slice(start, stop), out)
         else:
-            self.products.logits(hidden, logits)
-            more = (self._bias, targets, self.scale, found)
-            parallel(rows.head_statistics, tasks, *given, *more)
+            self._logits_then_statistics(slice(start, stop), out)
         return out
+
+    def _logits_then_statistics(self, block: slice, out: torch.Tensor) -> None:
+        self.products.logits(self.hidden[block], out[:, : self.vocab])
+        parallel(
+            rows.head_statistics,
+            split(len(out)),
+            out.numpy(),
+            self.vocab,
+            self._bias,
+            self.targets[block],
+            self.scale,
+            self.found[:, block].numpy(),
+        )
+
+    def _logits_with_statistics(self, block: slice, out: torch.Tensor) -> None:
+        hidden, targets = self.hidden[block], self.targets[block]
+        shifts = self._target_logits(hidden, targets)
+        sums = self.products.logits_and_sums(
+            hidden, self._bias, targets, self.scale, shifts, out[:, : self.vocab]
+        )
+        parallel(
+            rows.shifted_statistics,
+            split(len(out)),
+            out.numpy(),
+            self.vocab,
+            targets,
+            self.scale,
+            shifts,
+            sums,
+            self.found[:, block].numpy(),
+        )
 
     def _target_logits(self, hidden: torch.Tensor, targets: np.ndarray) -> np.ndarray:
         """(rows,) fp32 and scaled, about as they will be in the product."""
