@@ -1,7 +1,8 @@
 """A whole training step beside TRL's and beside a plain loop: `python -m benchmarks.end_to_end`.
 
 Same model, sample, reward, number and length of rollouts, one update a step. Every contender runs
-in a process of its own, in turn, so that peak memory is its own and ratios belong to one run.
+in a process of its own, in turn, so that peak memory is its own and ratios belong to one run. Ours
+runs again after the others: what a shared machine has left changes within minutes.
 --curves adds how a step grows with rollouts, prompt and completion length; --ablations switches
 each idea off in turn. Results: benchmarks/results/<machine>/end_to_end.{json,md,png}.
 """
@@ -47,7 +48,7 @@ def main() -> int:
     parser.add_argument("--generations", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="the first one is left out")
-    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="*", default=[*CONTENDERS, OURS])
     parser.add_argument("--curves", nargs="*", default=[], choices=list(CURVES))
     parser.add_argument("--ablations", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -60,10 +61,11 @@ def main() -> int:
     job = Job(generations=options.generations, length=options.length, steps=options.steps)
     if options.contenders:
         before = gemm_rate("cpu")
-        rows = result.setdefault("contenders", {})
+        fresh: dict[str, dict[str, Any]] = {}
         for name in options.contenders:
             steps = min(job.steps, MOST_STEPS.get(name, job.steps))
-            rows[name] = measure(name, replace(job, steps=steps))
+            fresh[name] = measure(name, replace(job, steps=steps), fresh.get(name))
+        result["contenders"] = result.get("contenders", {}) | fresh
         result["job"] = asdict(job)
         result["product, TFLOP/s"] = [before / 1e12, gemm_rate("cpu") / 1e12]
         result["dtype"] = choose_dtype("auto", "cpu")[0]
@@ -89,8 +91,9 @@ def main() -> int:
     return int(bool(failed))
 
 
-def measure(name: str, job: Job) -> dict[str, Any]:
-    """Medians of a contender's steps but the first, and the peak memory of its process."""
+def measure(name: str, job: Job, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Medians of a contender's steps but the first of each of its processes, and their peak memory;
+    with those of an `earlier` measurement."""
     command = [sys.executable, "-m", "benchmarks.step_workers", name, json.dumps(asdict(job))]
     print(f"{name}: {asdict(job)}", file=sys.stderr, flush=True)
     with tempfile.TemporaryFile("w+") as errors:
@@ -104,7 +107,11 @@ def measure(name: str, job: Job) -> dict[str, Any]:
     if not lines:
         return {"error": f"exit code {child.returncode}: {''.join(last)[:200]}"}
     steps = json.loads(lines[-1].removeprefix("RESULT "))["steps"]
-    counted = [step for step in steps[1:] if not step.get("skipped")] or steps[-1:]
+    steps[0]["first"] = True
+    earlier = earlier or {}
+    steps = earlier.get("steps", []) + steps
+    counted = [each for each in steps if not (each.get("first") or each.get("skipped"))]
+    counted = counted or steps[-1:]
     row = {
         key: statistics.median(step[key] for step in counted)
         for key in ("step", "generate", "learn", "sync", "mean_length")
@@ -114,7 +121,7 @@ def measure(name: str, job: Job) -> dict[str, Any]:
     return row | {
         "tokens_per_s": tokens / row["step"],
         "learn_flops_per_s": 6 * PARAMETERS * tokens / row["learn"],
-        "peak_rss_gib": usage.ru_maxrss / 2**20,
+        "peak_rss_gib": max(usage.ru_maxrss / 2**20, earlier.get("peak_rss_gib", 0)),
         "prompt": steps[-1].get("prompt"),
         "steps": steps,
     }
@@ -150,7 +157,7 @@ def _contenders(result: dict[str, Any]) -> list[str]:
     rate = 1e12 * max(result["product, TFLOP/s"])
     lines = [
         f"One prompt, {job['generations']} completions of at most {job['length']} tokens, one "
-        f"update, SmolLM2-135M in {result['dtype']}; medians without the first step. Times per "
+        f"update, SmolLM2-135M in {result['dtype']}; medians without first steps. Times per "
         "token are what to compare: each contender draws its own completions.",
         "",
         "| | mean length | step s | generate s | learn s | peak GiB | ms a token | learner's share "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import gpu_double
 import torch
-from interpreter import hurry
+from interpreter import interpret
 
 from benchmarks import (
     attention,
@@ -115,7 +115,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 def main() -> int:
     """The suite's exit status."""
-    hurry()
+    interpret()
     gpu_sizes.SIZES = TINY
     gpu_suite.WORKER = [sys.executable, __file__]
     attention.ROUNDING = layer_passes.ERROR[torch.bfloat16] = TRUNCATION

@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it does to no effect, half of its time.
+"""Triton's interpreter, watched for races, without what it does to no effect, half of its time.
 
 It exchanges the functions of `triton.language` when a kernel is launched, and looks through the
 whole module once more at every call of a device function, when they are exchanged already. It looks
@@ -13,6 +13,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import races
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -25,8 +26,9 @@ def _languages(fn: Callable[..., Any]) -> tuple[ModuleType, ...]:
     return tuple(x for x in fn.__globals__.values() if x is tl or x is tl.core)
 
 
-def hurry() -> None:
+def interpret() -> None:
     """From here on in this process."""
+    races.watch()
     exchange, options = interpreter._patch_lang, interpreter.interpreter_builder.options
     assert not options.debug, "overflow would be reported"
 

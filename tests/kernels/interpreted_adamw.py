@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from adamw_checks import Settings, compare, gradients, run, start, update
-from interpreter import hurry
+from interpreter import interpret
 
 from polymath_fast.kernels.flat_adamw import PART, _triton
 
-hurry()
+interpret()
 
 
 @pytest.mark.parametrize(

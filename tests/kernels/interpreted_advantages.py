@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import hurry
+from interpreter import interpret
 
 from polymath_fast.kernels.group_advantages import _triton as triton_advantages
 from polymath_fast.kernels.group_advantages import reference as advantages
 
-hurry()
+interpret()
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

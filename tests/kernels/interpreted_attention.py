@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_checks import LAYOUTS, TREES, compare, make, run
 from closeness import relative_error
-from interpreter import hurry
+from interpreter import interpret
 
 from polymath_fast.kernels import dispatch
 from polymath_fast.kernels.prefix_attention import _triton
@@ -18,7 +18,7 @@ from polymath_fast.kernels.triton import attention_schedule
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
 
-hurry()
+interpret()
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TRUNCATION = 2.0**-7

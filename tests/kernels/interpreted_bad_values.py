@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import hurry
+from interpreter import interpret
 from triton_cases import BF16, FP32, SPECS, head_loss, rows_loss
 from triton_checks import loss_result, make_batch, make_head, make_logits
 
@@ -17,7 +17,7 @@ from polymath_fast.kernels.policy_loss import input_checks
 from polymath_fast.kernels.token_logprobs._triton import token_logprobs
 from polymath_fast.kernels.triton import head, offsets
 
-hurry()
+interpret()
 
 
 def test_nothing_at_all() -> None:

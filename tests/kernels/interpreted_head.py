@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from closeness import relative_error
-from interpreter import hurry
+from interpreter import interpret
 from triton_cases import BF16, FP16, FP32, upstream
 from triton_checks import compare, logprobs_result, make_head
 
@@ -18,7 +18,7 @@ from polymath_fast.kernels.linear_logprobs._triton import gradients as head_grad
 from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
 from polymath_fast.kernels.triton import head
 
-hurry()
+interpret()
 
 HEADS = [
     pytest.param(1, 1000, 48, BF16, False, id="one-row"),

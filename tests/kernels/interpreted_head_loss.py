@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from closeness import relative_error
-from interpreter import hurry
+from interpreter import interpret
 from triton_cases import BF16, FP16, SPECS, head_loss, prepared_batch
 from triton_checks import ROUNDING, compare, loss_result, make_batch, make_head
 
@@ -17,7 +17,7 @@ from polymath_fast.kernels.linear_grpo_loss._triton import linear_grpo_loss
 from polymath_fast.kernels.policy_loss import PolicyLossSpec
 from polymath_fast.kernels.triton import head, head_gradient
 
-hurry()
+interpret()
 
 
 @pytest.mark.parametrize(("spec", "names"), SPECS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import hurry
+from interpreter import interpret
 from triton_cases import BF16, FP16, FP32, prepared_batch
 from triton_checks import loss_result, make_batch, make_head
 
@@ -17,7 +17,7 @@ from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
 from polymath_fast.kernels.policy_loss import PolicyLossSpec, prepare
 from polymath_fast.kernels.triton import budget, head, vocabulary
 
-hurry()
+interpret()
 
 LENT = [
     pytest.param(BF16, PolicyLossSpec(), 0.0, 1 << 22, id="all-of-it"),

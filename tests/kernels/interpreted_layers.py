@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import hurry
+from interpreter import interpret
 from layer_checks import ROUNDING, Heads, compare_norm, compare_rotation, compare_swiglu
 from triton_checks import TRUNCATION
 
@@ -18,7 +18,7 @@ from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.policy import Policy
 from polymath_fast.models import random_models
 
-hurry()
+interpret()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 

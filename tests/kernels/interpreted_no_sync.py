@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import hurry
+from interpreter import interpret
 from no_sync import NoSync, outside
 from triton_cases import BF16, FP16, FP32, prepared_batch
 from triton_checks import make_batch, make_head, make_logits
@@ -20,7 +20,7 @@ from polymath_fast.kernels.token_logprobs._triton import token_logprobs
 from polymath_fast.kernels.triton import head, head_gradient
 from polymath_fast.kernels.triton.coefficients import known_beforehand
 
-hurry()
+interpret()
 
 
 NOTHING_WAITS = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import hurry
+from interpreter import interpret
 from triton_cases import BF16, FP16, FP32, SPECS, rows_loss, upstream
 from triton_checks import compare, logprobs_result, loss_result, make_batch, make_logits
 
@@ -15,7 +15,7 @@ from polymath_fast.kernels.faults import verify_targets
 from polymath_fast.kernels.token_logprobs._triton import gradient as token_gradient
 from polymath_fast.kernels.token_logprobs._triton import token_logprobs
 
-hurry()
+interpret()
 
 LOGITS = [
     pytest.param(1, 1000, BF16, id="one-row"),

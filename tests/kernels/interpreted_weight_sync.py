@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import pytest
-from interpreter import hurry
+from interpreter import interpret
 from weight_sync_cases import PAIRS, check, layouts
 
 from polymath_fast.kernels.weight_sync import _triton as triton_sync
 
-hurry()
+interpret()
 
 
 @pytest.mark.parametrize(("src", "dst"), PAIRS, ids=str)

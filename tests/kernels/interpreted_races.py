@@ -1,0 +1,53 @@
+"""That the interpreter's watch for races sees some.
+
+`test_triton_interpreter.py` runs this file.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from interpreter import interpret
+from races import RaceError
+
+interpret()
+
+
+@triton.jit
+def _kernel(out_ptr, step, WRITES_SAME: tl.constexpr, READS: tl.constexpr):
+    program = tl.program_id(0)
+    lanes = tl.arange(0, 4)
+    tl.store(out_ptr + program * step + lanes, lanes + (0 if WRITES_SAME else program))
+    if READS == "own":
+        tl.store(out_ptr + 64 + program, tl.sum(tl.load(out_ptr + program * step + lanes)))
+    if READS == "other":
+        later = (program + 1) % tl.num_programs(0)
+        tl.store(out_ptr + 64 + program, tl.sum(tl.load(out_ptr + later * step + lanes)))
+    if READS == "masked":
+        tl.store(out_ptr + 64 + program, tl.sum(tl.load(out_ptr + lanes, mask=lanes < 0, other=0)))
+
+
+def _run(step: int, same: bool, reads: str) -> None:
+    _kernel[(3,)](torch.zeros(128, dtype=torch.int64), step, same, reads)
+
+
+@pytest.mark.parametrize(
+    ("step", "same", "reads"), [(4, False, ""), (0, True, ""), (4, False, "masked")]
+)
+def test_programs_that_do_not_meet(step, same, reads) -> None:
+    _run(step, same, reads)
+
+
+@pytest.mark.parametrize(
+    ("step", "reads", "what"),
+    [
+        (3, "", "two programs store different values"),
+        (4, "other", "what another one stores"),
+        (4, "own", "what it stored itself"),
+    ],
+)
+def test_a_race_is_seen(step, reads, what) -> None:
+    with pytest.raises(RaceError, match=f"_kernel: .*{what}"):
+        _run(step, False, reads)
