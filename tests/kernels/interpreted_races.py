@@ -1,4 +1,4 @@
-"""That the interpreter's watch for races sees some.
+"""That the interpreter's watch for races and wrong addresses sees some.
 
 `test_triton_interpreter.py` runs this file.
 """
@@ -11,15 +11,16 @@ import triton
 import triton.language as tl
 from interpreter import interpret
 from races import RaceError
+from triton.runtime.errors import InterpreterError
 
 interpret()
 
 
 @triton.jit
-def _kernel(out_ptr, step, WRITES_SAME: tl.constexpr, READS: tl.constexpr):
+def _kernel(out_ptr, step, WRITES_SAME: tl.constexpr, READS: tl.constexpr, start=0):
     program = tl.program_id(0)
     lanes = tl.arange(0, 4)
-    tl.store(out_ptr + program * step + lanes, lanes + (0 if WRITES_SAME else program))
+    tl.store(out_ptr + start + program * step + lanes, lanes + (0 if WRITES_SAME else program))
     if READS == "own":
         tl.store(out_ptr + 64 + program, tl.sum(tl.load(out_ptr + program * step + lanes)))
     if READS == "other":
@@ -51,3 +52,11 @@ def test_programs_that_do_not_meet(step, same, reads) -> None:
 def test_a_race_is_seen(step, reads, what) -> None:
     with pytest.raises(RaceError, match=f"_kernel: .*{what}"):
         _run(step, False, reads)
+
+
+@pytest.mark.parametrize("start", [-3, 61])
+def test_an_access_outside_is_seen(start) -> None:
+    """Inside of the memory that the argument is a part of."""
+    out = torch.zeros(192, dtype=torch.int64)[64:128]
+    with pytest.raises(InterpreterError, match="BoundsError.*_kernel: .*outside"):
+        _kernel[(1,)](out, 0, False, "", start)
