@@ -104,7 +104,8 @@ def multiply(a, row_step, packed, words, out, out_step, count, add, later):
     """out (rows, 48) fp32 = or += rows of `a` times `words` words of `packed` (words, 48).
 
     `a` and `out` are addresses, row m of them at m times their step in bytes. `count` rows, at most
-    `rows_of`, matter; all of a block's may be read and written. later: see there.
+    `rows_of`, matter; all of a block's may be read and written. later: what the function of
+    that name returns.
     """
     raise NotImplementedError("compiled code only")
 

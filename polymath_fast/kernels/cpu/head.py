@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from polymath_fast.kernels.cpu import rows
+from polymath_fast.kernels.cpu import head_sums, rows
 from polymath_fast.kernels.cpu.operands import bits
 from polymath_fast.kernels.cpu.products import TileProducts, products_for
 from polymath_fast.kernels.cpu.threads import parallel, split
@@ -129,7 +129,7 @@ class Head:
             hidden, self._bias, targets, self.scale, shifts, out[:, : self.vocab]
         )
         parallel(
-            rows.shifted_statistics,
+            head_sums.shifted_statistics,
             split(len(out)),
             out.numpy(),
             self.vocab,

@@ -87,7 +87,7 @@ class TileLogits:
         shifts: np.ndarray,
         out: torch.Tensor,
     ) -> np.ndarray:
-        """`logits` with `bias`, and the sums (groups, R, 2) of `rows.shifted_sums`."""
+        """`logits` with `bias`, and the sums (groups, R, 2) for `head_sums.shifted_statistics`."""
         left, panels = self._factors(hidden)
         groups = head_sums.group_count(len(panels))
         sums = buffer("softmax_sums", (groups, len(hidden), 2), torch.float32).numpy()

@@ -15,16 +15,13 @@ from numba import types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import scalar
-from polymath_fast.kernels.cpu.jit import BORROWED, INLINED, njit
+from polymath_fast.kernels.cpu.jit import INLINED, njit
 from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, value
 
 BLOCK = 1024
 _FLOOR = np.float32(-100.0)
 """no logit counts as further below than this: exp is 0 there, and 0 * inf is avoided"""
 _FAR = np.float32(80.0)
-_MOST = 1e9
-"""of a sum of exponentials by the target's logit, less than exp(`_FAR`): with a larger one the
-entropy, a difference of two numbers as large as its logarithm, loses digits"""
 _FAST = {"reassoc", "nsz", "contract", "arcp"}  # NaN and infinity keep their meaning
 
 
@@ -36,42 +33,7 @@ def head_statistics(start, stop, logits, vocab, bias, targets, scale, found):
         row = logits[i, :vocab]
         for v in range(bias.size):
             row[v] += bias[v]
-        _statistics(row, targets[i], scale, found[:, i])
-
-
-@njit(**BORROWED)
-def shifted_sums(logits, left, bias, targets, scale, shifts, sums):
-    """What a few columns of logits (R, C), those from `left` on, give to the statistics: sums (R,
-    2) fp32 of exp(x) and exp(x) x without the target, x = logit * scale - shifts (R,); `bias` is
-    added in place."""
-    for i in range(logits.shape[0]):
-        row = logits[i]
-        if bias.size:
-            _add(bias[left : left + row.size], row)
-        target = targets[i] - left
-        inside = 0 <= target < row.size
-        kept = row[target] if inside else np.float32(0)
-        if inside:
-            row[target] = -np.inf
-        sums[i, 0], sums[i, 1] = _block_sums(row, scale, shifts[i], True)
-        if inside:
-            row[target] = kept
-
-
-@njit()
-def shifted_statistics(start, stop, logits, vocab, targets, scale, shifts, sums, found):
-    """As `head_statistics`, from the sums (G, R, 2) of all columns; from the row where its `shifts`
-    are far from its largest logit."""
-    for i in range(start, stop):
-        total = moment = 0.0
-        for group in range(sums.shape[0]):
-            total += sums[group, i, 0]
-            moment += sums[group, i, 1]
-        row = logits[i, :vocab]
-        if total <= _MOST:
-            _finish(row[targets[i]] * scale, shifts[i], total, moment, found[:, i])
-        else:  # NaN, too
-            _statistics(row, targets[i], scale, found[:, i])
+        statistics(row, targets[i], scale, found[:, i])
 
 
 @njit()
@@ -139,7 +101,7 @@ def logits_statistics(start, stop, source, step, vocab, half, targets, scale, fo
     row = np.empty(vocab, np.float32)
     for i in range(start, stop):
         scalar.load_row(source[i * step : i * step + vocab], half, np.float32(1), row)
-        _statistics(row, targets[i], scale, found[:, i])
+        statistics(row, targets[i], scale, found[:, i])
 
 
 @njit()
@@ -161,17 +123,17 @@ def logits_slopes(
 
 
 @njit()
-def _statistics(row, target, scale, found):
+def statistics(row, target, scale, found):
     """Sums leave the target out, so that 1 - p keeps its digits where the model is confident."""
     kept = row[target]
     row[target] = -np.inf
     top, total, moment = _sums(row, scale, kept * scale)
     row[target] = kept
-    _finish(kept * scale, top, total, moment, found)
+    finish(kept * scale, top, total, moment, found)
 
 
 @njit()
-def _finish(scaled, top, total, moment, found):
+def finish(scaled, top, total, moment, found):
     """Statistics by the scaled logit of the target, and sums over the others."""
     distance = np.float64(scaled) - top
     mine = math.exp(distance)
@@ -205,14 +167,14 @@ def _sums(row, scale, top):
             moment = (moment + total * drop) * factor if total > 0 else 0.0
             total = total * factor if total > 0 else 0.0
             top = peak
-        partial, partial_moment = _block_sums(block, scale, top, False)
+        partial, partial_moment = block_sums(block, scale, top, False)
         total += partial
         moment += partial_moment
     return top, total, moment
 
 
 @njit(fastmath=_FAST, **INLINED)
-def _block_sums(block, scale, top, bounded):
+def block_sums(block, scale, top, bounded):
     """Sums of exp(x) and of exp(x) x, x = block * scale - top, `_FAR` where it is larger or NaN if
     `bounded`."""
     total = np.float32(0)
@@ -225,12 +187,6 @@ def _block_sums(block, scale, top, bounded):
         total += e
         moment += e * x
     return total, moment
-
-
-@njit(**BORROWED)
-def _add(values, row):
-    for v in range(row.size):
-        row[v] += values[v]
 
 
 @njit()
