@@ -1,9 +1,10 @@
 """What Triton's interpreter cannot go wrong in, and a GPU does: programs of one launch that meet in
-memory, one that reads back what other threads of its own may not have stored yet, and addresses
-outside of the launch's arguments.
+memory, one that reads back what other threads of its own may not have stored yet, addresses outside
+of the launch's arguments, and lanes that a load leaves out.
 
 Programs of a launch run in any order, and threads of a program wait for each other at no access to
-global memory. What kernels leave in `faults` is one word, of which any will do.
+global memory. What kernels leave in `faults` is one word, of which any will do. A load without
+`other` leaves in a register what was there; here it is the worst that could be.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 from polymath_fast.kernels import faults
@@ -123,6 +125,19 @@ def _tensors(given: Any) -> list[Any]:
     return [given] if isinstance(given, torch.Tensor) else []
 
 
+def _worst(pointers: Any) -> interpreter.TensorHandle:
+    """NaN, or the largest number, for every element."""
+    kind = pointers.get_element_ty()
+    stored = interpreter._get_np_dtype(kind)
+    if kind == tl.bfloat16:
+        value = 0x7FC0
+    elif stored.kind == "f":
+        value = np.nan
+    else:
+        value = True if stored.kind == "b" else np.iinfo(stored).max
+    return interpreter.TensorHandle(np.full(pointers.data.shape, value, stored), kind)
+
+
 def watch() -> None:
     """From here on in this process, every launch that is interpreted is looked at."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -131,9 +146,12 @@ def watch() -> None:
     current: list[_Launch] = []
     reached: list[torch.Tensor] = []
 
-    def noted_load(self: Any, pointers: Any, mask: Any, *args: Any, **options: Any) -> Any:
+    def noted_load(
+        self: Any, pointers: Any, mask: Any, other: Any, *args: Any, **options: Any
+    ) -> Any:
         current[-1].note(pointers, mask)
-        return load(self, pointers, mask, *args, **options)
+        other = _worst(pointers) if other is None else other
+        return load(self, pointers, mask, other, *args, **options)
 
     def noted_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
         current[-1].note(pointers, mask, value)

@@ -1,4 +1,4 @@
-"""That the interpreter's watch for races and wrong addresses sees some.
+"""That what the interpreter is watched for is seen.
 
 `test_triton_interpreter.py` runs this file.
 """
@@ -60,3 +60,24 @@ def test_an_access_outside_is_seen(start) -> None:
     out = torch.zeros(192, dtype=torch.int64)[64:128]
     with pytest.raises(InterpreterError, match="BoundsError.*_kernel: .*outside"):
         _kernel[(1,)](out, 0, False, "", start)
+
+
+@triton.jit
+def _sum_kernel(out_ptr, x_ptr, count, SAYS: tl.constexpr):
+    lanes = tl.arange(0, 8)
+    if SAYS:
+        x = tl.load(x_ptr + lanes, mask=lanes < count, other=0.0)
+    else:
+        x = tl.load(x_ptr + lanes, mask=lanes < count)
+    tl.store(out_ptr, tl.sum(x.to(tl.float32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lanes_that_are_left_out_are_not_zero_by_themselves(dtype) -> None:
+    x, out = torch.ones(8, dtype=dtype), torch.zeros(1)
+    _sum_kernel[(1,)](out, x, 5, True)
+    assert out.item() == 5
+    _sum_kernel[(1,)](out, x, 5, False)
+    assert out.isnan().all()
+    _sum_kernel[(1,)](out, x, 8, False)
+    assert out.item() == 8

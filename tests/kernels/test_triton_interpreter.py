@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 PARTS = {
     "head": (["head"], 14),
     "head_loss": (["head_loss", "head_memory"], 29),
-    "rows": (["rows", "advantages", "weight_sync", "no_sync", "races"], 63),
+    "rows": (["rows", "advantages", "weight_sync", "no_sync", "races"], 66),
     "attention": (["attention", "bad_values"], 65),
     "layers": (["layers", "adamw"], 31),
 }
