@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import races
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -27,7 +28,9 @@ def _languages(fn: Callable[..., Any]) -> tuple[ModuleType, ...]:
 
 
 def interpret() -> None:
-    """From here on in this process."""
+    """From here on in this process, where memory that nobody has written holds NaN."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
     races.watch()
     exchange, options = interpreter._patch_lang, interpreter.interpreter_builder.options
     assert not options.debug, "overflow would be reported"
