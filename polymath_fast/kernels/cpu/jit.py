@@ -1,5 +1,5 @@
-"""numba's decorator as the kernels of this folder use it: without the GIL, with a cache that is as
-fresh as all of them, and, by option, with arrays that are borrowed.
+"""numba's decorator as a CPU's kernels use it: without the GIL, with a cache that is as fresh as
+all sources of this folder, and, by option, with arrays that are borrowed.
 
 numba keeps what it compiled as long as the file of the function stays the same. But functions of
 other files are part of that; after an update of those it would go on with the old ones.
