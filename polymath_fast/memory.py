@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from polymath_fast.config import Config
@@ -92,16 +93,16 @@ def vllm_kv_cache_gib(
     device: str,
     dtype: str = "bfloat16",
 ) -> float:
-    """GiB for vLLM's KV cache: `--kv-cache-gib`, else 1 on a CPU.
+    """GiB for vLLM's KV cache: `--kv-cache-gib`, on a CPU rounded up to whole ones, else 1 there.
 
     On a GPU, where vLLM would take the learner's share too, it is what up to 256 completions fill
     at their full length. More of them decode together while they are shorter; when the cache is
     full, vLLM puts the last ones off.
     """
+    if device == "cpu":
+        return float(math.ceil(config.kv_cache_gib or 1))
     if config.kv_cache_gib is not None:
         return config.kv_cache_gib
-    if device == "cpu":
-        return 1.0
     sequences = min(FULL_LENGTH_SEQUENCES, config.asked_generations * config.groups_per_step)
     tokens = sequences * (config.max_completion_length + 2 * _KV_BLOCK)
     tokens += config.groups_per_step * prompt_tokens + 64 * _KV_BLOCK

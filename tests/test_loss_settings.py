@@ -69,3 +69,9 @@ def test_every_option_of_the_spec_that_a_loss_may_not_read_is_compared() -> None
 @pytest.mark.parametrize("delta", [1.01, 1.1, 1.28])
 def test_a_delta_below_the_upper_clip_reaches_the_loss(delta: float) -> None:
     assert loss_spec(Config(delta=delta, epsilon_high=0.28)).delta == delta
+
+
+@pytest.mark.parametrize(("updates", "level"), [(1, "token"), (2, "sequence")])
+def test_luspo_of_several_updates_has_the_ratio_of_its_paper(updates: int, level: str) -> None:
+    assert loss_spec(Config(loss_type="luspo", updates_per_batch=updates)).level == level
+    assert loss_spec(Config(loss_type="dapo", updates_per_batch=updates)).level == "token"

@@ -37,6 +37,7 @@ def test_parts_follow_the_settings() -> None:
     needed = tokens * memory.kv_cache_bytes(random_models.FAMILIES["qwen2.5-1.5b"]) / 2**30
     assert needed < estimate("vllm")["KV cache"] < 1.1 * needed
     assert estimate("vllm", device="cpu")["KV cache"] == 1
+    assert estimate("vllm", device="cpu", kv_cache_gib=1.5)["KV cache"] == 2  # as vLLM takes it
     assert "sampler's weights (bf16)" not in plain | estimate("vllm")
     for options in ({"device": "cpu"}, {"weight_sync": "copy"}):
         assert estimate("vllm", **options)["sampler's weights (bf16)"] == pytest.approx(2 * gib)

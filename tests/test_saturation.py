@@ -57,6 +57,26 @@ def test_different_rewards_of_masked_completions_teach_nothing():
     assert "equal too" in saturation.note(settings, {"update/skipped": 1.0}, batch([1.0, 1.0]))
 
 
+def test_rewards_differ_only_where_advantages_compare_them():
+    """The maximum-variance rule leaves out what was cut off, and the others agree."""
+    group = batch([1.0, 1.0, 0.0])
+    group.groups[0].completions = [
+        Completion(token_ids=[1], sampling_logprobs=[0.0], finish_reason=reason, weight_version=0)
+        for reason in ("stop", "stop", "length")
+    ]
+    settings = {"mask_truncated_completions": True, "on_saturation": "resample"}
+    chosen = Config(num_train_generations=2, **settings)
+    assert saturation.saturated(chosen, group) and saturation.asks_again(chosen, group, 1)
+    assert not saturation.saturated(Config(**settings), group)
+    assert not saturation.saturated(Config(num_train_generations=2), group)
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(0.0, "bonus was"), (0.1, "the KL penalty were")])
+def test_what_a_saturated_step_trained_is_said(beta, expected):
+    said = saturation.note(Config(beta=beta), {"update/entropy_only": 1.0}, batch([1.0, 1.0]))
+    assert f"{expected} trained alone" in said
+
+
 def test_asked_again_until_rewards_differ_or_the_limit_is_reached():
     settings = Config(on_saturation="resample", max_resamples=2)
     equal, differing = batch([1.0, 1.0]), batch([1.0, 0.0])

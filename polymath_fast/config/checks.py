@@ -126,11 +126,12 @@ def _check_rollouts(config: Config) -> None:
             "--shard-optimizer shares the optimizer's state out to the processes of a run, and "
             "--num-processes is 1; leave it out, or pass --num-processes 2 or more"
         )
-    completions = config.num_generations * config.groups_per_step
+    trained = config.num_train_generations or config.num_generations
+    completions = trained * config.groups_per_step
     if config.updates_per_batch > completions:
         raise UserError(
-            f"--updates-per-batch is {config.updates_per_batch}, but a batch has {completions} "
-            f"completions; {completions} works, 1 is usual"
+            f"--updates-per-batch is {config.updates_per_batch}, but a batch trains on "
+            f"{completions} completions; {completions} works, 1 is usual"
         )
     if config.tape_gib and config.updates_per_batch > 1:
         raise UserError(

@@ -70,8 +70,8 @@ class RolloutSettings:
     """what samples completions: transformers is the embedded sampler; auto takes that on a CPU that
     decodes the model in tiles, else vLLM where it is installed"""
     kv_cache_gib: Annotated[float, Range(gt=0, le=65536, works=2)] | None = None
-    """memory for vLLM's KV cache in GiB; when left out 1 on a CPU, and on a GPU what completions of
-    full length fill"""
+    """memory for vLLM's KV cache in GiB, on a CPU rounded up to whole ones; when left out 1 on a
+    CPU, and on a GPU what completions of full length fill"""
     release_kv_cache: bool = False
     """give the memory of vLLM's KV cache to the learner between rollouts (GPUs)"""
     reuse_kv_cache: bool = False
@@ -105,7 +105,8 @@ class RolloutSettings:
     max_completion_length: Annotated[int, Range(ge=1, le=10_000_000, works=1024)] = 1024
     """tokens per completion at most"""
     stop_repetition: Annotated[int, Range(ge=0, le=1_000_000, works=32)] = 0
-    """end a completion whose last tokens are one pattern that many times in a row; 0 never does"""
+    """end a completion whose last tokens are one pattern that many times in a row, in one step; 0
+    never does"""
     repetition_period: Annotated[int, Range(ge=1, le=4096, works=16)] = 16
     """with --stop-repetition: tokens of such a pattern at most"""
     temperature: Annotated[float, Range(ge=0.01, le=10, works=1.0)] = 1.0
@@ -133,10 +134,12 @@ class LossSettings:
     loss_type: LossType = "dapo"
     """policy loss and its normalisation; dapo is the clipped loss averaged over tokens"""
     epsilon: Annotated[float, Range(gt=0, lt=1, works=0.2)] = 0.2
-    """ratio is clipped below at 1 - epsilon"""
+    """ratio is clipped below at 1 - epsilon; geo_mean clips its logarithm at -epsilon; with dppo it
+    is the divergence that is allowed where the advantage is negative. With one update per batch
+    the ratio is 1, and nothing is clipped"""
     epsilon_high: Annotated[float, Range(gt=0, le=1e6, works=0.28)] | None = None
-    """ratio is clipped above at 1 + epsilon-high; equals epsilon when left out; with cispo the
-    largest ratio itself"""
+    """ratio is clipped above at 1 + epsilon-high, as epsilon below; equals epsilon when left out;
+    with cispo the largest ratio itself"""
     delta: Annotated[float, Range(gt=1, le=1e6, works=4)] | None = None
     """upper bound of the ratio of completions with negative advantage; one below the upper clip
     bounds those with positive advantage instead"""
@@ -158,7 +161,7 @@ class LossSettings:
     """leave completions that hit the length limit, or --stop-repetition, out of the loss"""
     on_saturation: Literal["skip", "resample", "entropy"] = "skip"
     """when the rewards of every group are equal: skip the update, draw more completions, or train
-    an entropy bonus alone"""
+    an entropy bonus; --beta and --entropy-coef are trained all the same"""
     max_resamples: Annotated[int, Range(ge=1, le=1000, works=4)] = 4
     """with resample: how often the groups of a step are asked again at most"""
     saturation_entropy_coef: Annotated[float, Range(ge=-10, le=10, works=0.001)] = 0.001

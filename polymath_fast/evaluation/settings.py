@@ -62,7 +62,8 @@ class EvalSettings:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """of the weights; auto is bfloat16, and float32 on a CPU without bfloat16 instructions"""
     kv_cache_gib: Annotated[float, Range(gt=0, le=65536, works=4)] | None = None
-    """memory for vLLM's KV cache; vLLM's own choice when left out"""
+    """memory for vLLM's KV cache in GiB, on a CPU rounded up to whole ones; when left out 1 on a
+    CPU, and on a GPU vLLM's own choice"""
     threads: Annotated[int, Range(ge=1, le=4096, works=4)] | None = None
     """CPU threads; as many as there are cores when left out"""
     seed: Annotated[int, Range(ge=0, le=2**32 - 1, works=0)] = 0

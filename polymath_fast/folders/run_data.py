@@ -18,6 +18,7 @@ from polymath_fast.folders import kinds
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+_INTERVAL = ("low", "high", "correct", "completions")
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,18 @@ def held_out(rows: list[dict[str, Any]]) -> dict[str, list[Accuracy]]:
             prefix, _, last = key.rpartition("/")
             if not (prefix.startswith("eval/") and last.startswith("mean@")):
                 continue
-            names = (last, "low", "high", "correct", "completions")
-            values = [number(row.get(f"{prefix}/{name}")) for name in names]
+            values = [number(row.get(f"{prefix}/{name}")) for name in (last, *_INTERVAL)]
             if None not in values:
                 mean, low, high, correct, total = values
                 accuracy = Accuracy(row["step"], mean, low, high, int(correct), int(total))
                 found.setdefault(prefix.removeprefix("eval/"), []).append(accuracy)
     return found
+
+
+def is_held_out(key: str) -> bool:
+    """Whether `held_out` reads a metric."""
+    last = key.rpartition("/")[2]
+    return key.startswith("eval/") and (last.startswith("mean@") or last in _INTERVAL)
 
 
 def cut(path: Path, last_step: int) -> tuple[int, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from polymath_fast.config import Config
-from polymath_fast.rollout.types import RolloutBatch
+from polymath_fast.rollout.types import Group, RolloutBatch
 
 
 def max_variance_subset(rewards: Sequence[float], size: int) -> list[int]:
@@ -46,13 +46,15 @@ def train_rewards(batch: RolloutBatch, config: Config) -> list[float]:
     Left out are those without a reward and, with `num_train_generations`, those of each group that
     the maximum-variance rule does not choose. It chooses among completions that may carry loss.
     """
-    rewards = []
-    for group in batch.groups:
-        values = [math.nan if reward is None else reward for reward in group.rewards]
-        if config.num_train_generations is not None:
-            values = _chosen(group.completions, values, config)
-        rewards += values
-    return rewards
+    return [reward for group in batch.groups for reward in group_rewards(group, config)]
+
+
+def group_rewards(group: Group, config: Config) -> list[float]:
+    """The same of one group."""
+    values = [math.nan if reward is None else reward for reward in group.rewards]
+    if config.num_train_generations is None:
+        return values
+    return _chosen(group.completions, values, config)
 
 
 def _chosen(completions: Sequence, values: list[float], config: Config) -> list[float]:

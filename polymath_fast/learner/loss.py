@@ -27,12 +27,15 @@ class Divisors:
 
 def loss_spec(config: Config, divisors: Divisors | None = None) -> PolicyLossSpec:
     """The policy loss that the settings describe; with `divisors` it may be split over calls."""
+    several, luspo = config.updates_per_batch > 1, config.loss_type == "luspo"
     spec = PolicyLossSpec(
         loss_type=config.loss_type,
         temperature=config.temperature,
         epsilon=config.epsilon,
         epsilon_high=config.epsilon_high,
         delta=config.delta,
+        # luspo is gspo with another sum; where the ratio is 1 its level makes no difference
+        importance_sampling_level="sequence" if several and luspo else "token",
         beta=config.beta,
         kl_estimator=config.kl_estimator,
         entropy_coef=config.entropy_coef,

@@ -45,8 +45,8 @@ class UpdateMetrics:
             "tokens": tokens,
             "policy/loss": out.loss.detach(),
         }
-        region = out.metrics.get("clip_ratio/region")
-        weighted["policy/clip_ratio"] = region * tokens if region is not None else tokens * 0
+        if "clip_ratio/region" in out.metrics:
+            weighted["policy/clip_ratio"] = out.metrics["clip_ratio/region"] * tokens
         if not self._updates:  # the sampler's weights: before any update
             sampler = batch.sampling_logprobs
             self._mismatch.add(out.logprobs, sampler, batch.cu_seqlens, batch.multiplicity)

@@ -64,9 +64,11 @@ class Learner:
         needed = [row for row in rows if row.trained and (row.advantage != 0 or regularised)]
         if not needed:
             return {"update/skipped": 1.0}
-        trained = sum(len(row.token_ids) for row in rows if row.trained)
-        share = config.updates_per_batch
-        divisors = Divisors(tokens=max(1, trained // share), completions=max(1, len(rows) // share))
+        trained = [len(row.token_ids) for row in rows if row.trained]
+        updates = min(config.updates_per_batch, len(trained))
+        divisors = Divisors(
+            tokens=max(1, sum(trained) // updates), completions=max(1, len(rows) // updates)
+        )
         with out_of_memory.named(
             config,
             needed,
@@ -74,7 +76,7 @@ class Learner:
             self.optimizer.zero_grad,
             self.passes.tree_rule,
         ):
-            found = self._learn(needed, loss_spec(config, divisors), step)
+            found = self._learn(needed, loss_spec(config, divisors), step, updates)
         self._trim()
         duplicates, shared = shared_token_ratio(needed)
         return found | {
@@ -85,14 +87,14 @@ class Learner:
         }
 
     def _learn(
-        self, needed: list[TrainingRow], spec: PolicyLossSpec, step: int
+        self, needed: list[TrainingRow], spec: PolicyLossSpec, step: int, updates: int
     ) -> dict[str, float]:
         config, metrics, rank = self.config, UpdateMetrics(self.config), self.ranks.rank
-        if config.updates_per_batch > 1:
+        if updates > 1:
             needed = self.passes.with_logprobs(needed, "old_logprobs", rank)
         if self.reference is not None:
             needed = self.reference.with_logprobs(needed, "ref_logprobs", rank)
-        for part in minibatches(needed, config.updates_per_batch, f"{config.seed}-{step}"):
+        for part in minibatches(needed, updates, f"{config.seed}-{step}"):
             own = [row for row in part if row.rank == rank]
             self.passes.learn(own, spec, metrics, lambda: self.optimizer.updates)
             norm, updated = self.optimizer.step(learning_rate_at(step, config))

@@ -42,7 +42,8 @@ _CURVES = (
     ),
     (
         "Divergence and clipping",
-        "KL from the starting model; share of tokens whose ratio was clipped",
+        "KL from the starting model, or without beta from the policy that sampled; share of tokens "
+        "whose ratio was clipped",
         (("policy/kl", "KL"), ("policy/clip_ratio", "clipped")),
     ),
 )
@@ -64,7 +65,7 @@ def other_charts(rows: Rows) -> str:
     moving, still = [], []
     for key in keys:
         points = run_data.series(rows, key)
-        if key.startswith("eval/") or not points:
+        if not points or run_data.is_held_out(key):
             continue
         if len({value for _, value in points}) > 1:
             moving.append((key, points))

@@ -243,8 +243,12 @@ def _free_share() -> float:
 
 
 def _start_failure(error: Exception) -> str:
-    advice = ""
-    if "memory" in str(error).lower():
+    advice, text = "", str(error).lower()
+    if "kv cache" in text and "needed" in text:
+        advice = (
+            "; a larger --kv-cache-gib holds it, and a smaller --max-completion-length needs less"
+        )
+    elif "memory" in text:
         advice = (
             "; a smaller --kv-cache-gib, or an end to other processes on this device, leaves more "
             "memory; --engine transformers needs no second copy of anything"

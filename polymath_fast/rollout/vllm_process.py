@@ -68,8 +68,7 @@ def require_release(device: str) -> None:
     """Raise UserError where vLLM cannot free the memory of its KV cache alone."""
     if device == "cpu":
         raise UserError(
-            "--release-kv-cache is for GPUs; on a CPU the KV cache is ordinary memory: leave it "
-            "out, or choose a smaller --kv-cache-gib"
+            "--release-kv-cache is for GPUs; on a CPU the KV cache is ordinary memory: leave it out"
         )
     from vllm import LLM
 

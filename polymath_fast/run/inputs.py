@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from polymath_fast import environment, machine, models, precision, rewards, rollout, samples
 from polymath_fast.config import Config
+from polymath_fast.config.ranges import flag
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import dispatch
 from polymath_fast.learner.families import check_shape
@@ -125,7 +126,7 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
         )
         for name, (dataset, entry) in _evaluation_datasets(config).items()
     }
-    _check_microbatch(config, trained)
+    _note_idle_bounds(config, notify)
     if "math" in config.reward:
         _note_unasked_boxes(trained, notify)
     inputs = Inputs(
@@ -200,6 +201,18 @@ def _evaluation_datasets(config: Config) -> dict[str, tuple[str, str]]:
     return named
 
 
+def _note_idle_bounds(config: Config, notify: Callable[[str], None]) -> None:
+    """The first update of a batch is on policy, and bounds of a ratio of 1 do nothing."""
+    names = ("epsilon", "epsilon_high", "delta")
+    changed = [f.name for f in fields(config) if getattr(config, f.name) != f.default]
+    idle = [flag(name) for name in names if name in changed]
+    if idle and config.updates_per_batch == 1 and config.loss_type != "cispo":
+        notify(
+            f"{' and '.join(idle)} will change nothing: with --updates-per-batch 1 the ratio is 1 "
+            "everywhere; --updates-per-batch 2 makes use of bounds"
+        )
+
+
 def _note_unasked_boxes(trained: list[Sample], notify: Callable[[str], None]) -> None:
     """Without a box the last number counts: an answer that is none would hardly ever be found."""
     for sample in trained:
@@ -212,14 +225,3 @@ def _note_unasked_boxes(trained: list[Sample], notify: Callable[[str], None]) ->
                 f'ask for one, for example with --instruction "{DEFAULT_INSTRUCTION}"'
             )
             return
-
-
-def _check_microbatch(config: Config, trained: list[Sample]) -> None:
-    longest = max(len(sample.prompt_ids) for sample in trained)
-    needed = longest + config.max_completion_length
-    tokens = config.tokens_per_microbatch
-    if tokens is not None and tokens < needed:
-        raise UserError(
-            f"--tokens-per-microbatch {tokens} cannot hold one prompt and "
-            f"one completion ({longest} + {config.max_completion_length} tokens); {needed} works"
-        )

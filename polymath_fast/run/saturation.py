@@ -5,19 +5,24 @@ Once a sample is solved that is most steps, so they must be cheap, or made use o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from polymath_fast.config import Config
+from polymath_fast.learner.downsampling import group_rewards
 from polymath_fast.rollout.types import Group, RolloutBatch
 
 
 def saturated(config: Config, batch: RolloutBatch) -> bool:
-    """Whether no group has both different rewards and a completion that may be trained."""
-    return not any(_differ(group) and not _cut_off(config, group) for group in batch.groups)
+    """Whether no group has both different rewards of completions that advantages compare, and one
+    that may be trained."""
+    return not any(
+        _differ(group_rewards(group, config)) and not _cut_off(config, group)
+        for group in batch.groups
+    )
 
 
-def _differ(group: Group) -> bool:
-    return len({reward for reward in group.rewards if reward is not None}) > 1
+def _differ(rewards: Iterable[float | None]) -> bool:
+    return len({reward for reward in rewards if reward is not None and reward == reward}) > 1
 
 
 def _cut_off(config: Config, group: Group) -> bool:
@@ -38,10 +43,11 @@ def note(config: Config, learned: Mapping[str, float], batch: RolloutBatch) -> s
     """What to tell about a step with `batch` of which the learner reports `learned`; None:
     nothing."""
     if learned.get("update/entropy_only"):
-        return "all rewards are equal: the entropy bonus was trained alone (update/entropy_only)"
+        kept = " and the KL penalty were" if config.beta else " was"
+        return f"all rewards are equal: the entropy bonus{kept} trained alone (update/entropy_only)"
     if not learned["update/skipped"]:
         return None
-    if any(map(_differ, batch.groups)):
+    if any(_differ(group.rewards) for group in batch.groups):
         return (
             "completions whose reward differs were all cut off, and --mask-truncated-completions "
             "leaves those out: no update (update/skipped); raise --max-completion-length"

@@ -78,6 +78,20 @@ def test_an_answer_that_needs_a_box_is_told(tmp_path, capsys, answer, more, said
     assert ("asks for no \\boxed{}" in capsys.readouterr().out) == said
 
 
+@pytest.mark.parametrize(("updates", "said"), [("1", True), ("2", False)])
+def test_bounds_that_change_nothing_are_told(tmp_path, capsys, updates, said):
+    words = ["--model", "random:tiny", "--question", "1+1?", "--answer", "2", "--dry-run"]
+    words += ["--updates-per-batch", updates, "--epsilon-high", "0.28"]
+    run_here(words, tmp_path / "run")
+    assert ("--epsilon-high will change nothing" in capsys.readouterr().out) == said
+
+
+def test_a_prompt_may_fill_a_microbatch(tmp_path):
+    words = ["--model", "random:tiny", "--question", "why? " * 30, "--answer", "2", "--dry-run"]
+    words += ["--max-completion-length", "32", "--tokens-per-microbatch", "32"]
+    run_here(words, tmp_path / "run")
+
+
 def test_a_dry_run_measures_the_right_answer_in_tokens(tmp_path, capsys):
     """96 of them are allowed; the answer has more bytes than that, and half as many tokens."""
     answer = (
@@ -91,7 +105,7 @@ def test_a_dry_run_measures_the_right_answer_in_tokens(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--tokens-per-microbatch", "30"], "--tokens-per-microbatch"),
+        (["--tokens-per-microbatch", "20"], "--tokens-per-microbatch is 20; one completion must fit"),
         (["--max-completion-length", "4000"], "--max-completion-length"),
         (["--device", "cuda"], "--device cuda"),
         (["--offload-optimizer", "--device", "cpu"], "learning runs on cpu"),

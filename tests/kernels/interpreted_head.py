@@ -52,6 +52,18 @@ def test_head_logprobs_without_gradient() -> None:
     torch.testing.assert_close(entropy.double(), truth, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("within", [torch.no_grad, torch.enable_grad])
+def test_exponentials_are_kept_only_for_a_gradient(within, monkeypatch) -> None:
+    """A policy's weights require one also where its log-probs alone are asked for."""
+    made, release = [], head.Head.release
+    monkeypatch.setattr(head.Head, "release", lambda self: made.append(self) or release(self))
+    tensors = make_head(37, 1000, 48, BF16, "cpu")
+    weight = tensors["weight"].requires_grad_()
+    with within():
+        logprobs, _ = linear_logprobs(tensors["hidden"], weight, tensors["targets"], None, 1.0)
+    assert len(made) == (not logprobs.requires_grad) == (within is torch.no_grad)
+
+
 def test_head_logprobs_recomputed_in_chunks(monkeypatch) -> None:
     monkeypatch.setattr(head.Head, "_rows_that_fit", lambda self: 16)
     g, g_entropy = upstream(37)

@@ -10,7 +10,7 @@ from policy_cases import Case, loss_and_gradient, make_case
 from torch import Tensor
 from torch.testing import assert_close
 
-from polymath_fast.kernels import PolicyLossSpec
+from polymath_fast.kernels import PolicyLossSpec, policy_loss
 
 LOW, HIGH = 0.15, 0.25
 
@@ -89,6 +89,22 @@ def test_geometric_mean_against_autograd() -> None:
     tighter = sign * torch.minimum(sign * log_ratio, sign * log_ratio.clamp(-LOW, HIGH))
     ratio = ((tighter * case.trained).sum(-1) / case.trained.sum(-1)).exp()
     _assert_same(case, spec, (-case.advantages * ratio).mean())
+
+
+def test_tokens_that_a_geometric_mean_clips_are_counted() -> None:
+    batch = {
+        "advantages": torch.tensor([1.0, -1.0]),
+        "cu_seqlens": torch.tensor([0, 3, 6]),
+        "old_logprobs": torch.full((6,), -2.0),
+    }
+    moved = torch.tensor([HIGH + 0.1, -LOW - 0.1, 0.0, HIGH + 0.1, -LOW - 0.1, 0.0])
+    spec = PolicyLossSpec(loss_type="geo_mean", epsilon=LOW, epsilon_high=HIGH)
+    logprobs = (moved - 2).requires_grad_()
+    out = policy_loss(logprobs, spec=spec, **batch)
+    out.loss.backward()
+    assert out.metrics["clip_ratio/high"] == out.metrics["clip_ratio/low"] == pytest.approx(1 / 6)
+    assert out.metrics["clip_ratio/region"] == pytest.approx(2 / 6)
+    assert (logprobs.grad == 0).tolist() == [True, False, False, False, True, False]
 
 
 def test_sequence_ratio_with_token_slopes_against_autograd() -> None:

@@ -125,6 +125,25 @@ def test_several_updates_see_every_row_once(tiny_model, rows):
     assert len(seen) == 4
 
 
+def weights_of(made):
+    return torch.cat([p.detach().flatten() for p in made.policy.model.parameters()])
+
+
+@pytest.mark.parametrize("loss_type", ("dapo", "grpo"))
+def test_more_updates_than_trained_rows_are_as_many_as_rows(tiny_model, rows, loss_type):
+    few = [replace(row, trained=row.advantage != 0 and i < 4) for i, row in enumerate(rows)]
+    trained = sum(row.trained for row in few)
+    found = []
+    for updates in (trained, 3 * trained):
+        made = learner(
+            tiny_model, config(updates_per_batch=updates, loss_type=loss_type, learning_rate=0.02)
+        )
+        metrics = made.update(few, 0)
+        assert made.optimizer.updates == trained
+        found.append((metrics["policy/grad_norm"], weights_of(made)))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
 def test_an_update_raises_the_probability_of_what_was_rewarded(tiny_model, rows):
     good = [replace(row, advantage=1.0) for row in rows]
     made = learner(tiny_model, config(learning_rate=0.01))

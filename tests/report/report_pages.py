@@ -69,7 +69,7 @@ def make_run(run_dir: Path, steps: int = 8, text: str = "four") -> Path:
     rows = [metrics(step) for step in range(1, steps + 1)]
     for step, correct in ((0, 3), (steps, 15)):
         values = {"mean@1": correct / 40, "low": 0.02, "high": 0.53, "correct": correct}
-        values["completions"] = 40
+        values |= {"completions": 40, "pass@4": correct / 20}
         rows.append({"step": step, **{f"eval/held/{k}": v for k, v in values.items()}})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (run_dir / "completions.jsonl").open("w") as file:

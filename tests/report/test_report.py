@@ -30,6 +30,7 @@ def test_curves_hold_the_values_of_the_metrics(tmp_path):
         assert page.series[label] == [[row["step"], pytest.approx(row[key])] for row in rows], label
     assert page.series["entropy"] == [[s, pytest.approx(1 / s, rel=1e-4)] for s in range(1, 9)]
     assert page.series["held"] == [[0, 0.075], [8, 0.375]]
+    assert "eval/held/pass@4" in page.text and "eval/held/correct" not in page.text
     assert page.series["rest"] == [[s, pytest.approx(10 - 4 - 0.5 - 4.5)] for s in range(1, 9)]
     assert page.series["latest"] == [[s, s] for s in range(1, 9)] or "custom/thing" in page.text
 

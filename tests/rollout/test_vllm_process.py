@@ -8,7 +8,7 @@ import os
 import pytest
 
 from polymath_fast.errors import UserError
-from polymath_fast.rollout import vllm_process
+from polymath_fast.rollout import vllm_engine, vllm_process
 
 
 def installed(monkeypatch, **packages):
@@ -64,5 +64,20 @@ def test_the_users_own_variables_win_and_ours_follow_the_engine(monkeypatch):
 
 
 def test_the_cache_of_a_cpu_engine_is_not_released():
-    with pytest.raises(UserError, match="leave it out, or choose a smaller --kv-cache-gib"):
+    with pytest.raises(UserError, match="ordinary memory: leave it out$"):
         vllm_process.require_release("cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("No available memory for the cache blocks", "a smaller --kv-cache-gib"),
+        ("(12 GiB KV cache is needed, which is larger than the available KV cache memory (1 GiB))",
+         "a larger --kv-cache-gib"),
+        ("Unknown architecture", None),
+    ],
+)  # fmt: skip
+def test_advice_fits_what_a_start_failed_of(text, advice):
+    said = vllm_engine._start_failure(ValueError(text))
+    assert text in said
+    assert ("--kv-cache-gib" in said) == bool(advice) and (advice or "") in said

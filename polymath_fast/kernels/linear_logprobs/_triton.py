@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from polymath_fast.kernels.autograd import first_order
+from polymath_fast.kernels.autograd import first_order, wanted
 from polymath_fast.kernels.triton.head import Chunk, Head
 from polymath_fast.kernels.triton.head_gradient import HeadGradient
 from polymath_fast.kernels.triton.live import all_chunks, live_chunks
@@ -26,7 +26,9 @@ def linear_logprobs(
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`hidden` (N, H), `weight` (V, H), `targets` (N,) int64 -> logprobs (N,), entropy (N,)."""
-    return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature)
+    # inside of `forward` nothing tells a call under no_grad from others
+    keeps = any(wanted((hidden, weight, bias)))
+    return _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, keeps)
 
 
 def gradients(
@@ -77,13 +79,13 @@ def _gradients(
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, temperature):  # noqa: ANN001
+    def forward(ctx: Any, hidden, weight, bias, targets, temperature, keeps):  # noqa: ANN001
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.temperature, ctx.kept = temperature, None
         head = Head(hidden, weight, bias, targets, temperature)
         count = len(hidden)
-        if any(ctx.needs_input_grad) and 0 < count <= head.rows:
+        if keeps and 0 < count <= head.rows:
             chunk = _only_chunk(head)
             ctx.kept = head, chunk
             return chunk.found[0].clone(), chunk.found[1].clone()
@@ -97,8 +99,8 @@ class _LinearLogprobs(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, g: torch.Tensor | None, g_entropy: torch.Tensor | None):
         if g is None and g_entropy is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         hidden, weight, bias, targets = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
         head, chunk = kept or (Head(hidden, weight, bias, targets, ctx.temperature), None)
-        return *_gradients(head, chunk, g, g_entropy, ctx.needs_input_grad[:3]), None, None
+        return *_gradients(head, chunk, g, g_entropy, ctx.needs_input_grad[:3]), None, None, None

@@ -109,7 +109,8 @@ class PolicyLossSpec:
     use_bias_correction_kl: bool = False
     """multiply the KL estimate by the ratio, so that its gradient is unbiased (DeepSeek-V3.2)"""
     kl_max: float | None = None
-    """the KL estimate of a token counts as at most this, without gradient beyond; verl: 10"""
+    """the KL estimate of a token counts as at most this, without gradient beyond, but for the "+"
+    ones; verl: 10"""
     entropy_coef: float = 0.0
     """weight of the entropy bonus: loss - entropy_coef * entropy"""
     entropy_aggregation: str = TOKEN_MEAN

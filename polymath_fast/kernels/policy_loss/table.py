@@ -24,6 +24,8 @@ class TokenInputs:
     log_ratio: torch.Tensor
     """of the token or of its completion, clamped"""
     advantages: torch.Tensor
+    moves: torch.Tensor
+    """bool: whether the token's log-prob moves the ratio, of trained tokens"""
     gamma: torch.Tensor | None
     """weight of the completion, vespo only"""
 
@@ -106,7 +108,12 @@ def vespo(x: TokenInputs, spec: PolicyLossSpec) -> TokenLoss:
 def geo_mean(x: TokenInputs, spec: PolicyLossSpec) -> TokenLoss:
     """GMPO (arXiv 2507.20673): -A times the geometric mean of the clipped token ratios."""
     loss = -x.advantages * x.ratio
-    return TokenLoss(loss, ratio_slope=loss)
+    return TokenLoss(
+        loss,
+        ratio_slope=loss,
+        clipped_low=~x.moves & (x.advantages < 0),
+        clipped_high=~x.moves & (x.advantages > 0),
+    )
 
 
 def reinforce(x: TokenInputs, spec: PolicyLossSpec) -> TokenLoss:
@@ -154,7 +161,7 @@ TOKEN_LOSSES: dict[str, Callable[[TokenInputs, PolicyLossSpec], TokenLoss]] = {
     "dppo_kl": dppo_kl,
 }
 """formula of `PolicyLossSpec` -> token loss"""
-CLIPPING = ("clip", "cispo", "cispo_two_sided", "dppo_tv", "dppo_kl")
+CLIPPING = ("clip", "cispo", "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl")
 """formulas that say which tokens a bound took the gradient from"""
 
 

@@ -43,9 +43,8 @@ def policy_terms(
     old = logprobs if batch.old_logprobs is None else batch.old_logprobs
     log_ratio, moves = _log_ratio(batch, logprobs, old, spec)
     importance = _importance(batch, old, spec)
-    inputs = TokenInputs(
-        logprobs, old, log_ratio, batch.advantages, _gamma(batch, logprobs, old, importance, spec)
-    )
+    gamma = _gamma(batch, logprobs, old, importance, spec)
+    inputs = TokenInputs(logprobs, old, log_ratio, batch.advantages, moves, gamma)
     token = TOKEN_LOSSES[spec.formula](inputs, spec)
     high_entropy = None
     if spec.top_entropy_quantile < 1:
