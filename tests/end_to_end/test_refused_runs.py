@@ -105,7 +105,7 @@ def test_a_dry_run_measures_the_right_answer_in_tokens(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--tokens-per-microbatch", "20"], "--tokens-per-microbatch is 20; one completion must fit"),
+        (["--tokens-per-microbatch", "20"], "-microbatch is 20; one completion must fit"),
         (["--max-completion-length", "4000"], "--max-completion-length"),
         (["--device", "cuda"], "--device cuda"),
         (["--offload-optimizer", "--device", "cpu"], "learning runs on cpu"),
