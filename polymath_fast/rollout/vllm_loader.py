@@ -121,10 +121,13 @@ def _gather(model: nn.Module) -> Tensor:
 
 
 def _keep_as_loaded(model: nn.Module, weights: LiveWeights) -> None:
-    """Put products that follow the weights in the place of vLLM's repacking."""
+    """On a CPU put products that follow the weights in the place of vLLM's repacking; elsewhere
+    `_still_there` looks whether it has left them where they are."""
+    if weights.storage.live.device.type != "cpu":
+        return
 
     def multiply_with_live_weight(layer: nn.Module) -> None:
-        packs = weights.storage.live.device.type == "cpu" and ops._supports_onednn
+        packs = ops._supports_onednn
         layer.cpu_linear = _PackedProduct(weights) if packs else torch.nn.functional.linear
 
     for layer in model.modules():
