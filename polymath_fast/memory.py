@@ -85,6 +85,11 @@ def optimizer_bytes(config: Config, dtype: str = "bfloat16") -> dict[str, float]
     return {GRADIENT: 4} | ({} if config.offload_optimizer else state)
 
 
+def cpu_kv_cache_gib(asked: float | None) -> int:
+    """GiB of vLLM's KV cache on a CPU: it counts whole ones; 1 where nothing is asked for."""
+    return math.ceil(asked or 1)
+
+
 def vllm_kv_cache_gib(
     shape: dict[str, Any],
     config: Config,
@@ -93,14 +98,14 @@ def vllm_kv_cache_gib(
     device: str,
     dtype: str = "bfloat16",
 ) -> float:
-    """GiB for vLLM's KV cache: `--kv-cache-gib`, on a CPU rounded up to whole ones, else 1 there.
+    """GiB for vLLM's KV cache: `--kv-cache-gib`; on a CPU as `cpu_kv_cache_gib` has it.
 
-    On a GPU, where vLLM would take the learner's share too, it is what up to 256 completions fill
-    at their full length. More of them decode together while they are shorter; when the cache is
-    full, vLLM puts the last ones off.
+    Left out on a GPU, where vLLM would take the learner's share too, it is what up to 256
+    completions fill at their full length. More of them decode together while they are shorter; when
+    the cache is full, vLLM puts the last ones off.
     """
     if device == "cpu":
-        return float(math.ceil(config.kv_cache_gib or 1))
+        return cpu_kv_cache_gib(config.kv_cache_gib)
     if config.kv_cache_gib is not None:
         return config.kv_cache_gib
     sequences = min(FULL_LENGTH_SEQUENCES, config.asked_generations * config.groups_per_step)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from polymath_fast.config.ranges import flag
+from polymath_fast.config.ranges import changed, flag
 from polymath_fast.errors import UserError
 from polymath_fast.kernels.loss_choices import DEPENDENT, NEEDED, READERS, formula, reads, takes
 
@@ -34,16 +33,16 @@ def check_loss(config: Config) -> None:
 
 def _check_unused(config: Config) -> None:
     """The spec's own rules, for those of its options that are settings."""
-    changed = {f.name for f in fields(config) if getattr(config, f.name) != f.default}
+    given = changed(config)
     for name in READERS:
-        if name in changed and not reads(config.loss_type, name):
+        if name in given and not reads(config.loss_type, name):
             # the default loss reads every option that is a setting
             raise UserError(
                 f"{flag(name)} is {getattr(config, name)}, which --loss-type {config.loss_type} "
                 f"does not read; leave it out, or take --loss-type {type(config).loss_type}"
             )
     for name, other in DEPENDENT.items():
-        if name in changed and not getattr(config, other):
+        if name in given and not getattr(config, other):
             raise UserError(
                 f"{flag(name)} is {getattr(config, name)}, which nothing reads without "
                 f"{flag(other)}; leave it out, or add {_EXAMPLES[other]}"

@@ -50,6 +50,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def changed(config: Config) -> set[str]:
+    """Names of the settings that are not their defaults."""
+    return {field.name for field in fields(config) if getattr(config, field.name) != field.default}
+
+
 def check_values(config: Config) -> None:
     """Raise UserError for the first setting whose value its annotation does not allow."""
     hints = get_type_hints(type(config), include_extras=True)

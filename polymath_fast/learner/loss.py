@@ -34,7 +34,7 @@ def loss_spec(config: Config, divisors: Divisors | None = None) -> PolicyLossSpe
         epsilon=config.epsilon,
         epsilon_high=config.epsilon_high,
         delta=config.delta,
-        # luspo is gspo with another sum; where the ratio is 1 its level makes no difference
+        # where the ratio is 1 its level makes no difference, and token by token is one pass
         importance_sampling_level="sequence" if several and luspo else "token",
         beta=config.beta,
         kl_estimator=config.kl_estimator,

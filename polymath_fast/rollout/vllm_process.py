@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
 from importlib.util import find_spec
 
 from polymath_fast.errors import UserError
+from polymath_fast.memory import cpu_kv_cache_gib
 
 TESTED_VERSIONS = ((0, 26), (0, 32))
 """first and last release (major, minor) that the `vllm_*` modules have been run against"""
@@ -27,7 +27,7 @@ def prepare(device: str, kv_cache_gib: float | None, threads: int | None) -> Non
     }
     if device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[: threads or None]
-        settings["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(kv_cache_gib or 1)))
+        settings["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_kv_cache_gib(kv_cache_gib))
         settings["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     for name, value in settings.items():
         if os.environ.get(name) in (None, _set_here.get(name)):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polymath_fast import environment, machine, models, precision, rewards, rollout, samples
 from polymath_fast.config import Config
-from polymath_fast.config.ranges import flag
+from polymath_fast.config.ranges import changed, flag
 from polymath_fast.errors import UserError
 from polymath_fast.kernels import dispatch
 from polymath_fast.learner.families import check_shape
@@ -203,9 +203,8 @@ def _evaluation_datasets(config: Config) -> dict[str, tuple[str, str]]:
 
 def _note_idle_bounds(config: Config, notify: Callable[[str], None]) -> None:
     """The first update of a batch is on policy, and bounds of a ratio of 1 do nothing."""
-    names = ("epsilon", "epsilon_high", "delta")
-    changed = [f.name for f in fields(config) if getattr(config, f.name) != f.default]
-    idle = [flag(name) for name in names if name in changed]
+    given = changed(config)
+    idle = [flag(name) for name in ("epsilon", "epsilon_high", "delta") if name in given]
     if idle and config.updates_per_batch == 1 and config.loss_type != "cispo":
         notify(
             f"{' and '.join(idle)} will change nothing: with --updates-per-batch 1 the ratio is 1 "

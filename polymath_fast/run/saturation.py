@@ -5,6 +5,7 @@ Once a sample is solved that is most steps, so they must be cheap, or made use o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from polymath_fast.config import Config
@@ -22,7 +23,8 @@ def saturated(config: Config, batch: RolloutBatch) -> bool:
 
 
 def _differ(rewards: Iterable[float | None]) -> bool:
-    return len({reward for reward in rewards if reward is not None and reward == reward}) > 1
+    """Whether there are several; None and NaN are none."""
+    return len({value for value in rewards if value is not None and not math.isnan(value)}) > 1
 
 
 def _cut_off(config: Config, group: Group) -> bool:
