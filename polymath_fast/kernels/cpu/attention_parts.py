@@ -14,13 +14,12 @@ from numba import types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import panel_blocks
-from polymath_fast.kernels.cpu.blocks import by_unit
 from polymath_fast.kernels.cpu.jit import BORROWED, INLINED, njit
 from polymath_fast.kernels.cpu.layers import copy_row
-from polymath_fast.kernels.cpu.moves import turn_pairs, zip_words
+from polymath_fast.kernels.cpu.moves import turn_pairs, turn_words, zip_words
 from polymath_fast.kernels.cpu.panel_blocks import PANEL
 from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, put
-from polymath_fast.kernels.cpu.tiles import LANES, square_tile
+from polymath_fast.kernels.cpu.tiles import LANES
 
 _NOTHING = np.zeros(LANES, np.uint16)
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
@@ -42,17 +41,22 @@ def copy_rows(source, first, count, head, out, at):
 @njit(**BORROWED)
 def pack_columns(rows, count, out):
     """out (panels, D words, 64): the first `count` of `rows` (., D) as columns, then zeros."""
-    for panel in range(-(-count // PANEL)):
-        block = out[panel]
-        for column in range(PANEL):
-            row = panel * PANEL + column
-            if row < count:
-                packed = rows[row].view(out.dtype)
-                for word in range(packed.size):
-                    block[word, column] = packed[word]
-            else:
-                for word in range(block.shape[0]):
-                    block[word, column] = 0
+    turned = count // LANES * LANES if out.shape[1] % LANES == 0 else 0
+    for column in range(0, turned, LANES):
+        block = out[column // PANEL]
+        for word in range(0, out.shape[1], LANES):
+            source = rows[column].ctypes.data + 4 * word
+            place = block[word].ctypes.data + 4 * (column % PANEL)
+            turn_words(source, rows.strides[0], place, block.strides[0])
+    for column in range(turned, whole_panels(count)):
+        block, within = out[column // PANEL], column % PANEL
+        if column < count:
+            packed = rows[column].view(out.dtype)
+            for word in range(packed.size):
+                block[word, within] = packed[word]
+        else:
+            for word in range(block.shape[0]):
+                block[word, within] = 0
 
 
 def pack_rows(rows, count, out):
@@ -90,6 +94,26 @@ def _compiled_pack_rows(rows, count, out):
     return pack
 
 
+def turn_block(rows, out):
+    """out (D, 64): the first 64 of `rows` (., D) as columns."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(turn_block, jit_options=BORROWED)
+def _compiled_turn_block(rows, out):
+    size = 2 if rows.dtype == types.uint16 else 4
+    turn, count = (turn_pairs, 2 * LANES) if size == 2 else (turn_words, LANES)
+
+    def turn_all(rows, out):
+        for row in range(0, PANEL, count):
+            for d in range(0, rows.shape[1], LANES):
+                source = rows[row].ctypes.data + size * d
+                place = out[d].ctypes.data + size * row
+                turn(source, rows.strides[0], place, out.strides[0])
+
+    return turn_all
+
+
 @njit()
 def pack_prompt(start, stop, rows, count, columns, packed_rows):
     """Both packings of the prompt, an entry of `columns` and `packed_rows` a head; a range of
@@ -124,81 +148,6 @@ def weighted_sums(weights, seen, prompt, count, own, out):
             left += -(-seen // PANEL) * PANEL * weights.itemsize
         depth = panel_blocks.whole_words(own, -(-count // per_word))
         panel_blocks.multiply(left, step, own[part], depth, place, out_step, seen > 0)
-
-
-def add_transposed(matrix, count, seen, width, own, packed, turned, out):
-    """out (width, D) fp32 += matrix (count, width).T @ `count` packed rows.
-
-    Row i is 0 but for `seen` columns and, from the next whole panel on, own + i + 1. `turned` is
-    scratch for bf16: its rows in pairs.
-    """
-    raise NotImplementedError("compiled code only")
-
-
-@overload(add_transposed, jit_options=BORROWED)
-def _compiled_add_transposed(matrix, count, seen, width, own, packed, turned, out):
-    if by_unit(packed):
-        return _add_turned
-    if matrix.dtype == types.uint16:
-
-        def add(matrix, count, seen, width, own, packed, turned, out):
-            if count % 2:
-                zero(matrix[count, : width + LANES])
-            pairs = -(-count // 2)
-            for pair in range(pairs):
-                low, high = matrix[2 * pair].ctypes.data, matrix[2 * pair + 1].ctypes.data
-                for column in range(0, width + LANES, LANES):
-                    place = turned[pair].ctypes.data + 4 * column
-                    zip_words(low + 2 * column, high + 2 * column, place)
-            _add_products(turned, pairs, 2, count, seen, own, packed, out)
-    else:
-
-        def add(matrix, count, seen, width, own, packed, turned, out):
-            _add_products(matrix, count, 1, count, seen, own, packed, out)
-
-    return add
-
-
-def _add_turned(matrix, count, seen, width, own, packed, turned, out):
-    """`add_transposed` by the matrix unit, whose left factor has its rows in a row."""
-    pairs = panel_blocks.whole_words(packed, -(-count // 2))
-    for row in range(count, 2 * pairs):
-        zero(matrix[row, :width])
-    lines = turned.reshape(turned.shape[1], turned.shape[0])
-    step = lines.strides[0]
-    for pair in range(0, pairs, LANES):
-        for column in range(0, width, LANES):
-            place = matrix[2 * pair].ctypes.data + 2 * column
-            turn_pairs(place, matrix.strides[0], lines[column].ctypes.data + 4 * pair, step)
-    base = whole_panels(seen)
-    for part in range(packed.shape[0]):
-        for top in range(0, base + own + count, LANES):
-            if seen <= top < base:
-                continue
-            first = max(0, top - base - own) // (2 * LANES) * LANES  # rows before see none of these
-            panel_blocks.multiply(
-                lines[top].ctypes.data + 4 * first, step, packed[part, first:], pairs - first,
-                out[top].ctypes.data + 4 * part * PANEL, out.strides[0], True,
-            )  # fmt: skip
-
-
-@njit(**BORROWED)
-def _add_products(words, depth, per_word, count, seen, own, packed, out):
-    """The products of `add_transposed`; words (depth, .) hold `per_word` of its rows each."""
-    base = whole_panels(seen)
-    for part in range(packed.shape[0]):
-        top = 0
-        while top < base + own + count:
-            if seen <= top < base:
-                top = base
-            first = max(0, top - base - own) // per_word  # the first row that sees these keys
-            left = words.ctypes.data + 4 * top + first * words.strides[0]
-            place = out[top].ctypes.data + 4 * part * PANEL
-            right = packed[part, first:]
-            square_tile(
-                left, 4, words.strides[0], right, depth - first, place, out.strides[0], True
-            )
-            top += panel_blocks.rows_of(packed)
 
 
 @njit(**BORROWED)

@@ -86,14 +86,42 @@ def _emit_turn_pairs(context: Any, builder: ir.IRBuilder, signature: Any, args: 
         _zipped(builder, row(source, step, 2 * pair), row(source, step, 2 * pair + 1))
         for pair in range(LANES)
     ]
+    _emit_turned(builder, lines, out, out_step)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def turn_words(typing_context, source, step, out, out_step):
+    """out (16, 16) = source (16, 16), words of 32 bits, with rows and columns exchanged.
+
+    Both are addresses, their rows `step` and `out_step` bytes apart.
+    """
+    signature = types.void(types.uintp, types.intp, types.uintp, types.intp)
+    return signature, _emit_turn_words
+
+
+def _emit_turn_words(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+    source, step, out, out_step = args
+    lines = [builder.load(_line(builder, source, step, i), align=4) for i in range(LANES)]
+    _emit_turned(builder, lines, out, out_step)
+    return context.get_dummy_value()
+
+
+def _emit_turned(
+    builder: ir.IRBuilder, lines: list[ir.Value], out: ir.Value, out_step: ir.Value
+) -> None:
+    """The 16 columns of 16 lines of words, as rows `out_step` bytes apart."""
     for width in (1, 2, 4, 8):  # swap the off-diagonal quarters of squares of twice this width
         for i in range(LANES):
             if not i & width:
                 lines[i], lines[i + width] = _swapped(builder, lines[i], lines[i + width], width)
     for number, line in enumerate(lines):
-        place = builder.inttoptr(row(out, out_step, number), _words.as_pointer())
-        builder.store(line, place, align=4)
-    return context.get_dummy_value()
+        builder.store(line, _line(builder, out, out_step, number), align=4)
+
+
+def _line(builder: ir.IRBuilder, start: ir.Value, step: ir.Value, number: int) -> ir.Value:
+    place = builder.add(start, builder.mul(step, _i64(number)))
+    return builder.inttoptr(place, _words.as_pointer())
 
 
 def _swapped(

@@ -77,6 +77,35 @@ def _in_registers(a, row_step, panel, words, out, out_step, add):
     tiles.square_tile(a, row_step, 4, panel, words, out, out_step, add)
 
 
+def multiply_lanes(a, row_step, panel, words, out, out_step, columns, add):
+    """As `multiply`, of 16 rows and the first `columns`, 32 or 64, of a panel."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(multiply_lanes, jit_options=BORROWED)
+def _compiled_multiply_lanes(a, row_step, panel, words, out, out_step, columns, add):
+    if by_unit(panel):
+        return _lanes_by_unit
+    return _lanes_in_registers
+
+
+def _lanes_by_unit(a, row_step, panel, words, out, out_step, columns, add):
+    if columns == PANEL or words % WORDS:
+        multiply(a, row_step, panel, words, out, out_step, add)
+    else:
+        _two(a, row_step, panel, words // WORDS, out, out_step, add, _NOTHING)
+
+
+def _lanes_in_registers(a, row_step, panel, words, out, out_step, columns, add):
+    for _ in range(LANES // 4):
+        if columns == PANEL:
+            tiles.even_tile(a, row_step, 4, panel, words, out, out_step, add)
+        else:
+            tiles.even_half_tile(a, row_step, 4, panel, words, out, out_step, add)
+        a += 4 * row_step
+        out += 4 * out_step
+
+
 def products(rows, count, panels, out):
     """out (R, keys) fp32 = rows (R, D) of a block times the first `count` columns of `panels`, and
     some more up to a multiple of 16."""

@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
+LOG2_E = 1.4426950408889634
 _f32, _i32 = ir.FloatType(), ir.IntType(32)
 _EXP2 = (
     1.5252733804059841e-5,
@@ -23,8 +24,11 @@ _EXP2 = (
 
 
 def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    """An operation of LLVM, on numbers or on vectors of them."""
+    kind = args[0].type
+    name += f".v{kind.count}f32" if isinstance(kind, ir.VectorType) else ".f32"
     function = builder.module.globals.get(name) or ir.Function(
-        builder.module, ir.FunctionType(_f32, [_f32] * len(args)), name
+        builder.module, ir.FunctionType(kind, [kind] * len(args)), name
     )
     return builder.call(function, args)
 
@@ -37,17 +41,47 @@ def exp(typing_context, value):
 
 def _emit_exp(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
     (x,) = args
-    y = builder.fmul(x, _f32(1.4426950408889634))
-    whole = _call(builder, "llvm.rint.f32", y)
+    power = emit_exp2(builder, builder.fmul(x, _f32(LOG2_E)))
+    tiny = builder.fcmp_ordered("<", x, _f32(-87.0))
+    return builder.select(tiny, _f32(0.0), power)
+
+
+def emit_exp2(builder: ir.IRBuilder, y: ir.Value, left_out: int = 0) -> ir.Value:
+    """2^y for -126 <= y <= 127, a number or a vector; NaN stays NaN. left_out: of the highest terms
+    of its series; with two of them the relative error is 3e-6."""
+    whole = _call(builder, "llvm.rint", y)
     # exact: y and `whole` are within a factor of two, or `whole` is 0
     fraction = builder.fsub(y, whole)
-    power = _f32(_EXP2[0])
-    for coefficient in _EXP2[1:]:
-        power = _call(builder, "llvm.fma.f32", power, fraction, _f32(coefficient))
-    exponent = builder.add(builder.fptosi(whole, _i32), _i32(127))
-    scale = builder.bitcast(builder.shl(exponent, _i32(23)), _f32)
-    tiny = builder.fcmp_ordered("<", x, _f32(-87.0))
-    return builder.select(tiny, _f32(0.0), builder.fmul(power, scale))
+    highest, *others = _EXP2[left_out:]
+    power = filled(y.type, highest)
+    for coefficient in others:
+        power = emit_fma(builder, power, fraction, filled(y.type, coefficient))
+    integers = ir.VectorType(_i32, y.type.count) if isinstance(y.type, ir.VectorType) else _i32
+    exponent = builder.add(builder.fptosi(whole, integers), filled(integers, 127))
+    scale = builder.bitcast(builder.shl(exponent, filled(integers, 23)), y.type)
+    return builder.fmul(power, scale)
+
+
+def filled(kind: ir.Type, number: float) -> ir.Constant:
+    """A number, or a vector whose elements are all this one."""
+    return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
+
+
+def emit_fma(builder: ir.IRBuilder, left: ir.Value, right: ir.Value, addend: ir.Value) -> ir.Value:
+    """left * right + addend with one rounding, of numbers or of vectors."""
+    return _call(builder, "llvm.fma", left, right, addend)
+
+
+def emit_rounded(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
+    """The bits of the nearest bf16 to a number or a vector, ties to even, in 32 bits; NaN stays
+    NaN."""
+    vector = isinstance(number.type, ir.VectorType)
+    integers = ir.VectorType(_i32, number.type.count) if vector else _i32
+    bits, sixteen = builder.bitcast(number, integers), filled(integers, 16)
+    odd = builder.and_(builder.lshr(bits, sixteen), filled(integers, 1))
+    rounded = builder.add(builder.add(bits, filled(integers, 0x7FFF)), odd)
+    is_nan = builder.fcmp_unordered("uno", number, number)
+    return builder.select(is_nan, filled(integers, 0x7FC0), builder.lshr(rounded, sixteen))
 
 
 @intrinsic
@@ -55,7 +89,7 @@ def maximum(typing_context, left, right):
     """The larger of two; NaN if either is."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return _call(builder, "llvm.maximum.f32", *args)
+        return _call(builder, "llvm.maximum", *args)
 
     return types.float32(types.float32, types.float32), emit
 
@@ -67,11 +101,7 @@ def bfloat16(typing_context, value):
 
 
 def _emit_bfloat16(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-    bits = builder.bitcast(args[0], _i32)
-    odd = builder.and_(builder.lshr(bits, _i32(16)), _i32(1))
-    rounded = builder.lshr(builder.add(builder.add(bits, _i32(0x7FFF)), odd), _i32(16))
-    is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-    return builder.trunc(builder.select(is_nan, _i32(0x7FC0), rounded), ir.IntType(16))
+    return builder.trunc(emit_rounded(builder, args[0]), ir.IntType(16))
 
 
 @intrinsic
@@ -166,7 +196,7 @@ def fma(typing_context, left, right, addend):
     """left * right + addend with one rounding, in scalar and in vector code alike."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return _call(builder, "llvm.fma.f32", *args)
+        return emit_fma(builder, *args)
 
     return types.float32(types.float32, types.float32, types.float32), emit
 

@@ -19,6 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from polymath_fast.kernels.cpu.scalar import emit_rounded
+
 ROWS = 8
 VECTORS = 3
 LANES = 16
@@ -45,6 +47,7 @@ class _BFloat16(ir.Type):
 
 
 _pairs = ir.VectorType(_BFloat16(), 2 * LANES)
+_wide = ir.VectorType(_i32, 2 * LANES)
 _DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
@@ -101,6 +104,21 @@ def _make_dot_tile(rows: int, vectors: int, of: int | None = None) -> Callable[.
         return signature, emit
 
     return dot_tile
+
+
+def emit_halves(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    """Two vectors of fp32 rounded to bf16, ties to even: 32 halves, those of `low` first."""
+    halves = ir.VectorType(ir.IntType(16), 2 * LANES)
+    if _multiplies_pairs():
+        kind = ir.FunctionType(_pairs, [_floats, _floats])
+        name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.bitcast(builder.call(function, [high, low]), halves)
+    parts = [
+        builder.trunc(emit_rounded(builder, each), ir.VectorType(ir.IntType(16), LANES))
+        for each in (low, high)
+    ]
+    return builder.shuffle_vector(*parts, ir.Constant(_wide, list(range(2 * LANES))))
 
 
 class _Pairs:
@@ -219,6 +237,8 @@ narrow_tile = _make_dot_tile(6, 1, of=4)
 """6 x 16, of panels of 64"""
 even_tile = _make_dot_tile(4, 4)
 """4 x 64: a quarter of the rows of the matrix unit"""
+even_half_tile = _make_dot_tile(4, 2, of=4)
+"""4 x 32, of panels of 64"""
 low_tile = _make_dot_tile(3, 4)
 """3 x 64: the queries that share a key, where they are all there is"""
 low_narrow_tile = _make_dot_tile(3, 1, of=4)

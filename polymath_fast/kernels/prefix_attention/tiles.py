@@ -120,22 +120,30 @@ def gradient(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of out; lse (as many rows as q, Hq) float32."""
-    work, prompt_len = _work_of(q, k, block), block.prompt_len
-    keys, key_rows = _packed("keys", k, prompt_len)
-    values, _ = _packed("values", v, prompt_len)
+    work, (_, key_heads, size) = _work_of(q, k, block), k.shape
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    shares = (len(work.ranges) + 1, k.shape[1], 2, len(work.shared), k.shape[2])
+    rows, width = len(work.shared) + tiles.LANES, -(-size // PANEL) * PANEL
+    shares = (len(work.ranges) + 1, key_heads, 2, rows, width)
     d_shared = buffer("shared_gradient", shares, torch.float32).zero_()
     parallel(
-        attention_gradient.backward, work.ranges, bits(q), bits(k), bits(v), work.table,
-        work.runs, prompt_len, keys, values, key_rows, np.float32(scale), work.most,
+        attention_gradient.backward, work.ranges, bits(q), bits(k), bits(v), work.table, work.runs,
+        block.prompt_len, _prompts(k, v, block.prompt_len), np.float32(scale), work.most,
         bits(out), lse.numpy(), bits(d_out.contiguous()), work.slots, bits(d_q), bits(d_k),
         bits(d_v), d_shared.numpy(),
     )  # fmt: skip
-    total = d_shared.sum(0)  # (Hkv, 2, shared rows, D)
+    total = d_shared.sum(0)[:, :, : len(work.shared), :size]  # (Hkv, 2, shared rows, D)
     d_k[work.shared] = total[:, 0].transpose(0, 1).to(d_k.dtype)
     d_v[work.shared] = total[:, 1].transpose(0, 1).to(d_v.dtype)
     return d_q, d_k, d_v
+
+
+def _prompts(k: Tensor, v: Tensor, count: int) -> attention_gradient.Keys:
+    """The first `count` keys and values of every head."""
+    heads, size = k.shape[1:]
+    kind = bits(k).dtype
+    found = attention_gradient.room_for_keys(count, size, kind, (heads,))
+    parallel(attention_gradient.pack_prompt_keys, split(heads), bits(k), bits(v), count, found)
+    return found
 
 
 def _work_of(q: Tensor, k: Tensor, block: Block) -> _Work:
