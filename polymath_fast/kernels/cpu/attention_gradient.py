@@ -23,12 +23,12 @@ from polymath_fast.kernels.cpu.attention_parts import (
     whole_panels,
     zero,
 )
+from polymath_fast.kernels.cpu.attention_vectors import pair_slopes
 from polymath_fast.kernels.cpu.jit import BORROWED, INLINED, njit
 from polymath_fast.kernels.cpu.layers import copy_row
 from polymath_fast.kernels.cpu.moves import turn_words
 from polymath_fast.kernels.cpu.panel_blocks import PANEL, multiply_lanes
 from polymath_fast.kernels.cpu.scalar import LOG2_E, value
-from polymath_fast.kernels.cpu.score_slopes import pair_slopes
 from polymath_fast.kernels.cpu.tiles import LANES
 
 COLUMNS = 3 * PANEL

@@ -14,15 +14,15 @@ from numba import types
 from numba.extending import overload
 
 from polymath_fast.kernels.cpu import panel_blocks
-from polymath_fast.kernels.cpu.jit import BORROWED, INLINED, njit
+from polymath_fast.kernels.cpu.attention_vectors import exponentials
+from polymath_fast.kernels.cpu.jit import BORROWED, njit
 from polymath_fast.kernels.cpu.layers import copy_row
 from polymath_fast.kernels.cpu.moves import turn_pairs, turn_words, zip_words
 from polymath_fast.kernels.cpu.panel_blocks import PANEL
-from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, put
+from polymath_fast.kernels.cpu.scalar import LOG2_E, put
 from polymath_fast.kernels.cpu.tiles import LANES
 
 _NOTHING = np.zeros(LANES, np.uint16)
-_FAST = {"reassoc", "nsz", "contract", "arcp"}
 
 
 @njit(**BORROWED)
@@ -161,30 +161,11 @@ def zero(row):
 def softmax(row, seen, base, own, scale, out):
     """Sum of the exponentials of a row and its log-sum-exp; they themselves go to `out`, 0 where
     there is no key: keys [0, seen) and [base, base + own) exist."""
-    top = max(_largest(row[:seen]), _largest(row[base : base + own])) * scale
-    total = _exponentials(row[:seen], scale, top, out[:seen])
-    zero(out[seen:base])
-    total += _exponentials(row[base : base + own], scale, top, out[base : base + own])
-    zero(out[base + own :])
-    return total, top + np.float32(math.log(total))
-
-
-@njit(fastmath=_FAST, **INLINED)
-def _largest(row):
-    top = np.float32(-np.inf)
-    for i in range(row.size):
-        top = maximum(top, row[i])
-    return top
-
-
-@njit(fastmath=_FAST, **INLINED)
-def _exponentials(row, scale, top, out):
-    total = np.float32(0)
-    for i in range(row.size):
-        e = exp(fma(row[i], scale, -top))
-        total += e
-        put(out, i, e)
-    return total
+    factor = scale * np.float32(LOG2_E)
+    total, top = exponentials(
+        row.ctypes.data, seen, base, base + own, row.size, factor, out, out.ctypes.data
+    )
+    return total, np.float32((top + math.log2(total)) * math.log(2))
 
 
 @njit(**BORROWED)

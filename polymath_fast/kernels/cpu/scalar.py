@@ -72,6 +72,11 @@ def emit_fma(builder: ir.IRBuilder, left: ir.Value, right: ir.Value, addend: ir.
     return _call(builder, "llvm.fma", left, right, addend)
 
 
+def emit_maximum(builder: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
+    """The larger of two numbers, or of each element of two vectors; NaN if either is."""
+    return _call(builder, "llvm.maximum", left, right)
+
+
 def emit_rounded(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
     """The bits of the nearest bf16 to a number or a vector, ties to even, in 32 bits; NaN stays
     NaN."""
@@ -89,7 +94,7 @@ def maximum(typing_context, left, right):
     """The larger of two; NaN if either is."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return _call(builder, "llvm.maximum", *args)
+        return emit_maximum(builder, *args)
 
     return types.float32(types.float32, types.float32), emit
 
