@@ -104,7 +104,7 @@ class RemoteEngine(StreamingEngine):
         """
         self._child = Child(engine_process.__name__)
         self._channel = self._child.channel
-        self._makes_room = bool(settings.get("release_kv_cache"))
+        self._shares_gpu = str(device).startswith("cuda")
         try:
             settings |= {"model_dir": str(model_dir), "device": device}
             self._ask("ready", "start", settings=settings)
@@ -145,9 +145,10 @@ class RemoteEngine(StreamingEngine):
         self._child.close(ask="close")
 
     def _make_room(self) -> None:
-        """An engine that took no memory while it slept needs it now: what torch keeps of this
-        process's update has to be the device's again, for the other process cannot ask for it."""
-        if self._makes_room:
+        """The engine takes memory for a long prefill, and for its KV cache after it slept: what
+        torch keeps of this process's update has to be the device's again, for the other process
+        cannot ask for it."""
+        if self._shares_gpu:
             torch.cuda.empty_cache()
 
     def _ask(self, answer: str, kind: str, **content: Any) -> dict[str, Any]:

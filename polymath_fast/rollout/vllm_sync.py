@@ -29,7 +29,7 @@ class AliasSync:
         self._weights = weights
         self._bound: list[tuple[str, nn.Parameter, int]] = []
         device = weights.storage.live.device
-        # vLLM gives the thread that starts it a stream of its own, and runs on that one.
+        # vLLM may give the thread that starts it a stream of its own, and runs on that one.
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.version = 0
 
@@ -37,6 +37,8 @@ class AliasSync:
         """Bind `model` to the engine's memory; see `weights.bind` for what it raises."""
         bound = weight_tools.bind(model, self._weights.storage)
         self._bound = [(name, param, param.data_ptr()) for name, param in bound]
+        if self._stream is not None:  # the learner's own copy may have come from another stream
+            torch.cuda.empty_cache()
         return self._weights.storage
 
     def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -89,7 +89,7 @@ class Running:
         self.remote._child = Child.__new__(Child)
         self.remote._child.process = self
         self.remote._child.channel = self.remote._channel = Channel(ours, 20)
-        self.remote._makes_room = False
+        self.remote._shares_gpu = False
 
     def start(self, max_num_seqs: int = 4) -> RemoteEngine:
         settings = {"device": "cpu", "max_num_seqs": max_num_seqs}

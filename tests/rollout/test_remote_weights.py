@@ -20,7 +20,7 @@ def test_an_engine_that_wakes_finds_the_memory_that_an_update_left(
     engine.sleep()
     engine.wake()
     assert not emptied
-    engine._makes_room = True
+    engine._shares_gpu = True
     engine.sleep()
     engine.wake()
     engine.generate([7], 1, SAMPLING)

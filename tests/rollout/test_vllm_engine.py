@@ -10,7 +10,7 @@ from polymath_fast.errors import EngineError
 from polymath_fast.learner.policy import Policy
 from polymath_fast.precision import default_dtype
 from polymath_fast.rollout import stop_token_ids
-from polymath_fast.rollout.types import SamplingOptions
+from polymath_fast.rollout.types import Request, SamplingOptions
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -124,3 +124,16 @@ def test_a_dead_engine_is_an_engine_error(engine, prompts, monkeypatch):
     monkeypatch.setattr(engine._llm.llm_engine, "step", die)
     with pytest.raises(EngineError, match="worker died"):
         engine.generate(prompts[0], 1, SamplingOptions(max_completion_length=4))
+
+
+def test_a_failure_while_a_stream_is_closed_is_an_engine_error(engine, prompts, monkeypatch):
+    def die(*args, **kwargs):
+        raise RuntimeError("device lost")
+
+    request = Request(prompt_ids=prompts[1], n=8)
+    stream = engine.stream([request], SamplingOptions(max_completion_length=200))
+    next(stream)  # the others go on
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._llm.llm_engine, "step", die)
+        with pytest.raises(EngineError, match="device lost"):
+            stream.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from polymath_fast.rollout import max_num_seqs
-from polymath_fast.rollout.vllm_engine import engine_options
+from polymath_fast.rollout.vllm_options import engine_options
 
 
 def options(device, sequences):

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from polymath_fast.errors import UserError
-from polymath_fast.rollout import vllm_engine, vllm_process
+from polymath_fast.rollout import vllm_options, vllm_process
 
 
 def installed(monkeypatch, **packages):
@@ -78,6 +78,6 @@ def test_the_cache_of_a_cpu_engine_is_not_released():
     ],
 )  # fmt: skip
 def test_advice_fits_what_a_start_failed_of(text, advice):
-    said = vllm_engine._start_failure(ValueError(text))
+    said = vllm_options.start_failure(ValueError(text))
     assert text in said
     assert ("--kv-cache-gib" in said) == bool(advice) and (advice or "") in said
