@@ -14,60 +14,23 @@ import numpy as np
 
 from polymath_fast.kernels.cpu import blocks
 from polymath_fast.kernels.cpu.attention import gather
-from polymath_fast.kernels.cpu.attention_parts import (
-    copy_rows,
-    pack_columns,
-    pack_rows,
-    store_row,
-    turn_block,
-    whole_panels,
-    zero,
+from polymath_fast.kernels.cpu.attention_keys import Keys, complete, room_for_keys
+from polymath_fast.kernels.cpu.attention_parts import store_row, whole_panels, zero
+from polymath_fast.kernels.cpu.attention_queries import (
+    COLUMNS,
+    PAIR,
+    load,
+    room_for_queries,
+    store,
 )
 from polymath_fast.kernels.cpu.attention_vectors import pair_slopes
 from polymath_fast.kernels.cpu.jit import BORROWED, INLINED, njit
 from polymath_fast.kernels.cpu.layers import copy_row
-from polymath_fast.kernels.cpu.moves import turn_words
 from polymath_fast.kernels.cpu.panel_blocks import PANEL, multiply_lanes
-from polymath_fast.kernels.cpu.scalar import LOG2_E, value
+from polymath_fast.kernels.cpu.scalar import LOG2_E
 from polymath_fast.kernels.cpu.tiles import LANES
 
-COLUMNS = 3 * PANEL
-"""queries at a time, where those of one row are not more"""
-PAIR = 2 * LANES
-"""what fills the depth of the matrix unit in bf16"""
 _NOBODY = np.int32(1 << 30)
-_FAST = {"reassoc", "nsz", "contract", "arcp"}
-
-
-class Keys(NamedTuple):
-    """What queries of one head see, in whole panels: of zeros behind the last one."""
-
-    rows: np.ndarray
-    """(keys, D)"""
-    turned: np.ndarray
-    """(panels, D, 64): the same as columns"""
-    values: np.ndarray
-    """(keys, D)"""
-
-
-class _Queries(NamedTuple):
-    """A chunk of them, and what is summed up for it."""
-
-    columns: np.ndarray
-    """(panels, D words, 64)"""
-    upstream: np.ndarray
-    """likewise, gradients of the output"""
-    packed: np.ndarray
-    """(D panels, words of queries, 64)"""
-    packed_upstream: np.ndarray
-    log_sums: np.ndarray
-    """of base 2; infinite behind the last query"""
-    deltas: np.ndarray
-    sums: np.ndarray
-    """(panels, D, 64): gradients"""
-    rows: np.ndarray
-    """(columns, D) scratch, as is the next"""
-    wide: np.ndarray
 
 
 class _Scores(NamedTuple):
@@ -98,7 +61,7 @@ def backward(
     """
     size, group = k.shape[2], q.shape[1] // k.shape[1]
     own = room_for_keys(most, size, k.dtype)
-    queries = _room_for_queries(whole_panels(max(COLUMNS, group)), size, q.dtype)
+    queries = room_for_queries(group, size, q.dtype)
     room = _room_for_scores(queries, q.dtype)
     sums = np.empty((len(own.rows), queries.packed.shape[0] * PANEL), np.float32)
     before = np.empty(blocks.SAVED, np.uint8)
@@ -109,25 +72,6 @@ def backward(
     )  # fmt: skip
 
 
-def room_for_keys(count, size, dtype, heads=()):
-    """`Keys` of `count`, uninitialised."""
-    rows = (*heads, whole_panels(count), size)
-    turned = (*heads, whole_panels(count) // PANEL, size, PANEL)
-    return Keys(np.empty(rows, dtype), np.empty(turned, dtype), np.empty(rows, dtype))
-
-
-def _room_for_queries(columns, size, dtype):
-    kind = np.uint32 if dtype.itemsize == 2 else np.float32
-    panels, parts, per_word = columns // PANEL, -(-size // PANEL), 4 // dtype.itemsize
-    narrow, low = (panels, size // per_word, PANEL), (parts, columns // per_word, PANEL)
-    return _Queries(
-        np.empty(narrow, kind), np.empty(narrow, kind), np.zeros(low, kind), np.zeros(low, kind),
-        np.empty(columns, np.float32), np.empty(columns, np.float32),
-        np.empty((panels, size, PANEL), np.float32), np.empty((columns, size), dtype),
-        np.empty((PANEL, size), np.float32),
-    )  # fmt: skip
-
-
 def _room_for_scores(queries, dtype):
     block, wide = (LANES, PANEL), (PANEL, len(queries.log_sums))
     panel = (PANEL * dtype.itemsize // 4, PANEL)
@@ -135,25 +79,6 @@ def _room_for_scores(queries, dtype):
         np.empty(block, np.float32), np.empty(block, np.float32), np.empty(wide, dtype),
         np.empty(wide, dtype), np.empty(panel, queries.columns.dtype),
     )  # fmt: skip
-
-
-@njit(**BORROWED)
-def pack_prompt_keys(start, stop, k, v, count, prompts):
-    """`prompts` of the first `count` rows of k and v; a range of heads."""
-    for head in range(start, stop):
-        copy_rows(k, 0, count, head, prompts.rows[head], 0)
-        copy_rows(v, 0, count, head, prompts.values[head], 0)
-        _complete(prompts.rows[head], prompts.turned[head], prompts.values[head], count)
-
-
-@njit(**BORROWED)
-def _complete(rows, turned, values, count):
-    """What follows from the first `count` rows of keys and values."""
-    for row in range(count, whole_panels(count)):
-        zero(rows[row])
-        zero(values[row])
-    for panel in range(whole_panels(count) // PANEL):
-        turn_block(rows[panel * PANEL :], turned[panel])
 
 
 @njit(**BORROWED)
@@ -173,80 +98,41 @@ def _backward(
         prompt = Keys(prompts.rows[head], prompts.turned[head], prompts.values[head])
         above = gather(k, line, runs, head, own.rows)
         gather(v, line, runs, head, own.values)
-        _complete(own.rows, own.turned, own.values, above + count)
+        complete(own.rows, own.turned, own.values, above + count)
         for row in range(whole_panels(above + count)):
             zero(d_keys[row])
             zero(d_values[row])
         for begin in range(0, count, at_once):
             rows = min(at_once, count - begin)
-            which = (first + begin, rows, head * group, group)
-            columns = _load(q, out, lse, d_out, which, scale, queries)
+            ahead, which = above + begin, (first + begin, rows, head * group, group)
+            columns = load(q, out, lse, d_out, which, scale, queries)
             if sees:
                 _meet(
-                    prompt, prompt_len, prompt_len, group, columns, scale, queries, room,
+                    prompt, (prompt_len, prompt_len, group), columns, scale, queries, room,
                     shared[head, 0], shared[head, 1],
                 )  # fmt: skip
-            ahead = above + begin
-            _meet(own, ahead + rows, ahead, group, columns, scale, queries, room, d_keys, d_values)
-            _store(queries, which, d_q)
+            seen = ahead + rows, ahead, group
+            _meet(own, seen, columns, scale, queries, room, d_keys, d_values)
+            store(queries, which, d_q)
         _hand_out(d_keys, line, runs, head, shared[head, 0], inner[head, 0], d_k)
         _hand_out(d_values, line, runs, head, shared[head, 1], inner[head, 1], d_v)
     blocks.end(queries.columns, before)
 
 
 @njit(**BORROWED)
-def _load(q, out, lse, d_out, which, scale, queries):
-    """A chunk of queries; how many columns are in use.
+def _meet(keys, seen, columns, scale, queries, room, d_keys, d_values):
+    """What keys give to the sums of a chunk of queries, and the chunk to theirs.
 
-    which: their first row, the number of rows, their first head and the number of heads.
+    seen: how many keys there are; of the chunk's rows the first sees so many of them and one more,
+    if there are as many, and each further row one more; and how many queries are a row.
     """
-    first, rows, head, group = which
-    count = rows * group
-    columns = -(-count // PAIR) * PAIR
-    _load_rows(q, which, columns, queries.rows)
-    pack_columns(queries.rows, columns, queries.columns)
-    pack_rows(queries.rows, columns, queries.packed)
-    _load_rows(d_out, which, columns, queries.rows)
-    pack_columns(queries.rows, columns, queries.upstream)
-    pack_rows(queries.rows, columns, queries.packed_upstream)
-    for column in range(count):
-        i, h = first + column // group, head + column % group
-        queries.log_sums[column] = lse[i, h] * np.float32(LOG2_E)
-        queries.deltas[column] = _dot(d_out[i, h], out[i, h]) * scale
-    for column in range(count, columns):
-        queries.log_sums[column] = np.float32(np.inf)
-        queries.deltas[column] = np.float32(0)
-    for panel in range(-(-columns // PANEL)):
-        for d in range(queries.sums.shape[1]):
-            zero(queries.sums[panel, d])
-    return columns
-
-
-@njit(**BORROWED)
-def _load_rows(source, which, columns, out):
-    first, rows, head, group = which
-    for row in range(rows):
-        for g in range(group):
-            copy_row(source[first + row, head + g], out[row * group + g])
-    for column in range(rows * group, columns):
-        zero(out[column])
-
-
-@njit(**BORROWED)
-def _meet(keys, count, ahead, group, columns, scale, queries, room, d_keys, d_values):
-    """What `count` keys give to the sums of a chunk of queries, and the chunk to theirs.
-
-    The first of the chunk's rows sees `ahead` keys and one more, if there are as many; each further
-    row one more.
-    """
+    count, ahead, group = seen
     per_word = 4 // room.probs.itemsize
-    step = room.probs.strides[0]
     for top in range(0, count, PANEL):
         height = min(PANEL, -(-(count - top) // PAIR) * PAIR)
-        begin = _first_panel(top - ahead, group)
-        for panel in range(begin, -(-columns // PANEL)):
+        for panel in range(_first_panel(top - ahead, group), -(-columns // PANEL)):
             width = min(PANEL, columns - panel * PANEL)
-            _score(keys, top, height, count, ahead, group, panel, width, scale, queries, room)
+            _score(keys, top, height, seen, panel, width, scale, queries, room)
             for d in range(0, queries.sums.shape[1], LANES):
                 left, place = keys.turned[top // PANEL, d], queries.sums[panel, d]
                 multiply_lanes(
@@ -256,21 +142,24 @@ def _meet(keys, count, ahead, group, columns, scale, queries, room, d_keys, d_va
         for row in range(0, min(height, count - top), LANES):
             begin = _first_panel(top + row - ahead, group) * PANEL
             if begin < columns:
-                words = (columns - begin) // per_word
-                lefts = room.d_scores[row, begin:], room.probs[row, begin:]
-                for part in range(queries.packed.shape[0]):
-                    right = queries.packed[part, begin // per_word :]
-                    place = d_keys[top + row, part * PANEL :].ctypes.data
-                    multiply_lanes(
-                        lefts[0].ctypes.data, step, right, words, place, d_keys.strides[0], PANEL,
-                        True,
-                    )  # fmt: skip
-                    right = queries.packed_upstream[part, begin // per_word :]
-                    place = d_values[top + row, part * PANEL :].ctypes.data
-                    multiply_lanes(
-                        lefts[1].ctypes.data, step, right, words, place, d_values.strides[0],
-                        PANEL, True,
-                    )  # fmt: skip
+                words, at = (columns - begin) // per_word, begin // per_word
+                left = room.d_scores[row, begin:]
+                _add(left, room.probs.strides[0], queries.packed, at, words, d_keys[top + row])
+                left = room.probs[row, begin:]
+                _add(
+                    left, room.probs.strides[0], queries.packed_upstream, at, words,
+                    d_values[top + row],
+                )  # fmt: skip
+
+
+@njit(**INLINED)
+def _add(left, step, packed, first, words, out):
+    """16 rows from `out` on += as many from `left` on times packed rows from a word on."""
+    for part in range(packed.shape[0]):
+        place = out[part * PANEL :].ctypes.data
+        multiply_lanes(
+            left.ctypes.data, step, packed[part, first:], words, place, out.nbytes, PANEL, True
+        )
 
 
 @njit(**INLINED)
@@ -281,9 +170,10 @@ def _first_panel(key, group):
 
 
 @njit(**BORROWED)
-def _score(keys, top, height, count, ahead, group, panel, width, scale, queries, room):
-    """Probabilities and gradients of scores of keys [top, top + height) under a panel of
-    queries."""
+def _score(keys, top, height, seen, panel, width, scale, queries, room):
+    """Probabilities and gradients of scores of keys [top, top + height) under the first `width`
+    queries of a panel."""
+    _, ahead, group = seen
     columns, upstream = queries.columns[panel], queries.upstream[panel]
     log_sums = queries.log_sums[panel * PANEL :].ctypes.data
     deltas = queries.deltas[panel * PANEL :].ctypes.data
@@ -291,20 +181,13 @@ def _score(keys, top, height, count, ahead, group, panel, width, scale, queries,
     scores, slopes = room.scores.ctypes.data, room.slopes.ctypes.data
     factor = scale * np.float32(LOG2_E)
     for row in range(0, height, LANES):
-        left = keys.rows[top + row]
         if (top + row - ahead) * group < panel * PANEL + width:  # else nobody sees them
-            multiply_lanes(
-                left.ctypes.data, left.nbytes, columns, words, scores, line, width, False
-            )
-            left = keys.values[top + row]
-            multiply_lanes(
-                left.ctypes.data, left.nbytes, upstream, words, slopes, line, width, False
-            )
+            left, step = keys.rows[top + row].ctypes.data, keys.rows.strides[0]
+            multiply_lanes(left, step, columns, words, scores, line, width, False)
+            left = keys.values[top + row].ctypes.data
+            multiply_lanes(left, step, upstream, words, slopes, line, width, False)
         for key in range(row, row + LANES, 2):
-            firsts = (
-                _first(top + key, count, ahead, group, panel),
-                _first(top + key + 1, count, ahead, group, panel),
-            )
+            firsts = _first(top + key, seen, panel), _first(top + key + 1, seen, panel)
             offset = (key - row) * line
             pair_slopes(
                 scores + offset, slopes + offset, log_sums, deltas, width // LANES, firsts, factor,
@@ -315,30 +198,12 @@ def _score(keys, top, height, count, ahead, group, panel, width, scale, queries,
 
 
 @njit(**INLINED)
-def _first(key, count, ahead, group, panel):
-    """The first query of a panel that sees a key."""
+def _first(key, seen, panel):
+    """The first query of a panel that sees a key; see `_meet`."""
+    count, ahead, group = seen
     if key >= count:
         return _NOBODY
     return np.int32((key - ahead) * group - panel * PANEL)
-
-
-@njit(**BORROWED)
-def _store(queries, which, d_q):
-    """The sums of a chunk as rows of d_q."""
-    first, rows, head, group = which
-    wide = queries.wide
-    for top in range(0, rows * group, PANEL):
-        sums = queries.sums[top // PANEL]
-        width = min(PANEL, rows * group - top)
-        for column in range(0, width, LANES):
-            for d in range(0, wide.shape[1], LANES):
-                turn_words(
-                    sums[d, column:].ctypes.data, sums.strides[0],
-                    wide[column, d:].ctypes.data, wide.strides[0],
-                )  # fmt: skip
-        for column in range(width):
-            at = top + column
-            store_row(d_q[first + at // group, head + at % group], wide[column], np.float32(1))
 
 
 @njit(**INLINED)
@@ -362,11 +227,3 @@ def _add_rows(rows, count, out):
     for row in range(count):
         for d in range(out.shape[1]):
             out[row, d] += rows[row, d]
-
-
-@njit(fastmath=_FAST, **INLINED)
-def _dot(left, right):
-    total = np.float32(0)
-    for d in range(left.size):
-        total += value(left[d]) * value(right[d])
-    return total

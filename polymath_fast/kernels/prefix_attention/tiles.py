@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from polymath_fast.kernels.autograd import first_order
-from polymath_fast.kernels.cpu import attention, attention_gradient, tiles
+from polymath_fast.kernels.cpu import attention, attention_gradient, attention_keys, tiles
 from polymath_fast.kernels.cpu.attention_parts import pack_prompt
 from polymath_fast.kernels.cpu.operands import bits
 from polymath_fast.kernels.cpu.panel_blocks import PANEL
@@ -137,12 +137,12 @@ def gradient(
     return d_q, d_k, d_v
 
 
-def _prompts(k: Tensor, v: Tensor, count: int) -> attention_gradient.Keys:
+def _prompts(k: Tensor, v: Tensor, count: int) -> attention_keys.Keys:
     """The first `count` keys and values of every head."""
     heads, size = k.shape[1:]
     kind = bits(k).dtype
-    found = attention_gradient.room_for_keys(count, size, kind, (heads,))
-    parallel(attention_gradient.pack_prompt_keys, split(heads), bits(k), bits(v), count, found)
+    found = attention_keys.room_for_keys(count, size, kind, (heads,))
+    parallel(attention_keys.pack_prompt_keys, split(heads), bits(k), bits(v), count, found)
     return found
 
 
