@@ -14,7 +14,8 @@ from polymath_fast.kernels.cpu.attention_parts import (
     zero,
 )
 from polymath_fast.kernels.cpu.jit import BORROWED, INLINED, njit
-from polymath_fast.kernels.cpu.moves import copy, turn_words
+from polymath_fast.kernels.cpu.layers import copy_row
+from polymath_fast.kernels.cpu.moves import turn_words
 from polymath_fast.kernels.cpu.panel_blocks import PANEL
 from polymath_fast.kernels.cpu.scalar import LOG2_E, value
 from polymath_fast.kernels.cpu.tiles import LANES
@@ -93,10 +94,7 @@ def _load_rows(source, which, columns, out):
     first, rows, head, group = which
     for row in range(rows):
         for g in range(group):
-            copy(
-                source[first + row, head + g].ctypes.data, out[row * group + g].ctypes.data,
-                out.strides[0],
-            )  # fmt: skip
+            copy_row(source[first + row, head + g], out[row * group + g])
     for column in range(rows * group, columns):
         zero(out[column])
 
