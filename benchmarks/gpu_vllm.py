@@ -31,7 +31,7 @@ from polymath_fast.rollout.types import Completion, Request, SamplingOptions
 STRATEGIES = ("alias", "copy", "ipc", "reload")
 LARGE = ("alias", "copy")
 """whose times a model of 1.5B is started for, too"""
-LIMIT = 150.0
+LIMIT = 105.0
 """seconds for a section"""
 GAP = 0.05
 """nats between the log-probs of learner and engine, on average: two passes of bfloat16"""
