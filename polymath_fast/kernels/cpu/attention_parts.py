@@ -115,14 +115,14 @@ def _compiled_turn_block(rows, out):
 
 
 @njit()
-def pack_prompt(start, stop, rows, count, columns, packed_rows):
-    """Both packings of the prompt, an entry of `columns` and `packed_rows` a head; a range of
-    heads."""
-    own = np.empty((count, rows.shape[2]), rows.dtype)
+def pack_prompt(start, stop, k, v, count, keys, values):
+    """The first `count` keys as columns and values as rows, an entry a head; a range of heads."""
+    own = np.empty((count, k.shape[2]), k.dtype)
     for head in range(start, stop):
-        copy_rows(rows, 0, count, head, own, 0)
-        pack_columns(own, count, columns[head])
-        pack_rows(own, count, packed_rows[head])
+        copy_rows(k, 0, count, head, own, 0)
+        pack_columns(own, count, keys[head])
+        copy_rows(v, 0, count, head, own, 0)
+        pack_rows(own, count, values[head])
 
 
 @njit(**BORROWED)

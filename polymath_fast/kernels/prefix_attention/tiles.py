@@ -90,8 +90,7 @@ class TileAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, block: Block, scale: float):
         work = _work_of(q, k, block)
-        keys, _ = _packed("keys", k, block.prompt_len)
-        _, values = _packed("values", v, block.prompt_len)
+        keys, values = _packed(k, v, block.prompt_len)
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         parallel(
@@ -152,14 +151,14 @@ def _work_of(q: Tensor, k: Tensor, block: Block) -> _Work:
     return _work(block, key_heads, row_bytes, len(q) < len(k), torch.get_num_threads())
 
 
-def _packed(name: str, rows: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` of `rows` (T, H, D), once as columns and once as rows of words."""
-    heads, size = rows.shape[1:]
-    panels, parts, per_word = -(-count // PANEL), -(-size // PANEL), 4 // rows.element_size()
-    columns = buffer(f"prompt {name}", (heads, panels, size // per_word, PANEL), torch.int32)
+def _packed(k: Tensor, v: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` keys (T, H, D) as columns, and as many values as rows of words."""
+    heads, size = k.shape[1:]
+    panels, parts, per_word = -(-count // PANEL), -(-size // PANEL), 4 // k.element_size()
+    keys = buffer("prompt keys", (heads, panels, size // per_word, PANEL), torch.int32)
     shape = (heads, parts, panels * PANEL // per_word, PANEL)
-    packed = buffer(f"prompt {name} rows", shape, torch.int32).zero_()
+    values = buffer("prompt values", shape, torch.int32).zero_()
     kind = np.float32 if per_word == 1 else np.uint32
-    found = columns.numpy().view(kind), packed.numpy().view(kind)
-    parallel(pack_prompt, split(heads), bits(rows), count, *found)
+    found = keys.numpy().view(kind), values.numpy().view(kind)
+    parallel(pack_prompt, split(heads), bits(k), bits(v), count, *found)
     return found
