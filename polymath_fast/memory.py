@@ -15,8 +15,8 @@ GIB = 2**30
 FULL_LENGTH_SEQUENCES = 256  # completions that the sampler's memory holds at their full length
 GRADIENT = "gradient (fp32)"
 _KV_BLOCK = 16  # tokens that vLLM allocates at a time on a GPU
-_MICROBATCH = (16384, 1024)  # tokens, on a GPU and on a CPU
-TAPED_ROWS = 8
+_MICROBATCH = (16384, 2048)  # tokens, on a GPU and on a CPU
+TAPED_ROWS = 4
 """rows of a pass over the tape for each row of one whose activations are kept by autograd"""
 _TAPED_LAYERS = 3  # of which such a pass holds what the tape has of one, and its gradients
 _LIBRARIES = {"vllm": 1.6 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU

@@ -190,8 +190,9 @@ class OptimizerSettings:
     """what completes bfloat16 weights to float32 ones: a float32 copy, or the 16 bits that are
     missing, which saves two bytes a parameter and changes no result"""
     offload_optimizer: bool = False
-    """keep moments and master weights in the host's memory and stream them through the GPU at each
-    update: 12 bytes a parameter (10 with a remainder) less on the GPU"""
+    """keep moments and master weights elsewhere and stream them through at each update: of a GPU in
+    the host's memory, of a CPU in a file in the run folder that ends with the run; 12 bytes a
+    parameter (10 with a remainder) less"""
     shard_optimizer: bool = False
     """with --num-processes N each process keeps moments and master weights of an N-th of the
     weights only, and updates those (ZeRO stage 1). Off, the first process saves the run when
@@ -202,7 +203,7 @@ class OptimizerSettings:
     needed"""
     tokens_per_microbatch: Annotated[int, Range(ge=1, le=_LARGEST, works=16384)] | None = None
     """tokens that are learned from at once, half of them of completions at least, however long the
-    prompt is: the one memory knob; when left out 16384 on a GPU and 1024 on a CPU, whose products
+    prompt is: the one memory knob; when left out 16384 on a GPU and 2048 on a CPU, whose products
     are at their full rate from there on"""
     active_vocabulary: Literal["off", "auto"] = "off"
     """auto leaves vocabulary columns that hardly matter out of the LM head's gradient, where that

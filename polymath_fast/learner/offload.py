@@ -8,21 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polymath_fast.errors import UserError
-
 CHUNK = 1 << 22
 """elements on the device at once, twice: 16 MiB a float32 tensor hides the start of a copy"""
 _SLOTS = 2
-
-
-def require_gpu(device: torch.device | str) -> None:
-    """Raise UserError where the optimizer's state lies in the host's memory anyway."""
-    kind = torch.device(device).type
-    if kind != "cuda":
-        raise UserError(
-            f"--offload-optimizer moves the optimizer's state from a GPU to the host, but learning "
-            f"runs on {kind}; leave it out, or pass --device cuda where there is a GPU"
-        )
 
 
 class Offloaded:

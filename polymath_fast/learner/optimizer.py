@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class FlatAdamW:
             `tensors` returns does not depend on it, so a run may be resumed in another storage.
         ranks: the processes whose gradients add up; with `config.shard_optimizer` each of them
             keeps the state of a part of the weights.
+        folder: for the file with `config.offload_optimizer` on a CPU, see `OptimizerState`.
 
     Raises:
         UserError: `config` asks for what these weights or this device cannot do.
@@ -50,6 +52,7 @@ class FlatAdamW:
         config: Config,
         storage: FlatStorage | None = None,
         ranks: Ranks = ALONE,
+        folder: Path | None = None,
     ):
         self.config = config
         params = trained(model)
@@ -68,6 +71,7 @@ class FlatAdamW:
             self._exchange.part,
             config.master_weights,
             config.offload_optimizer,
+            folder,
         )
         segments = Segments.of(
             ((*spans[name], decayed(param)) for name, param in params.items()), self.live.device

@@ -6,6 +6,7 @@ Float32 weights are that value themselves, and need no master beside them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from polymath_fast.errors import UserError
 from polymath_fast.kernels.flat_adamw import halves
-from polymath_fast.learner.offload import Offloaded, require_gpu
+from polymath_fast.learner.offload import Offloaded
+from polymath_fast.learner.state_file import StateFile
 
 NAMES = ("master", "exp_avg", "exp_avg_sq")
 _PIECE = 1 << 24  # elements converted at once: temporaries stay small beside the state
@@ -28,10 +30,11 @@ class OptimizerState:
         part: first and last + 1 element whose state is kept here.
         master_weights: "float32", or "remainder": the 16 bits by which bfloat16 weights differ
             from their float32 values.
-        offload: keep the state in the host's memory and send it through the GPU in chunks.
+        offload: of a GPU, keep the state in the host's memory; of a CPU, in a file in `folder`
+            (the system's for temporary files when None). It then passes in chunks.
 
     Raises:
-        UserError: a remainder of weights that are not bfloat16; off-loading without a GPU.
+        UserError: a remainder of weights that are not bfloat16; a disk without room for the file.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class OptimizerState:
         part: tuple[int, int],
         master_weights: str,
         offload: bool,
+        folder: Path | None = None,
     ):
         self._spans, self._part = spans, part
         self._live = live = live[slice(*part)]
@@ -51,23 +55,24 @@ class OptimizerState:
                 f"--master-weights remainder completes bfloat16 weights, but the model's are "
                 f"{live.dtype}; use --master-weights float32"
             )
-        if offload:
-            require_gpu(live.device)
-        where = {
-            "device": "cpu" if offload else live.device,
-            "pin_memory": offload and live.device.type == "cuda",
-        }
         kinds = dict.fromkeys(NAMES, torch.float32)
         if self._remainder:
             kinds["master"] = torch.int16
         elif live.dtype == torch.float32:
             del kinds["master"]
-        self._tensors = {
-            name: torch.zeros(live.numel(), dtype=kind, **where) for name, kind in kinds.items()
-        }
+        self._away: StateFile | Offloaded | None = None
+        if offload and live.device.type == "cpu":
+            self._away = StateFile(folder, kinds, live.numel())
+            self._tensors = self._away.tensors
+        else:
+            where = {"device": "cpu", "pin_memory": True} if offload else {"device": live.device}
+            self._tensors = {
+                name: torch.zeros(live.numel(), dtype=kind, **where) for name, kind in kinds.items()
+            }
+            self._away = Offloaded(self._tensors, live.device) if offload else None
         if kinds.get("master") == torch.float32:
             self._tensors["master"].copy_(live)
-        self._offloaded = Offloaded(self._tensors, live.device) if offload else None
+            self.settle()
 
     def sweep(self, visit: Callable[[int, int, dict[str, Tensor]], None]) -> None:
         """visit(start, stop, {name: state of elements [start, stop) on the weights' device}), for
@@ -78,8 +83,8 @@ class OptimizerState:
             master = {"master": self._live[start:stop]}
             visit(offset + start, offset + stop, master | tensors)
 
-        if self._offloaded:
-            self._offloaded.sweep(complete)
+        if self._away:
+            self._away.sweep(complete)
         else:
             complete(0, self._live.numel(), self._tensors)
 
@@ -99,11 +104,12 @@ class OptimizerState:
             if piece.dtype == torch.int16:
                 piece = halves.join(self._live[here].to(piece.device), piece)
             yield there.start, piece.cpu()
+            self.settle()
 
     def settle(self) -> None:
-        """Wait until the host has everything."""
-        if self._offloaded:
-            self._offloaded.settle()
+        """Wait until what is off-loaded is where it belongs."""
+        if self._away:
+            self._away.settle()
 
     def scatter(self, tensors: Mapping[str, Any]) -> None:
         """Take over the part of what `gather` gave, here or elsewhere, of tensors or what gives
@@ -117,6 +123,7 @@ class OptimizerState:
                     value = self._set_live(here, value)
                 if state is not None:
                     state[here] = value.to(state.device)
+                self.settle()
 
     def _set_live(self, here: slice, master: Tensor) -> Tensor:
         """Round `master` into the live weights; returns what the state has to hold of it."""

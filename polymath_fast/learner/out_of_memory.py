@@ -57,6 +57,8 @@ def advice(
         knobs.append("--gradient-checkpointing")
     if config.num_processes > 1 and not config.shard_optimizer:
         knobs.append("--shard-optimizer")
+    if not config.offload_optimizer:
+        knobs.append("--offload-optimizer")
     if not knobs:
         knobs.append(f"--max-completion-length {max(1, config.max_completion_length // 2)}")
     more = f", {times} times that from the tape" if times > 1 else ""

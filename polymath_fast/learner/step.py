@@ -29,6 +29,7 @@ class Learner:
     `storage` is where the weights are to lie, for example in an engine's memory. With `lends` the
     gradient's memory is kept between updates, for a sampler that works there, see `lend`. Of rows
     that belong to several processes each learns from its own; gradients add up through `ranks`.
+    `folder` is where an off-loaded state may lie, see `FlatAdamW`.
     """
 
     def __init__(
@@ -40,13 +41,14 @@ class Learner:
         *,
         lends: bool = False,
         ranks: Ranks = ALONE,
+        folder: Path | None = None,
     ):
         self.policy = policy
         self.config = config
         self.passes = Passes(policy, config)
         self.reference = Passes(reference, config) if reference else None
         self.ranks = ranks
-        self.optimizer = FlatAdamW(policy.model, config, storage, ranks)
+        self.optimizer = FlatAdamW(policy.model, config, storage, ranks, folder)
         self._lends = lends
         self._trim()
 

@@ -104,6 +104,7 @@ def build(config: Config, invitation: Invitation | None = None) -> Iterator[Part
             engine.weights.attach(policy.model),
             lends=inputs.engine_name == "transformers" and inputs.device == "cpu",
             ranks=ranks,
+            folder=run_dir,
         )
         # NCCL sets itself up at its first sum, in memory that an update would have filled by then
         ranks.add(torch.zeros(1, device=inputs.device))

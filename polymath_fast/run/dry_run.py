@@ -111,6 +111,10 @@ def _advice(config: Config, needs: dict[str, float], missing: float, inputs: Inp
         shared = sum(_needs(replace(config, shard_optimizer=True), inputs).values())
         if shared <= sum(needs.values()) - missing:
             return "--shard-optimizer works"
+    if not config.offload_optimizer:
+        away = sum(_needs(replace(config, offload_optimizer=True), inputs).values())
+        if away <= sum(needs.values()) - missing:
+            return "--offload-optimizer works"
     return "take a smaller model"
 
 

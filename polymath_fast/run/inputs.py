@@ -80,10 +80,6 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
             f"--master-weights remainder completes bfloat16 weights, but here they are {dtype} "
             f"({dtype_reason}), which need no master: leave it out, or pass --dtype bfloat16"
         )
-    if config.offload_optimizer:
-        from polymath_fast.learner.offload import require_gpu
-
-        require_gpu(device)
     model_dir = models.resolve_model(config.model, config.revision, notify)
     shape = models.read_config(model_dir)
     check_shape(model_dir, shape)

@@ -11,6 +11,7 @@ from polymath_fast import checkpoint
 from polymath_fast.config import Config
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.folders import run_folder, step_folders
+from polymath_fast.ranks import ALONE
 from polymath_fast.run.assembly import Parts
 
 
@@ -32,6 +33,11 @@ def _save(settings: Config, parts: Parts) -> Path | None:
         parts.monitor.sync()
     if settings.shard_optimizer:
         path = _saved_together(settings, parts)
+    elif parts.ranks.leads and settings.offload_optimizer:
+        from polymath_fast.run import sharing
+
+        state = parts.learner.optimizer.state  # piece by piece: it need not fit into memory
+        path = _written(settings, parts, {}, sharing.shared(ALONE, state, parts.steps_done))
     elif parts.ranks.leads:
         path = _written(settings, parts, parts.learner.optimizer.tensors(), None)
     parts.steps_saved = parts.steps_done

@@ -54,6 +54,10 @@ def test_a_dry_run_counts_a_part_of_the_optimizer_and_names_it(tmp_path, capsys,
     run_here(words, tmp_path / "run", expect=2)
     assert "GiB are free; --shard-optimizer works" in capsys.readouterr().err
     run_here([*words, "--shard-optimizer"], tmp_path / "run")
+    monkeypatch.setattr(dry_run, "_free_gib", lambda device: needed[True] - 0.5)
+    run_here(words, tmp_path / "run", expect=2)
+    assert "GiB are free; --offload-optimizer works" in capsys.readouterr().err
+    run_here([*words, "--offload-optimizer"], tmp_path / "run")
 
 
 def test_a_dry_run_refuses_a_reward_that_prefers_wrong_answers(tmp_path, capsys):
@@ -108,7 +112,6 @@ def test_a_dry_run_measures_the_right_answer_in_tokens(tmp_path, capsys):
         (["--tokens-per-microbatch", "20"], "-microbatch is 20; one completion must fit"),
         (["--max-completion-length", "4000"], "--max-completion-length"),
         (["--device", "cuda"], "--device cuda"),
-        (["--offload-optimizer", "--device", "cpu"], "learning runs on cpu"),
         (["--reuse-kv-cache"], "the embedded sampler keeps nothing"),
         (["--tape-gib", "1", "--updates-per-batch", "2"], "--updates-per-batch 2 on the weights"),
         (["--tape-gib", "1", "--model", "random:tiny-gemma"], "does not decode gemma models"),

@@ -11,6 +11,8 @@ import time
 from itertools import accumulate
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from train_runs import command, make_flags, metrics, run, run_here
 
 KEYS = (
@@ -213,6 +215,23 @@ def test_the_tape_saves_the_forward_pass_and_changes_nothing_else(flags, tmp_pat
         assert row["reward/mean"] == same["reward/mean"] == other["reward/mean"]
         for key in ("policy/grad_norm", "policy/entropy"):
             assert row[key] == pytest.approx(same[key], rel=1e-4) == other[key]
+
+
+def test_an_offloaded_optimizer_is_saved_and_resumed_as_any_other(flags, tmp_path):
+    """Bit for bit, from either into either."""
+    here, away = tmp_path / "here", tmp_path / "away"
+    flags = [*flags, "--save-every", "1", "--master-weights", "float32"]
+    run_here([*flags, "--max-steps", "2"], here)
+    run_here([*flags, "--max-steps", "1"], away)
+    run_here([*flags, "--max-steps", "2", "--offload-optimizer", "--resume", "auto"], away)
+    files = ("trainer/state.safetensors", "model.safetensors")
+    for name in files:
+        one, other = (load_file(f / "checkpoints" / "step_000002" / name) for f in (here, away))
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    run_here([*flags, "--max-steps", "3"], here := tmp_path / "again")
+    run_here([*flags, "--max-steps", "3", "--resume", "auto"], away)
+    one, other = (load_file(f / "checkpoints" / "step_000003" / files[0]) for f in (here, away))
+    assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_resume_refuses_another_model(flags, tmp_path, straight, capsys):

@@ -9,10 +9,11 @@ from small_models import SETTINGS, Model, batches
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
 from polymath_fast.kernels.flat_adamw import halves
-from polymath_fast.learner import offload, optimizer_state
+from polymath_fast.learner import optimizer_state
 from polymath_fast.learner.flat_storage import FlatStorage
 from polymath_fast.learner.offload import Offloaded
 from polymath_fast.learner.optimizer import FlatAdamW
+from polymath_fast.learner.state_file import StateFile
 
 BF16 = torch.bfloat16
 FORMS = {"float32": {}, "remainder": {"master_weights": "remainder"}}
@@ -90,13 +91,29 @@ def test_tensors_in_pieces(monkeypatch) -> None:
     assert_same(whole, other)
 
 
-@DEVICES
+class Streamed(Offloaded):
+    """The way of a GPU's state, for that of a CPU."""
+
+    def __init__(self, folder, kinds, elements: int):
+        self.tensors = {name: torch.zeros(elements, dtype=kind) for name, kind in kinds.items()}
+        super().__init__(self.tensors, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("device", "way"),
+    [
+        ("cpu", StateFile),
+        ("cpu", Streamed),
+        pytest.param("cuda", Offloaded, marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("chunk", [7, 32, 1000])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_offloaded_state_changes_nothing(form, chunk, device, monkeypatch) -> None:
-    monkeypatch.setattr(offload.Offloaded.__init__, "__defaults__", (chunk,))
-    if device == "cpu":  # where it saves nothing, and is refused, but takes the same way
-        monkeypatch.setattr(optimizer_state, "require_gpu", lambda _: None)
+def test_offloaded_state_changes_nothing(form, chunk, device, way, monkeypatch) -> None:
+    for kind in (Offloaded, StateFile):
+        monkeypatch.setattr(kind.__init__, "__defaults__", (chunk,))
+    if device == "cpu":
+        monkeypatch.setattr(optimizer_state, "StateFile", way)
     plain = make(form, device=device)
     away = make(form | {"offload_optimizer": True}, device=device)
     for made in (plain, away):
@@ -104,6 +121,7 @@ def test_offloaded_state_changes_nothing(form, chunk, device, monkeypatch) -> No
         saved = {name: tensor.clone() for name, tensor in made[1].tensors().items()}
         made[1].load(saved, 4)
         train(made, batches(6)[4:])
+    assert type(away[1].state._away) is way
     assert_same(plain, away)
     assert all(tensor.device.type == "cpu" for tensor in away[1].tensors().values())
 
@@ -128,9 +146,7 @@ def test_every_chunk_is_visited_once_and_comes_back(device: str) -> None:
     assert torch.equal(numbers, torch.arange(1003.0) + 3)
 
 
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match="learning runs on cpu"):
-        make({"offload_optimizer": True})
+def test_a_remainder_of_float32_weights_is_refused() -> None:
     with pytest.raises(UserError, match=r"remainder completes bfloat16 .* torch.float32"):
         FlatAdamW(Model(torch.float32), Config(master_weights="remainder"))
 

@@ -73,17 +73,22 @@ def test_what_was_gathered_before_is_forgotten(learner):
         (10, {"gradient_checkpointing": True}, "with --tokens-per-microbatch 36"),
         (2, {"gradient_checkpointing": True}, "with --tokens-per-microbatch 13"),
         (1, {}, "with --gradient-checkpointing"),
-        (1, {"gradient_checkpointing": True}, "with --max-completion-length 5"),
+        (1, {"gradient_checkpointing": True}, "with --offload-optimizer$"),
+        (
+            1,
+            {"gradient_checkpointing": True, "offload_optimizer": True},
+            "with --max-completion-length 5$",
+        ),
         (10, {"tokens_per_microbatch": 40}, "38 tokens"),
         (
             1,
             {"gradient_checkpointing": True, "num_processes": 2},
-            "go on with --shard-optimizer$",
+            "go on with --shard-optimizer or --offload-optimizer$",
         ),
         (
             1,
             {"gradient_checkpointing": True, "num_processes": 2, "shard_optimizer": True},
-            "go on with --max-completion-length 5$",
+            "go on with --offload-optimizer$",
         ),
     ],
 )

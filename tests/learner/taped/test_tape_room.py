@@ -122,10 +122,10 @@ def test_out_of_memory_names_the_tape():
         raise MemoryError
 
     policy.share = refuse
-    told = r"(\d+) tokens .* is 40, 8 times that from the tape\).*--tape-gib 0 or (--\S+ 35)"
+    told = r"(\d+) tokens .* is 40, 4 times that from the tape\).*--tape-gib 0 or (--\S+ 35)"
     with pytest.raises(OutOfMemory, match=told) as raised:
         learner.update(rows, 0)
-    assert 280 < int(re.search(told, str(raised.value))[1]) <= 320
+    assert 130 < int(re.search(told, str(raised.value))[1]) <= 160
 
 
 def test_an_aborted_completion_is_not_recorded():

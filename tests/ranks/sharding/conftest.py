@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from polymath_fast.learner import offload, optimizer_state
+from polymath_fast.learner import state_file
 
 
 @pytest.fixture(autouse=True)
 def offloads_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, too, where it saves nothing; in chunks that do not end with parts."""
-    monkeypatch.setattr(optimizer_state, "require_gpu", lambda _: None)
-    monkeypatch.setattr(offload.Offloaded.__init__, "__defaults__", (10_007,))
+    """In chunks that end neither with parts nor with pages."""
+    monkeypatch.setattr(state_file.StateFile.__init__, "__defaults__", (10_007,))
