@@ -3,8 +3,9 @@
 Same model, sample, reward, number and length of rollouts, one update a step. Every contender runs
 in a process of its own, in turn, so that peak memory is its own and ratios belong to one run. Ours
 runs again after the others: what a shared machine has left changes within minutes.
---curves adds how a step grows with rollouts, prompt and completion length; --ablations switches
-each idea off in turn. Results: benchmarks/results/<machine>/end_to_end.{json,md,png}.
+--curves generations prompt length adds how a step grows with these; --ablations switches each idea
+off in turn; an empty --contenders leaves the contenders out.
+Results: benchmarks/results/<machine>/end_to_end.{json,md,png}.
 """
 
 from __future__ import annotations

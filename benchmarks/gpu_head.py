@@ -105,6 +105,8 @@ def _time_head(depth: int, vocab: int) -> dict[str, Any]:
             # their logits in fp32 alone are 40 GB, several times
             rivals.pop("eager")
             rivals.pop("liger, fused linear grpo", None)
+            # one more compilation, which could take the section's time
+            rivals.pop("torch.compile, 8 chunks")
         table = timed_table(
             _head_variants(data) | rivals,
             flop_count=6 * count * vocab * depth,

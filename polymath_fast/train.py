@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports, where Ctrl-C would be a traceb
 
     start.run("polymath_fast.train")
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,6 +139,7 @@ def roll_out(
 ) -> tuple[RolloutBatch, RewardResult, int, Pending]:
     """Generate and score, again while all scores are alike and the settings say so: completions,
     scores, how often the prompts were asked, and what is to be finished in the next step."""
+    from polymath_fast import out_of_memory
     from polymath_fast.ranks.pooling import pooled
     from polymath_fast.rollout import collect
     from polymath_fast.rollout.scoring import Scorer
@@ -147,7 +149,8 @@ def roll_out(
     pending = parts.pending
     while saturation.asks_again(settings, batch, attempts):
         with Scorer(parts.inputs.rewards, parts.inputs.tokenizer) as scorer:
-            with clock("generate"), parts.learner.lend():
+            advice = partial(out_of_memory.while_sampling, settings, parts.tape.rows)
+            with clock("generate"), parts.learner.lend(), out_of_memory.named(advice):
                 drawn = collect.sample_groups(
                     parts.engine,
                     samples,

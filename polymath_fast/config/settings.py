@@ -71,7 +71,7 @@ class RolloutSettings:
     decodes the model in tiles, else vLLM where it is installed"""
     kv_cache_gib: Annotated[float, Range(gt=0, le=65536, works=2)] | None = None
     """memory for vLLM's KV cache in GiB, on a CPU rounded up to whole ones; when left out 1 on a
-    CPU, and on a GPU what completions of full length fill"""
+    CPU, and on a GPU what up to 256 completions of full length fill"""
     release_kv_cache: bool = False
     """give the memory of vLLM's KV cache to the learner between rollouts (GPUs)"""
     reuse_kv_cache: bool = False
@@ -124,7 +124,8 @@ class RewardSettings:
     reward_weights: tuple[float, ...] | None = None
     """one weight per reward; all 1 when left out"""
     reward_timeout: Annotated[float, Range(gt=0, le=3600, works=5)] = 5.0
-    """seconds to judge one distinct answer before its process is killed"""
+    """seconds to judge one distinct answer before its process is killed; for a function of your own
+    seconds per completion"""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """divide advantages by the standard deviation within the group, the batch, or not at all"""
 
@@ -142,7 +143,7 @@ class LossSettings:
     with cispo the largest ratio itself"""
     delta: Annotated[float, Range(gt=1, le=1e6, works=4)] | None = None
     """upper bound of the ratio of completions with negative advantage; one below the upper clip
-    bounds those with positive advantage instead"""
+    bounds those with positive advantage instead, and the upper clip those with negative"""
     beta: Annotated[float, Range(ge=0, le=1000, works=0)] = 0.0
     """weight of the KL divergence from the starting model; 0 needs no reference model"""
     kl_estimator: KLEstimator = "k3"
@@ -211,7 +212,7 @@ class OptimizerSettings:
     prefix_tree: Literal["off", "auto", "on"] = "auto"
     """completions of a prompt that begin with the same tokens share the rows of the model for them,
     exactly; auto where that saves more than attention pays for it, on for each common run of 8
-    tokens or more"""
+    tokens or more (of any length in a CPU's tiles)"""
     gradient_checkpointing: bool = False
     """keep only the inputs of the model's layers for the backward pass and compute the rest again:
     about a third more work, a fraction of the memory"""

@@ -10,6 +10,11 @@ from torch import Tensor
 _ALIGNED = 16  # bytes; kernels are compiled for pointers that are
 
 
+def stream_of(device: torch.device) -> int:
+    """Which stream what is sent now arrives on: what is kept of it is good on that one only."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def send(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
     """The tensors, contiguous and of the CPU, on `device`, in one copy from pinned memory: the
     host goes on, where a copy of each would wait for all that the device still has to do.

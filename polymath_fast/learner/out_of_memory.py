@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from polymath_fast.config import Config
-from polymath_fast.errors import OutOfMemory
 from polymath_fast.learner.microbatches import split_rows
 from polymath_fast.learner.packing import TrainingRow, pack
 from polymath_fast.learner.prefix_tree import PrefixTree, Rule, plan
 from polymath_fast.memory import TAPED_ROWS
 
 
-@contextmanager
-def named(
-    config: Config,
-    rows: Sequence[TrainingRow],
-    tokens: int,
-    undo: Callable[[], None],
-    rule: Rule | None = None,
-) -> Iterator[None]:
-    """Memory errors of learning from `rows` become `OutOfMemory` with a way out, after `undo`;
-    others pass. `tokens`: of a micro-batch; `rule`: by which the rows share a prefix tree."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        undo()
-        raise OutOfMemory(advice(config, rows, tokens, rule)) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch.OutOfMemoryError of a GPU, torch's RuntimeError of a CPU, or Python's own."""
-    import torch
-
-    refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return refused or isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-
 def advice(
     config: Config, rows: Sequence[TrainingRow], tokens: int, rule: Rule | None = None
 ) -> str:
-    """What did not fit, the knob, and a value for it."""
+    """What did not fit, the knob, and a value for it. `tokens`: of a micro-batch; `rule`: by which
+    the rows share a prefix tree."""
     tree = None if rule is None else plan(rows, rule)
     taped = [row for row in rows if row.recorded is not None]
     others = [row for row in rows if row.recorded is None]
@@ -63,7 +35,7 @@ def advice(
         knobs.append(f"--max-completion-length {max(1, config.max_completion_length // 2)}")
     more = f", {times} times that from the tape" if times > 1 else ""
     return (
-        f"out of memory: {largest} tokens were learned from at once (--tokens-per-microbatch is "
+        f"{largest} tokens were learned from at once (--tokens-per-microbatch is "
         f"{tokens}{more}); go on with {' or '.join(knobs)}"
     )
 

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from polymath_fast import out_of_memory
 from polymath_fast.config import Config
 from polymath_fast.kernels import PolicyLossSpec
 from polymath_fast.kernels.cpu import workspace
 from polymath_fast.kernels.scratch import Arena
-from polymath_fast.learner import out_of_memory
+from polymath_fast.learner import out_of_memory as learning
 from polymath_fast.learner.flat_storage import FlatStorage
 from polymath_fast.learner.loss import Divisors, loss_spec
 from polymath_fast.learner.metrics import UpdateMetrics
@@ -71,12 +72,9 @@ class Learner:
         divisors = Divisors(
             tokens=max(1, sum(trained) // updates), completions=max(1, len(rows) // updates)
         )
+        tokens, rule = self.passes.microbatch_tokens, self.passes.tree_rule
         with out_of_memory.named(
-            config,
-            needed,
-            self.passes.microbatch_tokens,
-            self.optimizer.zero_grad,
-            self.passes.tree_rule,
+            lambda: learning.advice(config, needed, tokens, rule), self.optimizer.zero_grad
         ):
             found = self._learn(needed, loss_spec(config, divisors), step, updates)
         self._trim()

@@ -100,9 +100,9 @@ class Monitor:
         self._show_step(row)
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append completions (step, group, index, prompt, completion, reward, rewards, length,
-        finish_reason, weight_version; weight_versions when there are several) and show some every
-        `log_completions_every` steps."""
+        """Append completions (step, group, index, prompt, answer, completion, reward, rewards by
+        name, length, finish_reason, weight_version; weight_versions when there are several) and
+        show some every `log_completions_every` steps."""
         self._append(run_data.COMPLETIONS, [{**_finite(row), "step": int(step)} for row in rows])
         if rows and self._every > 0 and (step == 1 or step % self._every == 0):
             self._console.print(view.completions_table(step, pick(rows, seed=step)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.kernels import SegmentTable, weight_sync
 from polymath_fast.rollout.segments import WeightPlan, record
-from polymath_fast.rollout.vllm_sync import forget_prefixes
+from polymath_fast.rollout.vllm_sync import failures_named, forget_prefixes
 from polymath_fast.rollout.weights import compare
 
 _INSTEAD = "so weights cannot be copied into it; --weight-sync reload works"
@@ -67,21 +67,26 @@ class CopySync:
 
         Raises:
             UserError: a tensor has no place in the engine, or the other way round.
-            EngineError: the engine replaced its parameters, or still works on requests.
+            EngineError: the engine replaced its parameters, or still works on requests; the device
+                failed.
         """
         sources = {name: tensor.detach() for name, tensor in named_weights}
         table = self._current_table(sources)
-        if self._stream is None:
-            weight_sync(table)
-        else:
-            learner = torch.cuda.current_stream(self._stream.device)
-            learner.wait_stream(self._stream)
-            weight_sync(table)
-            self._stream.wait_stream(learner)
+        with failures_named():
+            self._copy(table)
         if self._weights is not None:
             self._weights.changed()
         forget_prefixes(self._llm)
         self.version = version
+
+    def _copy(self, table: SegmentTable) -> None:
+        if self._stream is None:
+            weight_sync(table)
+            return
+        learner = torch.cuda.current_stream(self._stream.device)
+        learner.wait_stream(self._stream)
+        weight_sync(table)
+        self._stream.wait_stream(learner)
 
     def attach(self, model: nn.Module) -> None:
         """The learner keeps memory of its own."""

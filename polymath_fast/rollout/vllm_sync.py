@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +53,8 @@ class AliasSync:
                     "replaced instead of being written in place"
                 )
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            with failures_named():
+                self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         self._weights.changed()
         forget_prefixes(self._llm)
         self.version = version
@@ -97,6 +99,15 @@ class ReloadSync:
                 "readable_weights=True"
             )
         weight_tools.compare(named_weights, self._weights.storage.views())
+
+
+@contextmanager
+def failures_named() -> Iterator[None]:
+    """A device that fails inside becomes an EngineError: the step before is done all the same."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(f"the new weights did not reach the engine: {error}") from error
 
 
 def forget_prefixes(llm: object, when: str = "after a weight update") -> None:

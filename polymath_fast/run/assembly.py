@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from polymath_fast import checkpoint, machine, memory, precision, rollout
+from polymath_fast import checkpoint, machine, memory, out_of_memory, precision, rollout
 from polymath_fast.checkpoint import Checkpoint
 from polymath_fast.config import Config
 from polymath_fast.errors import UserError
@@ -83,38 +84,39 @@ def build(config: Config, invitation: Invitation | None = None) -> Iterator[Part
             ranks, run_dir, monitor, resumed = _join(invitation)
         _set_threads(config)
         dtype = precision.torch_dtype(inputs.dtype)
-        policy = Policy(
-            inputs.model_dir,
-            device=inputs.device,
-            dtype=dtype,
-            gradient_checkpointing=config.gradient_checkpointing,
-        )
-        monitor.phase("start the engine")
-        speculation = Speculation(config.speculate, pass_rows(inputs.device, inputs.dtype))
-        tape = Tape(inputs.tape_rows(config), predictions=keeps_predictions(config))
-        engine = _engine(config, inputs, policy, speculation=speculation, tape=tape)
-        stack.callback(engine.close)
-        reference = None
-        if config.beta:
-            reference = Policy(inputs.model_dir, device=inputs.device, dtype=dtype)
-        learner = Learner(
-            policy,
-            config,
-            reference,
-            engine.weights.attach(policy.model),
-            lends=inputs.engine_name == "transformers" and inputs.device == "cpu",
-            ranks=ranks,
-            folder=run_dir,
-        )
-        # NCCL sets itself up at its first sum, in memory that an update would have filled by then
-        ranks.add(torch.zeros(1, device=inputs.device))
-        if resumed:
-            with resumed.slices() as slices:
-                learner.optimizer.load(slices, resumed.state["updates"])
-                speculation.load(slices)
-            engine.weights.push(policy.named_weights(), learner.optimizer.updates)
-        if config.verify_sync:
-            engine.weights.verify(policy.named_weights())
+        with out_of_memory.named(partial(out_of_memory.while_starting, config, inputs.shape)):
+            policy = Policy(
+                inputs.model_dir,
+                device=inputs.device,
+                dtype=dtype,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+            monitor.phase("start the engine")
+            speculation = Speculation(config.speculate, pass_rows(inputs.device, inputs.dtype))
+            tape = Tape(inputs.tape_rows(config), predictions=keeps_predictions(config))
+            engine = _engine(config, inputs, policy, speculation=speculation, tape=tape)
+            stack.callback(engine.close)
+            reference = None
+            if config.beta:
+                reference = Policy(inputs.model_dir, device=inputs.device, dtype=dtype)
+            learner = Learner(
+                policy,
+                config,
+                reference,
+                engine.weights.attach(policy.model),
+                lends=inputs.engine_name == "transformers" and inputs.device == "cpu",
+                ranks=ranks,
+                folder=run_dir,
+            )
+            # NCCL sets itself up at its first sum, in memory that an update would have filled
+            ranks.add(torch.zeros(1, device=inputs.device))
+            if resumed:
+                with resumed.slices() as slices:
+                    learner.optimizer.load(slices, resumed.state["updates"])
+                    speculation.load(slices)
+                engine.weights.push(policy.named_weights(), learner.optimizer.updates)
+            if config.verify_sync:
+                engine.weights.verify(policy.named_weights())
         pending = NOTHING
         if resumed and config.partial_rollouts:
             pending = Pending.from_json(

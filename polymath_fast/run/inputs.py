@@ -80,6 +80,11 @@ def read_inputs(config: Config, notify: Callable[[str], None] = print) -> Inputs
             f"--master-weights remainder completes bfloat16 weights, but here they are {dtype} "
             f"({dtype_reason}), which need no master: leave it out, or pass --dtype bfloat16"
         )
+    if config.active_vocabulary == "auto" and device == "cuda" and dtype == "float32":
+        raise UserError(
+            "--active-vocabulary auto: in float32 a GPU's LM head keeps every column; leave it "
+            "out, or pass --dtype bfloat16"
+        )
     model_dir = models.resolve_model(config.model, config.revision, notify)
     shape = models.read_config(model_dir)
     check_shape(model_dir, shape)

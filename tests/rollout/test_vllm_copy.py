@@ -12,6 +12,7 @@ from parallel_models import SMALL, build, make_folder, weights_of
 from torch import nn
 
 from polymath_fast.errors import EngineError, UserError
+from polymath_fast.rollout import vllm_copy
 from polymath_fast.rollout.vllm_copy import CopySync
 
 SHAPE = {"model_type": "qwen2", "tie_word_embeddings": True, **SMALL}
@@ -76,6 +77,21 @@ def test_a_busy_engine_is_an_error() -> None:
     model.load_weights = lambda weights: [model.weight.data.copy_(w) for _, w in weights]
     sync = CopySync(shell(model, idle=False))
     with pytest.raises(EngineError, match="still busy"):
+        sync.push([("weight", torch.ones(4, 4))], 1)
+    assert sync.version == 0
+
+
+def test_a_device_that_fails_is_the_engines_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a step that was learned survives."""
+
+    def fails(_: object) -> None:
+        raise RuntimeError("weight_sync did not launch: an illegal address (CUDA error 700)")
+
+    model = nn.Linear(4, 4, bias=False)
+    model.load_weights = lambda weights: [model.weight.data.copy_(w) for _, w in weights]
+    sync = CopySync(shell(model))
+    monkeypatch.setattr(vllm_copy, "weight_sync", fails)
+    with pytest.raises(EngineError, match="did not reach the engine: .* did not launch"):
         sync.push([("weight", torch.ones(4, 4))], 1)
     assert sync.version == 0
 

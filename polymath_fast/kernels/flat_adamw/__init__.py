@@ -125,7 +125,7 @@ def flat_adamw(
         kind = type(segments).__name__
         raise ValueError(f"segments is a {kind}: must be Segments.of([(start, stop, decays), ...])")
     if segments is None:
-        segments = Segments.of([(0, len(live), True)] if len(live) else [], live.device)
+        segments = Segments.whole(len(live), live.device)
     if segments.end > len(live) or segments.table.device != live.device:
         raise ValueError(
             f"segments end at {segments.end} on {segments.device}, tensors at {len(live)} on "

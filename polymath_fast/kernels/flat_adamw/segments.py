@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -54,6 +54,13 @@ class Segments:
             if first < stop and last > start
         ]
         return Segments(tuple(inside), self.device)
+
+    @staticmethod
+    @lru_cache(maxsize=16)
+    def whole(elements: int, device: torch.device) -> Segments:
+        """All of a tensor, and all of it decays: the same each time, so that only the first one
+        waits for its table."""
+        return Segments.of([(0, elements, True)] if elements else [], device)
 
     @cached_property
     def table(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.prefix_attention.blocks import Block
+from polymath_fast.kernels.transfer import stream_of
 
 _WIDEST = 256
 _PROGRAMS = 160
@@ -55,9 +56,9 @@ class _Layout:
 
 @lru_cache(maxsize=16)
 def _layout(
-    blocks: tuple[Block, ...], prompts_ask: bool, heads: int, device: torch.device
+    blocks: tuple[Block, ...], prompts_ask: bool, heads: int, device: torch.device, stream: int
 ) -> _Layout:
-    """Offsets on the device. Empty segments are left out."""
+    """Offsets on the device, for work of one stream. Empty segments are left out."""
 
     def piece(
         queries: slice, keys: slice, query_bounds: list[int], key_bounds: list[int]
@@ -150,7 +151,7 @@ def prefix_attention(
         raise ValueError(
             f"head_dim {depth}: flash-attn takes multiples of 8 up to {_WIDEST}; use impl='triton'"
         )
-    layout = _layout(blocks, len(q) == len(k), q.shape[1], q.device)
+    layout = _layout(blocks, len(q) == len(k), q.shape[1], q.device, stream_of(q.device))
     return PrefixAttention.apply(q, k, v, layout, scale)
 
 

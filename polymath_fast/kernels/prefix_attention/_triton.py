@@ -18,7 +18,7 @@ from torch import Tensor
 
 from polymath_fast.kernels.autograd import first_order
 from polymath_fast.kernels.prefix_attention.blocks import Block
-from polymath_fast.kernels.transfer import send
+from polymath_fast.kernels.transfer import send, stream_of
 from polymath_fast.kernels.triton.attention_gradient_kernels import (
     key_gradient_kernel,
     query_gradient_kernel,
@@ -55,9 +55,14 @@ class _Tables:
 
 @lru_cache(maxsize=16)
 def _tables(
-    blocks: tuple[Block, ...], prompts_ask: bool, kv_heads: int, device: torch.device, tiles: Tiles
+    blocks: tuple[Block, ...],
+    prompts_ask: bool,
+    kv_heads: int,
+    device: torch.device,
+    tiles: Tiles,
+    stream: int,
 ) -> _Tables:
-    """What the kernels read of the blocks, on the device."""
+    """What the kernels read of the blocks, on the device, for work of one stream."""
     ways = (tiles.forward, tiles.query, tiles.key)
     made = schedule(blocks, *(way.sizes for way in ways), kv_heads, prompts_ask)
     tables = (
@@ -112,7 +117,8 @@ def prefix_attention(
 ) -> Tensor:
     """See `polymath_fast.kernels.prefix_attention`."""
     tiles = tiles_for(q.device, q.dtype, q.shape[2])
-    tables = _tables(blocks, len(q) == len(k), k.shape[1], q.device, tiles)
+    stream = stream_of(q.device)
+    tables = _tables(blocks, len(q) == len(k), k.shape[1], q.device, tiles, stream)
     return PrefixAttention.apply(q, k, v, tables, scale)
 
 

@@ -194,7 +194,7 @@ class Vocabulary:
     def _row_masses(self, chunk: Chunk, a: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """(C, K) sums over columns of |slope| lengths (V, K)."""
         out = torch.empty(len(a), lengths.shape[1], device=a.device, dtype=torch.float32)
-        row_masses_kernel[(lengths.shape[1], -(-len(a) // 8))](
+        row_masses_kernel[(-(-len(a) // 8), lengths.shape[1])](
             chunk.exps,
             a,
             lengths.T.contiguous(),

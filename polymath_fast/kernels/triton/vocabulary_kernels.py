@@ -65,12 +65,12 @@ def row_masses_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out (count, K): sum over columns of |a[i] D[i]| lengths (K, V), program (k, rows).
+    """out (count, K): sum over columns of |a[i] D[i]| lengths (K, V), program (rows, k).
 
     0 for the rows past the live ones.
     """
-    kind = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    kind = tl.program_id(1)
     inside_chunk = row < count
     valid = inside_chunk & (row < tl.load(live_ptr))
     total = tl.zeros([ROWS], tl.float32)
@@ -83,7 +83,7 @@ def row_masses_kernel(
         length = tl.load(lengths_ptr + column, mask=inside, other=0.0)
         total += tl.sum(tl.abs(d) * length[None, :], axis=1)
     a = tl.abs(tl.load(a_ptr + row, mask=valid, other=0.0))
-    tl.store(out_ptr + row * tl.num_programs(0) + kind, total * a, mask=inside_chunk)
+    tl.store(out_ptr + row * tl.num_programs(1) + kind, total * a, mask=inside_chunk)
 
 
 @triton.jit

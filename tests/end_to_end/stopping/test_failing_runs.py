@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from polymath_fast import checkpoint, report, train
 from polymath_fast.errors import EngineError, UserError
 from polymath_fast.kernels import linear_grpo_loss
 from polymath_fast.learner import loss as learner_loss
+from polymath_fast.learner.step import Learner
 from polymath_fast.monitor import Monitor
 from polymath_fast.ranks import Ranks
 from polymath_fast.rewards import RewardSet
@@ -32,11 +34,11 @@ def failing(
     """Let the method fail in its call number `call`, and count on."""
     method, calls = getattr(owner, name), []
 
-    def fails(self, *arguments):
+    def fails(self, *arguments, **options):
         calls.append(name)
         if len(calls) == call:
             raise error
-        return method(self, *arguments)
+        return method(self, *arguments, **options)
 
     monkeypatch.setattr(owner, name, fails)
 
@@ -131,6 +133,36 @@ def test_a_rescue_that_fails_does_not_hide_why_it_was_called(flags, tmp_path, mo
 
 def full_disk(*_, **__):
     raise UserError("no room")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "words", "steps"),
+    [
+        (
+            TransformersEngine,
+            "stream",
+            4,
+            "8 completions of at most 16 tokens were sampled; .*--max-completion-length 8",
+            3,
+        ),
+        (Learner, "__init__", 1, "about to begin .* go on with --master-weights remainder", 0),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["torch", "python"]
+)
+def test_a_lack_of_memory_names_what_to_change(
+    flags, tmp_path, monkeypatch, capsys, owner, name, call, words, steps, error
+):
+    """While sampling and before the first step; `test_out_of_memory` has the learner's."""
+    with monkeypatch.context() as patch:
+        failing(patch, owner, name, call, error)
+        assert run(flags, tmp_path / "run") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(f"out of memory: .*{words}.* or --offload-optimizer", said), said
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))[-1:] == (
+        [f"step_{steps:06}"] if steps else []
+    )
 
 
 def test_half_of_a_step_is_not_saved_under_the_name_of_another(
