@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 from torch import nn
@@ -96,6 +97,14 @@ def _old_logprobs(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(Passes, "learn", twice))
 
 
+def _many_passes(stack: ExitStack) -> None:
+    """AdamW as torch's operations have it, each of which reads and writes the whole state."""
+    from polymath_fast.learner import optimizer
+
+    plain = partial(optimizer.flat_adamw, impl="reference")
+    stack.enter_context(mock.patch.object(optimizer, "flat_adamw", plain))
+
+
 def _duplicates(stack: ExitStack) -> None:
     """Identical completions are computed as often as they were drawn."""
     from polymath_fast.learner import passes
@@ -131,6 +140,7 @@ ABLATIONS: dict[str, Callable[[ExitStack], None]] = {
     "decoding in tiles": _module_decoding,
     "logits never stored": _whole_logits,
     "no old-log-prob pass": _old_logprobs,
+    "AdamW in one pass": _many_passes,
     "duplicates once": _duplicates,
     "common beginnings learned once": _no_tree,
     "common beginnings sampled once": _rows_apart,

@@ -61,6 +61,7 @@ def _time(family: str) -> dict[str, Any]:
         table = _table_of(pairs)
         variants: Variants = {i: partial(weight_sync, table, impl=i) for i in IMPLEMENTATIONS} | {
             "loop of copy_": weight_copies.loop(pairs),
+            "buckets": weight_copies.buckets(pairs),
             "foreach copy": _foreach(pairs),
         }
         for variant, timing in interleave(variants, launches=True).items():

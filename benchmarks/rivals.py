@@ -106,7 +106,17 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> Variants:
         log_p = logits.float().log_softmax(-1)
         return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
-    return _without_grad({"torch.compile": torch.compile(eager, dynamic=False), "eager": eager})
+    variants: Variants = {"torch.compile": torch.compile(eager, dynamic=False), "eager": eager}
+    if find_spec("trl"):
+        variants["trl, no entropy"] = late(lambda: _trl_logprobs(logits, targets))
+    return _without_grad(variants)
+
+
+def _trl_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> Callable[[], object]:
+    from trl.trainer.utils import selective_log_softmax
+
+    # it takes one sequence after the other
+    return lambda: selective_log_softmax(logits[None], targets[None])
 
 
 def logit_losses(

@@ -16,6 +16,8 @@ from polymath_fast.models.random_models import FAMILIES
 from polymath_fast.precision import choose_dtype, torch_dtype
 
 Pairs = list[tuple[Tensor, Tensor]]
+BUCKET = 1 << 30
+"""bytes"""
 _STACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}
 """what vLLM keeps as rows of one tensor; everything else is a tensor of its own"""
 
@@ -62,6 +64,25 @@ def loop(pairs: Pairs) -> Callable[[], None]:
     return run
 
 
+def buckets(pairs: Pairs, most: int = BUCKET) -> Callable[[], None]:
+    """Packed into buffers of at most `most` bytes each, sent as one, unpacked again, as trainers do
+    whose sampler is another process; a larger tensor has a buffer of its own."""
+    parts: list[Pairs] = [[]]
+    for pair in pairs:
+        if parts[-1] and sum(s.nbytes for s, _ in parts[-1]) + pair[0].nbytes > most:
+            parts.append([])
+        parts[-1].append(pair)
+
+    def run() -> None:
+        for part in parts:
+            packed = torch.cat([source.reshape(-1) for source, _ in part])
+            values = packed.split([target.numel() for _, target in part])
+            for (_, target), value in zip(part, values, strict=True):
+                target.copy_(value.view(target.shape))
+
+    return run
+
+
 def contiguous(table: SegmentTable) -> Callable[[], None]:
     """As many bytes as one plain copy: the machine's rate."""
     first = table.segments[0].src
@@ -83,6 +104,7 @@ def _case(device: str, dtype: torch.dtype, into: torch.dtype) -> Case:
     variants: Variants = {
         "ours": lambda: weight_sync(table),
         "loop of copy_": loop(pairs),
+        "buckets": buckets(pairs),
         "one copy of as many bytes": contiguous(table),
     }
     if device == "cpu" and dtype == into and find_spec("vllm"):

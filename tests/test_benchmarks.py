@@ -19,12 +19,13 @@ from benchmarks import (
     gpu_sizes,
     gpu_suite,
     run,
+    weight_copies,
 )
 from polymath_fast import memory
 from polymath_fast.kernels.prefix_attention import tiles
 from polymath_fast.kernels.triton.budget import Gpu
 from polymath_fast.learner import loss as losses
-from polymath_fast.learner import passes, rows
+from polymath_fast.learner import optimizer, passes, rows
 from polymath_fast.learner.taped import TapedPass
 from polymath_fast.models.random_models import FAMILIES
 from polymath_fast.rollout import tile_weights, transformers_engine
@@ -139,6 +140,7 @@ def test_an_idea_is_off_inside_and_on_again_behind(idea: str) -> None:
         owners = (
             rows,
             losses,
+            optimizer,
             passes,
             passes.Passes,
             tiles,
@@ -184,3 +186,13 @@ def test_the_readme_says_what_was_measured() -> None:
             rf"\* {contender} takes ([\d.]+) times as long a token", results.read_text()
         )
         assert re.search(rf"{contender}(?: takes)? {re.escape(measured[1])} times", said), contender
+
+
+def test_what_travels_in_buckets_arrives() -> None:
+    """A tensor that is larger than a bucket, too."""
+    sources, pairs = weight_copies.tensors("tiny", torch.float32, "cpu")
+    for most in (1, 5000, weight_copies.BUCKET):
+        for _, target in pairs:
+            target.zero_()
+        weight_copies.buckets(pairs, most)()
+        assert weight_copies.wrong_tensors(pairs) == 0 < len(sources)
