@@ -115,9 +115,11 @@ def markdown(result: dict[str, Any]) -> str:
             lines.append(f"| {name} | did not run: {row['error']} | | | | |")
             continue
         share = row["share of product rate"] or row["share of copy rate"]
+        ratio = row["times faster than baseline"]
+        faster = "" if ratio is None else f"{ratio:.2f}"  # the baseline may not run here
         lines.append(
             f"| {name} | {row['median']:.2f} | {row['p20']:.2f} - {row['p80']:.2f} "
-            f"| {row['times faster than baseline']:.2f} | {row['peak_mib']:.0f} | {share:.0%} |"
+            f"| {faster} | {row['peak_mib']:.0f} | {share:.0%} |"
         )
     errors = ", ".join(f"{name} {error:.1e}" for name, error in result["errors"].items())
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in result["rates"].items())

@@ -61,7 +61,12 @@ print(peak_memory_gib())
 """
 
 
-OPTIONS = {"plain": {"tape_gib": 0}, "checkpointed": {"gradient_checkpointing": True}, "taped": {}}
+OPTIONS = {
+    "plain": {"tape_gib": 0},
+    "checkpointed": {"gradient_checkpointing": True},
+    "taped": {},
+    "off-loaded": {"tape_gib": 0, "offload_optimizer": True},
+}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

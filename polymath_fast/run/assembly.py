@@ -19,7 +19,7 @@ from polymath_fast.monitor.quiet import Quiet
 from polymath_fast.ranks import Ranks
 from polymath_fast.ranks.launch import launched, require_devices
 from polymath_fast.rollout.partial import NOTHING, Pending
-from polymath_fast.run import resuming
+from polymath_fast.run import compile_ahead, resuming
 from polymath_fast.run.inputs import Inputs, read_inputs
 from polymath_fast.run.plan import plan
 
@@ -82,6 +82,9 @@ def build(config: Config, invitation: Invitation | None = None) -> Iterator[Part
             ranks, run_dir, monitor, resumed = _begin(config, inputs, identity, stack)
         else:
             ranks, run_dir, monitor, resumed = _join(invitation)
+        taped = inputs.tape_rows(config)
+        of_run = (inputs.shape, inputs.device, inputs.dtype)
+        stack.enter_context(compile_ahead.begun(*of_run, taped=taped > 0))
         _set_threads(config)
         dtype = precision.torch_dtype(inputs.dtype)
         with out_of_memory.named(partial(out_of_memory.while_starting, config, inputs.shape)):
@@ -93,7 +96,7 @@ def build(config: Config, invitation: Invitation | None = None) -> Iterator[Part
             )
             monitor.phase("start the engine")
             speculation = Speculation(config.speculate, pass_rows(inputs.device, inputs.dtype))
-            tape = Tape(inputs.tape_rows(config), predictions=keeps_predictions(config))
+            tape = Tape(taped, predictions=keeps_predictions(config))
             engine = _engine(config, inputs, policy, speculation=speculation, tape=tape)
             stack.callback(engine.close)
             reference = None

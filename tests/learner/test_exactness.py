@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import padded
 import pytest
 import torch
 
 from polymath_fast.config import Config
+from polymath_fast.config.settings import LossType
 from polymath_fast.learner.loss import Divisors, loss_spec
 from polymath_fast.learner.metrics import UpdateMetrics
 from polymath_fast.learner.packing import TrainingRow, pack
@@ -20,7 +22,7 @@ from polymath_fast.rollout.types import Completion, Group, RolloutBatch
 from polymath_fast.samples import Sample
 
 PROMPTS = [(5, 9, 17, 33, 70), (8, 21)]
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "sapo", "reinforce", "cispo")
+LOSS_TYPES = get_args(LossType)
 
 
 def make(prompt, length, advantage, seed, trained=True):

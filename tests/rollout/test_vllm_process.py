@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,6 +68,16 @@ def test_the_users_own_variables_win_and_ours_follow_the_engine(monkeypatch):
 def test_the_cache_of_a_cpu_engine_is_not_released():
     with pytest.raises(UserError, match="ordinary memory: leave it out$"):
         vllm_process.require_release("cpu")
+
+
+def test_a_vllm_that_frees_its_cache_with_the_weights_alone_is_refused(monkeypatch):
+    """0.26 has a sleep mode, which takes both, and no method for the cache."""
+    installed(monkeypatch, vllm="0.26.1")
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=type("LLM", (), {"sleep": None})))
+    with pytest.raises(UserError, match=r"vLLM 0\.26\.1 cannot free .*, 0\.32 can; leave it out"):
+        vllm_process.require_release("cuda")
+    sys.modules["vllm"].LLM.release_kv_cache_memory = lambda self: None
+    vllm_process.require_release("cuda")
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,20 @@ def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+def claim(purpose: str) -> Path | None:
+    """A file in the cache that says so, if nobody on this machine has claimed `purpose` for these
+    sources; None if somebody has, or no such file can be."""
+    digest, unit = _state()
+    folder = Path(_anything._cache.cache_path)
+    path = folder / f"{purpose}-{digest[:16]}-{'unit' if unit else 'plain'}.claimed"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.open("x").close()
+    except OSError:
+        return None
+    return path
+
+
 @cache
 def _state() -> tuple[str, bool]:
     """Of all sources here, and of what numba does not ask the processor: whether the system lets
@@ -45,3 +59,8 @@ def _state() -> tuple[str, bool]:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest(), matrix_unit.available()
+
+
+@njit()
+def _anything():
+    """Tells where the cache is."""
