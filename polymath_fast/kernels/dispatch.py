@@ -30,7 +30,7 @@ FILES = {
 """implementation -> module inside kernels/<operator>/"""
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "group_advantages": ("triton", "reference"),
+    "group_advantages": ("triton", "cpu", "reference"),
     "token_logprobs": ("triton", "cpu", "reference"),
     "linear_logprobs": ("triton", "cpu", "reference"),
     "grpo_loss": ("triton", "cpu", "reference"),

@@ -136,7 +136,7 @@ def test_temperatures_that_are_none(op: str, temperature: float) -> None:
             call(op, make(op), temperature=temperature)
 
 
-@pytest.mark.parametrize("impl", ["reference"])
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_group_advantages(impl: str) -> None:
     assert group_advantages(torch.zeros(0), 4, impl=impl).shape == (0,)
     rewards = torch.tensor([1.0, 2.0, 4.0, 1.0])

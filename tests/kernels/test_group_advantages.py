@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from polymath_fast.kernels import group_advantages
+from polymath_fast.kernels import group_advantages, use
+from polymath_fast.kernels.group_advantages import BASELINES, SCALES
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.5, 0.5, 2.0])
+
+
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    with use(request.param):
+        yield
 
 
 def test_grpo_by_hand() -> None:
@@ -56,9 +66,24 @@ def test_missing_rewards_take_no_part() -> None:
 
 def test_dtypes_and_empty() -> None:
     assert group_advantages(torch.tensor([1, 0]).half(), 2).dtype == torch.float32
-    assert group_advantages(torch.tensor([1.0, 0]).double(), 2).dtype == torch.float64
+    assert group_advantages(torch.ones(2).double(), 2, impl="reference").dtype == torch.float64
     assert group_advantages(torch.empty(0), 4).shape == (0,)
     assert not group_advantages(torch.ones(2, requires_grad=True), 2).requires_grad
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_implementations_agree(count: int, dtype: torch.dtype) -> None:
+    """Groups in order or not, of any size, with equal and with missing rewards."""
+    rewards = torch.rand(count).to(dtype)
+    missing = rewards.masked_fill(torch.rand(count) < 0.4, float("nan"))
+    several = (torch.arange(count) // 3, torch.randint(-3, 4, (count,)), torch.zeros(count).long())
+    choices = product((rewards, rewards.round(), missing), several, SCALES, BASELINES, (1e-4, 0.0))
+    for values, groups, scale, baseline, eps in choices:
+        options = {"scale": scale, "baseline": baseline, "eps": eps}
+        truth = group_advantages(values, groups, **options, impl="reference")
+        found = group_advantages(values, groups, **options, impl="cpu")
+        assert_close(found, truth, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(

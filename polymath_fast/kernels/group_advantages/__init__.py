@@ -33,6 +33,7 @@ def group_advantages(
             "group" (GRPO), of the whole "batch", or "none" (Dr. GRPO).
         eps: added to the standard deviation. TRL adds 1e-4, verl 1e-6.
         baseline: "mean" of the group (GRPO), or "leave_one_out", the mean of the others (RLOO).
+        impl: "auto", "reference", "cpu" or "triton".
 
     Returns:
         (B,) fp32 (fp64 for fp64 rewards). A group of one completion has advantage 0.
