@@ -47,9 +47,11 @@ def while_sampling(config: Config, taped: int) -> str:
     )
 
 
-def while_starting(config: Config, shape: dict[str, Any]) -> str:
-    """What did not fit, and what makes the state of a run smaller; `shape`: of the model."""
-    knobs = [] if config.master_weights == "remainder" else ["--master-weights remainder"]
+def while_starting(config: Config, shape: dict[str, Any], dtype: str) -> str:
+    """What did not fit, and what makes the state of a run smaller; `shape` and `dtype`: of the
+    model."""
+    whole = config.master_weights == "float32" and dtype == "bfloat16"
+    knobs = ["--master-weights remainder"] if whole else []
     weights = memory.parameters(shape)
     return (
         f"the run was about to begin with a model of {weights:,} weights{_go_on(config, knobs)}; "

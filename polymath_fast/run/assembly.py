@@ -83,11 +83,12 @@ def build(config: Config, invitation: Invitation | None = None) -> Iterator[Part
         else:
             ranks, run_dir, monitor, resumed = _join(invitation)
         taped = inputs.tape_rows(config)
-        of_run = (inputs.shape, inputs.device, inputs.dtype)
-        stack.enter_context(compile_ahead.begun(*of_run, taped=taped > 0))
+        where = (inputs.shape, inputs.device, inputs.dtype)
+        stack.enter_context(compile_ahead.begun(*where, taped=taped > 0))
         _set_threads(config)
         dtype = precision.torch_dtype(inputs.dtype)
-        with out_of_memory.named(partial(out_of_memory.while_starting, config, inputs.shape)):
+        of_model = (config, inputs.shape, inputs.dtype)
+        with out_of_memory.named(partial(out_of_memory.while_starting, *of_model)):
             policy = Policy(
                 inputs.model_dir,
                 device=inputs.device,

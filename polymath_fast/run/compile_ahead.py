@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from polymath_fast.learner.packing import TrainingRow
     from polymath_fast.learner.policy import Policy
 
-FAMILIES = {name: f"random:tiny{more}" for name, more in
-            (("llama", ""), ("qwen2", "-qwen2"), ("qwen3", "-qwen3"))}  # fmt: skip
+FAMILIES = {
+    "llama": "random:tiny",
+    "qwen2": "random:tiny-qwen2",
+    "qwen3": "random:tiny-qwen3",
+}
 """a small model for each type that has all of these kernels"""
 _PROMPT, _COMPLETIONS = (5, 9, 17), ((8, 21, 33), (7, 12, 40, 2))
 
@@ -49,6 +52,7 @@ def begun(shape: dict[str, Any], device: str, dtype: str, *, taped: bool) -> Ite
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         process_group=0,  # Ctrl-C is for the run, which ends this one when it is done
     )
     try:

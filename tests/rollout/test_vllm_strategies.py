@@ -97,3 +97,17 @@ def test_a_sleeping_engine_gives_up_its_cache_alone_and_wakes_by_itself(engine, 
     engine.generate(PROMPT, 1, GREEDY)
     engine.generate(PROMPT, 1, GREEDY)
     assert calls[2:] == [("wake_up", {"tags": ["kv_cache", "scheduling"]})]
+
+
+def test_updates_are_what_a_fresh_engine_reads_from_the_checkpoint(engine, policy, tmp_path):
+    """Greedy tokens and log-probs, bit by bit; comes last, for the engine is closed."""
+    engine.weights.push(policy.named_weights(), 8)
+    pushed, strategy = engine.generate(PROMPT, 1, GREEDY)[0], engine.weights.name
+    engine.close()
+    policy.save(tmp_path / "saved")
+    fresh = start(tmp_path / "saved", weight_sync=strategy, readable_weights=True)
+    try:
+        read = fresh.generate(PROMPT, 1, GREEDY)[0]
+    finally:
+        fresh.close()
+    assert (read.token_ids, read.sampling_logprobs) == (pushed.token_ids, pushed.sampling_logprobs)
