@@ -20,7 +20,7 @@ from benchmarks.step_job import Job, question
 from benchmarks.step_rivals import plain, trl
 
 SMALL = {"offload_optimizer": True, "tape_gib": 0, "tokens_per_microbatch": 1024}
-"""settings that take the least memory without another layer being computed twice"""
+"""settings that take little memory, short of gradient checkpointing"""
 
 
 def ours(job: Job, engine: str, **settings: Any) -> list[dict[str, float]]:

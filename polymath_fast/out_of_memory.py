@@ -8,14 +8,17 @@ from typing import Any
 
 from polymath_fast import memory
 from polymath_fast.config import Config
-from polymath_fast.errors import OutOfMemory
+from polymath_fast.errors import EngineError, OutOfMemory
 
 
 @contextmanager
 def named(advice: Callable[[], str], undo: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Memory errors inside become `OutOfMemory` that says `advice()`, after `undo`; others pass."""
+    """Memory errors inside become `OutOfMemory` that says `advice()`, after `undo`; others pass, an
+    engine's among them, which knows better what to change."""
     try:
         yield
+    except EngineError:
+        raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

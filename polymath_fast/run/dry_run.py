@@ -98,8 +98,12 @@ def _kv_storages(config: Config, shape: dict[str, Any]) -> int:
 
 def _advice(config: Config, needs: dict[str, float], missing: float, inputs: Inputs) -> str:
     """The one knob that would help, with a value."""
-    untaped = sum(_needs(replace(config, tape_gib=0), inputs).values())
-    if inputs.tape_rows(config) and untaped <= sum(needs.values()) - missing:
+
+    def fits(**changes: Any) -> bool:
+        needed = sum(_needs(replace(config, **changes), inputs).values())
+        return needed <= sum(needs.values()) - missing
+
+    if inputs.tape_rows(config) and fits(tape_gib=0):
         return "--tape-gib 0 works"
     smallest = inputs.longest_prompt + config.max_completion_length
     now = memory.microbatch_tokens(config, inputs.device)
@@ -107,14 +111,11 @@ def _advice(config: Config, needs: dict[str, float], missing: float, inputs: Inp
         tokens = int(now * (1 - missing / size) * 0.9)
         if name.startswith("activations") and tokens >= smallest:
             return f"--tokens-per-microbatch {tokens} works"
-    if config.num_processes > 1 and not config.shard_optimizer:
-        shared = sum(_needs(replace(config, shard_optimizer=True), inputs).values())
-        if shared <= sum(needs.values()) - missing:
-            return "--shard-optimizer works"
-    if not config.offload_optimizer:
-        away = sum(_needs(replace(config, offload_optimizer=True), inputs).values())
-        if away <= sum(needs.values()) - missing:
-            return "--offload-optimizer works"
+    several = config.num_processes > 1 and not config.shard_optimizer
+    if several and fits(shard_optimizer=True):
+        return "--shard-optimizer works"
+    if not config.offload_optimizer and fits(offload_optimizer=True):
+        return "--offload-optimizer works"
     return "take a smaller model"
 
 

@@ -167,6 +167,14 @@ def test_a_lack_of_memory_names_what_to_change(
     )
 
 
+def test_an_engine_without_memory_says_itself_what_to_change(flags, tmp_path, monkeypatch, capsys):
+    error = EngineError("can't allocate memory: a smaller --kv-cache-gib works")
+    with monkeypatch.context() as patch:
+        failing(patch, TransformersEngine, "stream", 1, error)
+        assert run(flags, tmp_path / "run") == 1
+    assert capsys.readouterr().err.strip() == f"error: {error}"
+
+
 def test_half_of_a_step_is_not_saved_under_the_name_of_another(
     flags, tmp_path, monkeypatch, capsys
 ):
