@@ -38,7 +38,7 @@ CURVES = {
 }
 CURVE_JOBS = {
     "generations": Job(length=32, steps=2, full_length=True),
-    "prompt": Job(generations=128, length=64, steps=2, full_length=True),
+    "prompt": Job(generations=128, steps=2, full_length=True),
     "length": Job(generations=64, steps=2, full_length=True),
 }
 
