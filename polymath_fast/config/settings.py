@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from polymath_fast.config.ranges import Range
-from polymath_fast.kernels.loss_choices import CORRECTIONS, KL_ESTIMATORS, LOSS_TYPES
+from polymath_fast.kernels.loss_choices import (
+    BY_COVARIANCE,
+    CORRECTIONS,
+    KL_ESTIMATORS,
+    LOSS_TYPES,
+)
 
 EMBEDDED_MODEL = "embedded:smollm2"
 DEFAULT_SAMPLE = "shipped:rectangle"
@@ -19,8 +24,9 @@ _LARGEST = 2**31 - 1
 
 Count = Annotated[int, Range(ge=1, le=_LARGEST, works=1)]
 Interval = Annotated[int, Range(ge=0, le=_LARGEST, works=10)]
-# dro needs a coefficient of its own, which no seed recipe uses and no setting offers
-LossType = Literal[tuple(kind for kind in LOSS_TYPES if kind != "dro")]
+# dro needs a coefficient of its own, which no seed recipe uses and no setting offers. Losses by
+# covariance rank all tokens of an update, which enters the model in parts, duplicates once
+LossType = Literal[tuple(kind for kind in LOSS_TYPES if kind not in ("dro", *BY_COVARIANCE))]
 KLEstimator = Literal[KL_ESTIMATORS]
 Correction = Literal[CORRECTIONS]
 

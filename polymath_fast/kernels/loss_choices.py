@@ -30,6 +30,8 @@ LOSS_TYPES: dict[str, tuple[str, str]] = {
     "dro": ("dro", TOKEN_MEAN),
     "dppo_tv": ("dppo_tv", TOKEN_MEAN),
     "dppo_kl": ("dppo_kl", TOKEN_MEAN),
+    "clip_cov": ("clip_cov", TOKEN_MEAN),
+    "kl_cov": ("kl_cov", TOKEN_MEAN),
 }
 """loss_type -> (formula, how tokens are summed up)"""
 
@@ -38,8 +40,16 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 READERS: dict[str, tuple[str, ...]] = {
-    "epsilon": ("clip", "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl"),
-    "epsilon_high": ("clip", "cispo", "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl"),
+    "epsilon": ("clip", "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl", "clip_cov"),
+    "epsilon_high": (
+        "clip",
+        "cispo",
+        "cispo_two_sided",
+        "geo_mean",
+        "dppo_tv",
+        "dppo_kl",
+        "clip_cov",
+    ),
     "delta": ("clip",),
     "clip_ratio_c": ("clip", "dppo_tv", "dppo_kl"),
     "sapo_temperature_pos": ("sapo",),
@@ -49,8 +59,16 @@ READERS: dict[str, tuple[str, ...]] = {
     "vespo_k_neg": ("vespo",),
     "vespo_lambda_neg": ("vespo",),
     "dro_beta": ("dro",),
+    "clip_cov_ratio": ("clip_cov",),
+    "clip_cov_lb": ("clip_cov",),
+    "clip_cov_ub": ("clip_cov",),
+    "kl_cov_ratio": ("kl_cov",),
+    "ppo_kl_coef": ("kl_cov",),
 }
 """option -> formulas that read it"""
+
+BY_COVARIANCE = ("clip_cov", "kl_cov")
+"""formulas that choose among all tokens of a call"""
 
 NEEDED = {"cispo": "epsilon_high", "dro": "dro_beta"}
 """formula -> option that it cannot do without"""

@@ -7,9 +7,17 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from torch.testing import assert_close
-from verl_formulas import AGGREGATIONS, Batch, Config, loss_by_formula, run_loss
+from verl_formulas import (
+    AGGREGATIONS,
+    OF_POLICY_LOSS,
+    Batch,
+    Config,
+    clip_cov_candidates,
+    loss_by_formula,
+    run_loss,
+)
 
-from polymath_fast.integrations.verl.losses import LOSS_MODES, policy_loss_fn
+from polymath_fast.integrations.verl.losses import LOSS_MODES, loss_spec, policy_loss_fn
 from polymath_fast.kernels import PolicyLossSpec, policy_loss
 
 
@@ -83,8 +91,26 @@ def test_metrics_have_verls_names_and_meaning(batch: Batch) -> None:
     assert 0 < metrics["actor/pg_clipfrac_lower"] < metrics["actor/pg_clipfrac"] < 1
 
 
+def test_a_clip_by_covariance_draws_its_share(batch: Batch) -> None:
+    config = Config(policy_loss=SimpleNamespace(**OF_POLICY_LOSS | {"clip_cov_ratio": 0.12}))
+    _, gradient, metrics = run_loss(policy_loss_fn("clip_cov"), "token-mean", batch, config, False)
+    candidates = clip_cov_candidates(batch, config)
+    chosen = candidates & (gradient == 0)
+    assert chosen.sum() == int(0.12 * 27) < candidates.sum()
+    assert metrics["actor/pg_clipfrac"] == pytest.approx(3 / 27)
+
+
+def test_fields_that_are_left_out_are_verls(batch: Batch) -> None:
+    fields = dict.fromkeys(OF_POLICY_LOSS)
+    config = Config(policy_loss=SimpleNamespace(**fields))
+    spec = loss_spec("kl_cov", "token-mean", config, batch.mask)
+    assert (spec.kl_cov_ratio, spec.ppo_kl_coef) == (0.0002, 1.0)
+    spec = loss_spec("clip_cov", "token-mean", config, batch.mask)
+    assert (spec.clip_cov_ratio, spec.clip_cov_lb, spec.clip_cov_ub) == (0.0002, 1.0, 5.0)
+
+
 def test_what_cannot_be_mapped_is_refused(batch: Batch) -> None:
-    for mode in ("clip_cov", "kl_cov", "bypass_mode", "ppo"):
+    for mode in ("bypass_mode", "ppo"):
         with pytest.raises(ValueError, match=f"mode='{mode}'"):
             policy_loss_fn(mode)
     with pytest.raises(ValueError, match="aggregation='mean'"):
@@ -142,7 +168,7 @@ def test_agrees_with_verls_own_functions(verl: ModuleType, batch: Batch, mode: s
             clip_ratio_high=0.28,
             clip_ratio_c=1.6,
             tau_neg=1.2,
-            policy_loss=PolicyLossConfig(dro_beta=0.3),
+            policy_loss=PolicyLossConfig(**OF_POLICY_LOSS),
             global_batch_info=info,
         )
         for how in AGGREGATIONS:

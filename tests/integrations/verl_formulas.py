@@ -17,6 +17,15 @@ AGGREGATIONS = (
     "seq-mean-token-sum-norm",
 )
 
+OF_POLICY_LOSS = {
+    "dro_beta": 0.3,
+    "clip_cov_ratio": 1.0,  # of all candidates none is left to draw
+    "clip_cov_lb": 0.1,
+    "clip_cov_ub": 1.0,
+    "kl_cov_ratio": 0.3,
+    "ppo_kl_coef": 0.7,
+}
+
 
 @dataclass
 class Config:
@@ -28,7 +37,7 @@ class Config:
     clip_ratio_c: float = 1.6
     tau_pos: float = 1.0
     tau_neg: float = 1.2
-    policy_loss: Any = field(default_factory=lambda: SimpleNamespace(dro_beta=0.3))
+    policy_loss: Any = field(default_factory=lambda: SimpleNamespace(**OF_POLICY_LOSS))
     global_batch_info: dict[str, Any] = field(default_factory=dict)
 
     def get(self, name: str, default: Any) -> Any:
@@ -112,6 +121,33 @@ def _cispo(b: Batch, c: Config) -> torch.Tensor:
     return -ratio.detach() * b.advantages * b.log_prob
 
 
+def _covariance(b: Batch) -> torch.Tensor:
+    a, x = (torch.where(b.mask, t.detach(), torch.nan) for t in (b.advantages, b.log_prob))
+    return (a - a.nanmean()) * (x - x.nanmean())
+
+
+def clip_cov_candidates(b: Batch, c: Config) -> torch.Tensor:
+    """(B, T) bool: what verl draws from."""
+    ratio, p = (b.log_prob - b.old).exp(), c.policy_loss
+    above = (b.advantages > 0) & (ratio > 1 + c.clip_ratio_high)
+    below = (b.advantages < 0) & (ratio < 1 - c.clip_ratio_low)
+    found = _covariance(b)
+    return (found > p.clip_cov_lb) & (found < p.clip_cov_ub) & ~above & ~below
+
+
+def _clip_cov(b: Batch, c: Config) -> torch.Tensor:
+    assert c.policy_loss.clip_cov_ratio == 1
+    return _clipped(b, c, (b.log_prob - b.old).exp()) * ~clip_cov_candidates(b, c)
+
+
+def _kl_cov(b: Batch, c: Config) -> torch.Tensor:
+    log_ratio, found = b.log_prob - b.old, _covariance(b)
+    count = max(1, int(c.policy_loss.kl_cov_ratio * b.mask.sum().item()))
+    least = found[b.mask].topk(count).values[-1]
+    penalty = c.policy_loss.ppo_kl_coef * log_ratio.abs() * (found >= least)
+    return penalty - b.advantages * log_ratio.exp()
+
+
 FORMULAS: dict[str, Callable[[Batch, Config], torch.Tensor]] = {
     "vanilla": _vanilla,
     "gspo": _gspo,
@@ -119,6 +155,8 @@ FORMULAS: dict[str, Callable[[Batch, Config], torch.Tensor]] = {
     "dppo_kl": _dppo_kl,
     "sapo": _sapo,
     "cispo": _cispo,
+    "clip_cov": _clip_cov,
+    "kl_cov": _kl_cov,
     "gpg": lambda b, c: -b.advantages * b.log_prob,
     "dro": lambda b, c: (
         0.5 * c.policy_loss.dro_beta * (b.log_prob - b.old).square() - b.advantages * b.log_prob

@@ -31,6 +31,7 @@ SPECS = {
         PolicyLossSpec(importance_sampling_mode="sequence_mask"),
         ("old_logprobs", "sampling_logprobs"),
     ),
+    "covariance": (PolicyLossSpec(loss_type="clip_cov", clip_cov_ratio=0.3), ("old_logprobs",)),
     "divisors": (PolicyLossSpec(normalizer=37.0), ("importance_weights",)),
 }
 

@@ -43,6 +43,7 @@ SPECS = {
     ),
     "gspo": PolicyLossSpec(loss_type="gspo", beta=0.1),
     "top entropy": PolicyLossSpec(top_entropy_quantile=0.5, entropy_coef=0.02),
+    "clip_cov": PolicyLossSpec(loss_type="clip_cov", clip_cov_ratio=0.2, clip_cov_lb=0.1),
 }
 
 

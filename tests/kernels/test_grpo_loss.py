@@ -16,6 +16,7 @@ SPECS = {
     "everything": PolicyLossSpec(loss_type="grpo", beta=0.1, entropy_coef=0.02, temperature=0.7),
     "gspo": PolicyLossSpec(loss_type="gspo"),
     "top entropy": PolicyLossSpec(top_entropy_quantile=0.5),
+    "kl_cov": PolicyLossSpec(loss_type="kl_cov", kl_cov_ratio=0.3, ppo_kl_coef=1.0),
 }
 
 

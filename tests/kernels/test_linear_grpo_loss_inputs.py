@@ -180,7 +180,8 @@ def test_only_wanted_gradients_are_made() -> None:
         (PolicyLossSpec(), torch.ones(3), "one number a completion"),
         (PolicyLossSpec(), torch.ones(5, dtype=torch.int64), "must be float"),
         (PolicyLossSpec(loss_type="grpo"), torch.ones(5), "normalizer"),
-        (PolicyLossSpec(top_entropy_quantile=0.5), torch.ones(5), "repeat the completions"),
+        (PolicyLossSpec(top_entropy_quantile=0.5), torch.ones(5), "quantile=0.5.*repeat the compl"),
+        (PolicyLossSpec(loss_type="kl_cov"), torch.ones(5), "'kl_cov' ranks.*repeat the compl"),
     ],
 )
 def test_multiplicity_that_cannot_be(

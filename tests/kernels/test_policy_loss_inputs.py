@@ -82,6 +82,17 @@ REFUSED = {
     },
     "no divisor for the bonus": {"loss_type": "grpo", "normalizer": 8.0, "entropy_coef": 0.1},
     "quantile": {"top_entropy_quantile": 0.0},
+    "no token to clip": {"loss_type": "clip_cov", "clip_cov_ratio": 0.0},
+    "more than all tokens": {"loss_type": "kl_cov", "kl_cov_ratio": 1.5},
+    "nan share": {"loss_type": "kl_cov", "kl_cov_ratio": float("nan")},
+    "bounds the wrong way round": {"loss_type": "clip_cov", "clip_cov_ub": 2, "clip_cov_lb": 5},
+    "no room between bounds": {"loss_type": "clip_cov", "clip_cov_lb": 5.0},
+    "nan bound": {"loss_type": "clip_cov", "clip_cov_ub": float("nan")},
+    "negative penalty": {"loss_type": "kl_cov", "ppo_kl_coef": -0.1},
+    "infinite penalty": {"loss_type": "kl_cov", "ppo_kl_coef": float("inf")},
+    "penalty that nothing reads": {"loss_type": "clip_cov", "ppo_kl_coef": 1.0},
+    "clip of kl_cov": {"loss_type": "kl_cov", "epsilon": 0.3},
+    "choice of completions": {"loss_type": "kl_cov", "importance_sampling_level": "sequence"},
     "normalizer": {"normalizer": 0.0},
 }
 

@@ -34,6 +34,8 @@ SPECS = {
     "sapo": {"loss_type": "sapo", "sapo_temperature_pos": 1.3, "sapo_temperature_neg": 1.7},
     "vespo": {"loss_type": "vespo"},
     "top entropy": {"top_entropy_quantile": 0.3, "entropy_coef": 0.1},
+    "clip_cov": {"loss_type": "clip_cov", "clip_cov_ratio": 0.2, "clip_cov_lb": 0.1},
+    "kl_cov": {"loss_type": "kl_cov", "kl_cov_ratio": 0.3},
 }
 
 

@@ -25,11 +25,19 @@ LOSS_MODES: dict[str, dict[str, Any]] = {
     "dro": {"loss_type": "dro", "log_ratio_clamp": None},
     "dppo_tv": {"loss_type": "dppo_tv"},
     "dppo_kl": {"loss_type": "dppo_kl"},
+    "clip_cov": {"loss_type": "clip_cov", "log_ratio_clamp": None},
+    "kl_cov": {"loss_type": "kl_cov", "log_ratio_clamp": None},
 }
 """verl's loss_mode -> what does not depend on the config"""
 
-_CLIPPED = ("vanilla", "gspo", "geo_mean", "cispo", "dppo_tv", "dppo_kl")
+_CLIPPED = ("vanilla", "gspo", "geo_mean", "cispo", "dppo_tv", "dppo_kl", "clip_cov")
 _WITH_CEILING = {"vanilla": 3.0, "dppo_tv": 20.0, "dppo_kl": 20.0}
+_OWN_FIELDS: dict[str, dict[str, float | None]] = {
+    "dro": {"dro_beta": None},
+    "clip_cov": {"clip_cov_ratio": 0.0002, "clip_cov_lb": 1.0, "clip_cov_ub": 5.0},
+    "kl_cov": {"kl_cov_ratio": 0.0002, "ppo_kl_coef": 1.0},
+}
+"""mode -> fields of `config.policy_loss` that it reads, and what verl takes for None"""
 _BY_COMPLETION = ("gspo", "sapo", "geo_mean")
 
 PolicyLossFn = Callable[..., tuple[torch.Tensor, dict[str, float]]]
@@ -42,8 +50,7 @@ def policy_loss_fn(mode: str) -> PolicyLossFn:
     rollout_is_weights are (B, T); it returns the loss, 0-d, and verl's metrics.
 
     Raises:
-        ValueError: a mode that is not in `LOSS_MODES` (clip_cov and kl_cov pick tokens at random
-            or over the whole batch; bypass_mode chooses between others).
+        ValueError: a mode that is not in `LOSS_MODES` (bypass_mode chooses between others).
     """
     if mode not in LOSS_MODES:
         raise ValueError(f"mode={mode!r}: must be one of {', '.join(LOSS_MODES)}")
@@ -97,8 +104,9 @@ def loss_spec(
         options["clip_ratio_c"] = config.get("clip_ratio_c", _WITH_CEILING[mode])
     if mode == "sapo":
         options |= {"sapo_temperature_pos": config.tau_pos, "sapo_temperature_neg": config.tau_neg}
-    if mode == "dro":
-        options["dro_beta"] = config.policy_loss.dro_beta
+    for name, default in _OWN_FIELDS.get(mode, {}).items():
+        value = getattr(config.policy_loss, name)
+        options[name] = default if value is None else value
     aggregation = "seq-mean-token-mean" if mode in _BY_COMPLETION else loss_agg_mode
     info = config.global_batch_info
     normalizer = _normalizer(aggregation, info, response_mask)
@@ -135,9 +143,11 @@ def _metrics(
     if mode == "gpg":
         return {}
     moved = logprobs - inputs["old_logprobs"]
-    values = {"actor/ppo_kl": -moved.sum() / max(len(moved), 1)}
-    if "clip_ratio/region" in metrics:
-        values["actor/pg_clipfrac"] = metrics["clip_ratio/region"]
+    distance = moved.abs() if mode == "kl_cov" else -moved
+    values = {"actor/ppo_kl": distance.sum() / max(len(moved), 1)}
+    clipped = "covariance/chosen_share" if mode == "clip_cov" else "clip_ratio/region"
+    if clipped in metrics:
+        values["actor/pg_clipfrac"] = metrics[clipped]
     if mode == "vanilla":
         cut = (moved > math.log(spec.clip_ratio_c)) & (inputs["advantages"] < 0)
         values["actor/pg_clipfrac_lower"] = cut.sum() / max(len(moved), 1)

@@ -6,6 +6,7 @@ import torch
 
 from polymath_fast.kernels.checks import check_tensor
 from polymath_fast.kernels.faults import raise_noted
+from polymath_fast.kernels.loss_choices import BY_COVARIANCE
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
 
 
@@ -93,10 +94,13 @@ def check_values(
 
 def check_multiplicity(multiplicity: torch.Tensor, completions: int, spec: PolicyLossSpec) -> None:
     """(B,), whole numbers; a GPU is not waited for to look at them. Raises ValueError."""
-    if spec.top_entropy_quantile < 1:
+    if spec.scope == "batch":
+        ranking = f"top_entropy_quantile={spec.top_entropy_quantile}"
+        if spec.formula in BY_COVARIANCE:
+            ranking = f"loss_type={spec.loss_type!r}"
         raise ValueError(
-            f"top_entropy_quantile={spec.top_entropy_quantile} ranks the tokens of the call, which "
-            "multiplicity would hide; repeat the completions instead"
+            f"{ranking} ranks the tokens of the call, which multiplicity would hide; repeat the "
+            "completions instead"
         )
     check_tensor("multiplicity", multiplicity)
     if multiplicity.shape != (completions,):

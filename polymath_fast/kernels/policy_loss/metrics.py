@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from polymath_fast.kernels.loss_choices import BY_COVARIANCE
 from polymath_fast.kernels.policy_loss.batch import PolicyBatch
 from polymath_fast.kernels.policy_loss.packed import steady_sum
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
@@ -53,6 +54,8 @@ def summarize(
         metrics["clip_ratio/low"] = mean(low)
         metrics["clip_ratio/high"] = mean(high)
         metrics["clip_ratio/region"] = mean(low | high)
+    if terms.token_loss.chosen is not None:
+        metrics["covariance/chosen_share"] = mean(terms.token_loss.chosen)
     return metrics
 
 
@@ -76,4 +79,6 @@ def metric_names(
         names += ["sampling/logprob_diff_mean", "sampling/logprob_diff_max"]
     if spec.formula in CLIPPING:
         names += ["clip_ratio/low", "clip_ratio/high", "clip_ratio/region"]
+    if spec.formula in BY_COVARIANCE:
+        names.append("covariance/chosen_share")
     return tuple(names)

@@ -11,6 +11,7 @@ from typing import Any
 from polymath_fast.kernels import loss_choices
 from polymath_fast.kernels.loss_choices import (
     AGGREGATIONS,
+    BY_COVARIANCE,
     CORRECTIONS,
     KL_ESTIMATORS,
     LEVELS,
@@ -51,14 +52,15 @@ class PolicyLossSpec:
     | aggregation             | loss_type                  | weight of a token    | D counts       |
     |-------------------------|----------------------------|----------------------|----------------|
     | token-mean              | dapo bnpo cispo vespo gpg  | 1 / D                | trained tokens |
-    |                         | reinforce dro dppo_*       |                      |                |
+    |                         | reinforce dro dppo_* *_cov |                      |                |
     | seq-mean-token-mean     | grpo gspo sapo geo_mean    | 1 / (D own length)   | completions    |
     | seq-mean-token-sum      | luspo                      | 1 / D                | completions    |
     | seq-mean-token-sum-norm | dr_grpo                    | 1 / (D max_c._length)| completions    |
     | token-sum               |                            | 1 / D                | nothing: 1     |
 
     A completion must stay in one call unless the aggregation is token-mean or token-sum and the
-    `scope` is "token". `top_entropy_quantile` is always taken over the tokens of the call.
+    `scope` is "token". `top_entropy_quantile`, and what clip_cov and kl_cov choose, is always taken
+    over the tokens of the call.
     """
 
     loss_type: str = "dapo"
@@ -89,6 +91,15 @@ class PolicyLossSpec:
     """shape and rate of the gamma weight where the advantage is >= 0 / is negative"""
     dro_beta: float | None = None
     """weight of the squared log-ratio, needed for dro"""
+    clip_cov_ratio: float = 0.0002
+    """clip_cov: share of the call's tokens that get no gradient, see `covariance.drawn_between`"""
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+    """bounds of the covariance between which they are drawn"""
+    kl_cov_ratio: float = 0.0002
+    """kl_cov: share of the call's tokens, those of largest covariance, that pay for their ratio"""
+    ppo_kl_coef: float = 0.1
+    """what they pay: this times |log ratio|"""
 
     importance_sampling_mode: str | None = None
     """weigh by the ratio of `old_logprobs` to `sampling_logprobs`, cut as `CORRECTIONS` say"""
@@ -189,7 +200,7 @@ class PolicyLossSpec:
     def scope(self) -> str:
         """What must be known before a token's coefficient is: its "token", its "sequence" or the
         whole "batch"."""
-        if self.top_entropy_quantile < 1:
+        if self.top_entropy_quantile < 1 or self.formula in BY_COVARIANCE:
             return "batch"
         by_sequence = (
             self.level != "token"

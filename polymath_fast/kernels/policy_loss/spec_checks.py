@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from polymath_fast.kernels.loss_choices import (
     AGGREGATIONS,
+    BY_COVARIANCE,
     CORRECTIONS,
     DEPENDENT,
     KL_ESTIMATORS,
@@ -40,6 +41,8 @@ _POSITIVE = (
     "off_policy_mask_threshold",
 )
 
+_SHARES = {"top_entropy_quantile": 0.2, "clip_cov_ratio": 0.0002, "kl_cov_ratio": 0.0002}
+"""option -> a share of the tokens that works"""
 
 _EXAMPLES = {
     "epsilon_high": ": the largest ratio itself, for example 5.0",
@@ -78,10 +81,17 @@ def _check_numbers(spec: PolicyLossSpec) -> None:
         raise ValueError(f"epsilon={spec.epsilon}: must be between 0 and 1, for example 0.2")
     if spec.epsilon_high is not None and not spec.epsilon_high >= 0:
         raise ValueError(f"epsilon_high={spec.epsilon_high}: must be >= 0, for example 0.28")
-    if not 0 < spec.top_entropy_quantile <= 1:
+    for name, works in _SHARES.items():
+        if not 0 < getattr(spec, name) <= 1:
+            raise ValueError(
+                f"{name}={getattr(spec, name)}: must be above 0 and at most 1, for example {works}"
+            )
+    if not 0 <= spec.ppo_kl_coef < math.inf:
+        raise ValueError(f"ppo_kl_coef={spec.ppo_kl_coef}: must be finite and >= 0, such as 0.1")
+    if not -math.inf < spec.clip_cov_lb < spec.clip_cov_ub:
         raise ValueError(
-            f"top_entropy_quantile={spec.top_entropy_quantile}: must be above 0 and at most 1, "
-            "for example 0.2"
+            f"clip_cov_lb={spec.clip_cov_lb} must be finite and below "
+            f"clip_cov_ub={spec.clip_cov_ub}, for example 1.0 and 5.0"
         )
     low, high = "importance_sampling_clip_min", "importance_sampling_clip_max"
     check_bounds(low, getattr(spec, low), high, getattr(spec, high))
@@ -113,6 +123,11 @@ def _check_combinations(spec: PolicyLossSpec) -> None:
         )
     if spec.formula == "geo_mean" and spec.importance_sampling_level == "sequence_token":
         raise ValueError("loss_type='geo_mean' has one ratio a completion; leave the level out")
+    if spec.formula in BY_COVARIANCE and spec.importance_sampling_level != "token":
+        raise ValueError(
+            f"importance_sampling_level={spec.importance_sampling_level!r}: loss_type="
+            f"{spec.loss_type!r} chooses tokens by their own ratios; leave it at 'token'"
+        )
     correction = spec.importance_sampling_mode
     if correction is not None and not takes(spec.loss_type, correction):
         raise ValueError(

@@ -7,10 +7,11 @@ slopes are kept apart because a sequence-level ratio spreads its slope over the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from polymath_fast.kernels.policy_loss import covariance
 from polymath_fast.kernels.policy_loss.packed import either
 from polymath_fast.kernels.policy_loss.spec import PolicyLossSpec
 
@@ -24,6 +25,8 @@ class TokenInputs:
     log_ratio: torch.Tensor
     """of the token or of its completion, clamped"""
     advantages: torch.Tensor
+    mask: torch.Tensor
+    """bool: trained tokens"""
     moves: torch.Tensor
     """bool: whether the token's log-prob moves the ratio, of trained tokens"""
     gamma: torch.Tensor | None
@@ -46,6 +49,8 @@ class TokenLoss:
     clipped_low: torch.Tensor | None = None
     clipped_high: torch.Tensor | None = None
     """(N,) bool: a bound took the gradient, or part of it, below / above"""
+    chosen: torch.Tensor | None = None
+    """(N,) bool: tokens that the loss treats differently because of their covariance"""
 
 
 def clip(x: TokenInputs, spec: PolicyLossSpec) -> TokenLoss:
@@ -148,6 +153,33 @@ def dppo_kl(x: TokenInputs, spec: PolicyLossSpec) -> TokenLoss:
     )
 
 
+def clip_cov(x: TokenInputs, spec: PolicyLossSpec) -> TokenLoss:
+    """Clip-Cov (arXiv 2505.22617): `clip`, but for tokens with neither loss nor gradient, drawn
+    from those of high covariance that no bound has clipped."""
+    clipped = clip(x, spec)
+    found = covariance.covariances(x.logprobs, x.advantages, x.mask)
+    bounds = (spec.clip_cov_lb, spec.clip_cov_ub)
+    free = ~clipped.clipped_low & ~clipped.clipped_high
+    chosen = covariance.drawn_between(found, free, *bounds, spec.clip_cov_ratio)
+    # a product, so that what is not finite still shows
+    loss, slope = clipped.loss * ~chosen, clipped.ratio_slope * ~chosen
+    return replace(clipped, loss=loss, ratio_slope=slope, chosen=chosen)
+
+
+def kl_cov(x: TokenInputs, spec: PolicyLossSpec) -> TokenLoss:
+    """KL-Cov (arXiv 2505.22617): -ratio A, + ppo_kl_coef |log ratio| at the tokens of the highest
+    covariance. No bound clips the ratio."""
+    found = covariance.covariances(x.logprobs, x.advantages, x.mask)
+    chosen = covariance.largest(found, spec.kl_cov_ratio)
+    gain = torch.where(x.advantages != 0, -x.ratio * x.advantages, 0)
+    weight = either(chosen, spec.ppo_kl_coef, 0.0, gain)
+    return TokenLoss(
+        gain + weight * x.log_ratio.abs(),
+        ratio_slope=gain + weight * x.log_ratio.sign(),
+        chosen=chosen,
+    )
+
+
 TOKEN_LOSSES: dict[str, Callable[[TokenInputs, PolicyLossSpec], TokenLoss]] = {
     "clip": clip,
     "cispo": cispo,
@@ -159,9 +191,11 @@ TOKEN_LOSSES: dict[str, Callable[[TokenInputs, PolicyLossSpec], TokenLoss]] = {
     "dro": dro,
     "dppo_tv": dppo_tv,
     "dppo_kl": dppo_kl,
+    "clip_cov": clip_cov,
+    "kl_cov": kl_cov,
 }
 """formula of `PolicyLossSpec` -> token loss"""
-CLIPPING = ("clip", "cispo", "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl")
+CLIPPING = ("clip", "cispo", "cispo_two_sided", "geo_mean", "dppo_tv", "dppo_kl", "clip_cov")
 """formulas that say which tokens a bound took the gradient from"""
 
 

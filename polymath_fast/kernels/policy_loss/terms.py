@@ -44,7 +44,7 @@ def policy_terms(
     log_ratio, moves = _log_ratio(batch, logprobs, old, spec)
     importance = _importance(batch, old, spec)
     gamma = _gamma(batch, logprobs, old, importance, spec)
-    inputs = TokenInputs(logprobs, old, log_ratio, batch.advantages, moves, gamma)
+    inputs = TokenInputs(logprobs, old, log_ratio, batch.advantages, batch.mask, moves, gamma)
     token = TOKEN_LOSSES[spec.formula](inputs, spec)
     high_entropy = None
     if spec.top_entropy_quantile < 1:
