@@ -178,9 +178,42 @@ def test_agrees_with_verls_own_functions(verl: ModuleType, batch: Batch, mode: s
                 theirs, expected, reported = run_loss(verl.get_policy_loss_fn(mode), *case)
                 assert_close(loss, theirs)
                 assert_close(gradient, expected, atol=1e-8, rtol=1e-6)
-        for name in ("actor/ppo_kl", "actor/pg_clipfrac_lower"):
+        names = ["actor/ppo_kl", "actor/pg_clipfrac_lower"]
+        names += ["actor/pg_clipfrac"] if mode == "clip_cov" else []
+        for name in names:
             if name in metrics:
                 assert metrics[name] == pytest.approx(reported[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_agrees_with_verls_own_function_on_an_equal_draw(
+    verl: ModuleType, batch: Batch, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+
+    config = FSDPActorConfig(
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio_low=0.15,
+        clip_ratio_high=0.28,
+        policy_loss=PolicyLossConfig(**OF_POLICY_LOSS | {"clip_cov_ratio": 0.12}),
+    )
+    values = (batch.log_prob.detach(), batch.old, batch.advantages, batch.mask, batch.weights)
+    log_prob, old, advantages, mask, weights = (value.to(dtype) for value in values)
+    batch = Batch(log_prob.requires_grad_(), old, advantages, mask.bool(), weights)
+    loss, gradient, metrics = run_loss(
+        policy_loss_fn("clip_cov"), "token-mean", batch, config, True
+    )
+    candidates = clip_cov_candidates(batch, config)
+    drawn = (gradient == 0)[candidates]
+    assert 1 < drawn.sum() == int(0.12 * 27) < len(drawn)
+    order = torch.cat([drawn.nonzero(), (~drawn).nonzero()]).flatten()
+    monkeypatch.setattr(torch, "randperm", {len(order): order}.__getitem__)
+    theirs = verl.get_policy_loss_fn("clip_cov")
+    expected, slopes, reported = run_loss(theirs, "token-mean", batch, config, True)
+    assert_close(loss, expected)
+    assert_close(gradient, slopes)
+    assert metrics == pytest.approx(reported)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs", "k1+", "k3+", "abs+"])

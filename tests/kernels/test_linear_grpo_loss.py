@@ -92,11 +92,13 @@ def test_logprobs_at_logits_of_thirty(cpu_path: str) -> None:
     assert (out.logprobs <= 0).all()
 
 
-def test_chunks_and_dead_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spec", [PolicyLossSpec(loss_type="grpo"), SPECS["clip_cov"]])
+def test_chunks_and_dead_rows_change_nothing(
+    spec: PolicyLossSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head = make_head(200, 32, 500)
     inputs = loss_inputs(head, completions=6)
     inputs["advantages"][::2] = 0  # whole completions without a gradient
-    spec = PolicyLossSpec(loss_type="grpo")
     out, whole = run(head, spec, inputs)
     monkeypatch.setattr(head_module, "LOGITS_BYTES", 1)
     monkeypatch.setattr(head_gradient, "SLOPES_BYTES", 1)

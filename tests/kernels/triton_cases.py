@@ -25,7 +25,7 @@ SPECS = [
     pytest.param(PolicyLossSpec(top_entropy_quantile=0.5), ("old_logprobs",), id="whole-batch"),
     pytest.param(PolicyLossSpec(loss_type="sapo"), ("old_logprobs",), id="sapo"),
     pytest.param(
-        PolicyLossSpec(loss_type="clip_cov", clip_cov_ratio=0.2, clip_cov_lb=0.1),
+        PolicyLossSpec(loss_type="clip_cov", clip_cov_ratio=0.4, clip_cov_ub=50.0),
         (),
         id="covariance-on-policy",
     ),
