@@ -139,7 +139,8 @@ class RewardSettings:
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
     loss_type: LossType = "dapo"
-    """policy loss and its normalisation; dapo is the clipped loss averaged over tokens"""
+    """policy loss and its normalisation; dapo is the clipped loss averaged over tokens. A run
+    learns in parts, so it has no clip_cov and kl_cov, which rank all tokens of an update"""
     epsilon: Annotated[float, Range(gt=0, lt=1, works=0.2)] = 0.2
     """ratio is clipped below at 1 - epsilon; geo_mean clips its logarithm at -epsilon; with dppo it
     is the divergence that is allowed where the advantage is negative. With one update per batch

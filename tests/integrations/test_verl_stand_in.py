@@ -19,8 +19,10 @@ from polymath_fast.errors import UserError
 from polymath_fast.integrations.verl import patch_verl, register_losses
 from polymath_fast.kernels import PolicyLossSpec, policy_loss
 
-MODES = ("vanilla", "gspo", "geo_mean", "cispo", "sapo", "gpg", "dro", "dppo_tv", "dppo_kl")
-MODES += ("clip_cov", "kl_cov")
+MODES = (
+    *("vanilla", "gspo", "geo_mean", "cispo", "sapo", "gpg", "dro", "dppo_tv", "dppo_kl"),
+    *("clip_cov", "kl_cov"),
+)
 PLUGIN = "polymath_fast.integrations.verl.plugin"
 HEADS = {
     "verl.utils.experimental.torch_functional": "FusedLinearForPPO",
