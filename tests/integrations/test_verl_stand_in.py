@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch.testing import assert_close
-from verl_formulas import Batch, Config, loss_by_formula, run_loss
+from verl_formulas import AGGREGATIONS, Batch, Config, loss_by_formula, run_loss
 
 from polymath_fast import integrations
 from polymath_fast.errors import UserError
@@ -36,12 +36,16 @@ def forget() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in names}
 
 
+def installed_is(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrations, "version", lambda package: {"verl": version}[package])
+
+
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     installed = forget()
     monkeypatch.delenv("VERL_USE_EXTERNAL_MODULES", raising=False)
     monkeypatch.syspath_prepend(Path(__file__).with_name("verl_stand_in"))
-    monkeypatch.setattr(integrations, "version", lambda package: {"verl": "0.9.0"}[package])
+    installed_is("0.9.1", monkeypatch)
     yield
     forget()
     sys.modules.update(installed)
@@ -92,11 +96,31 @@ def test_each_loss_is_found_by_its_name(batch: Batch, mode: str) -> None:
     assert_close(gradient, torch.autograd.grad(expected, batch.log_prob)[0], atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.1"])
+def test_gspo_is_summed_up_as_the_installed_verl_does(
+    batch: Batch, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed_is(version, monkeypatch)
+    register_losses()
+    found = registry().get_policy_loss_fn("polymath_fast_gspo")
+    losses = []
+    for how in AGGREGATIONS:
+        losses.append(run_loss(found, how, batch, Config(), True)[0])
+        assert_close(
+            losses[-1], loss_by_formula("gspo", how, batch, Config(), True, version).detach()
+        )
+    assert len(set(map(float, losses))) == {"0.9.0": 1, "0.9.1": len(AGGREGATIONS)}[version]
+
+
 CLIPS = {"epsilon": 0.15, "epsilon_high": 0.28}
 SPECS = {
     "vanilla": PolicyLossSpec(loss_type="dapo", clip_ratio_c=1.6, normalizer=10.0, **CLIPS),
     "gspo": PolicyLossSpec(
-        loss_type="gspo", importance_sampling_level="sequence_token", normalizer=2.0, **CLIPS
+        loss_type="gspo",
+        importance_sampling_level="sequence_token",
+        aggregation="token-mean",
+        normalizer=10.0,
+        **CLIPS,
     ),
     "sapo": PolicyLossSpec(
         loss_type="sapo", sapo_temperature_pos=1.0, sapo_temperature_neg=1.2, normalizer=2.0
@@ -133,7 +157,9 @@ def test_both_heads_compute_what_torch_does_until_they_are_restored() -> None:
     patch = patch_verl()
     module, function = heads()
     assert holder.head is module
-    found = module(chunk_size=4)(hidden, weight, labels, temperature=0.7)
+    # a backend of its own is what verl 0.9.1 names
+    head = module(chunk_size=4, impl_backend="liger")
+    found = head(hidden, weight, labels, temperature=0.7)
     flat = function(hidden.reshape(8, 8), weight, labels.flatten(), 0.7, "none")
     for wanted, mine, flattened in zip(truth, found, flat, strict=True):
         assert_close(mine, wanted, atol=1e-5, rtol=0)
@@ -171,7 +197,7 @@ def test_naming_the_plugin_applies_both_parts(monkeypatch: pytest.MonkeyPatch) -
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integrations, "version", lambda package: "0.10.0")
-    message = r"verl 0\.10\.0 is installed, this adapter knows 0\.9\.x .*pip install verl==0\.9\.0"
+    message = r"verl 0\.10\.0 is installed, this adapter knows 0\.9\.x .*pip install verl==0\.9\.1"
     for apply in (register_losses, patch_verl):
         with pytest.raises(ImportError, match=message):
             apply()

@@ -165,7 +165,9 @@ FORMULAS: dict[str, Callable[[Batch, Config], torch.Tensor]] = {
 """token losses, written down from research; geo_mean has no token loss"""
 
 
-def loss_by_formula(mode: str, how: str, b: Batch, c: Config, weighted: bool) -> torch.Tensor:
+def loss_by_formula(
+    mode: str, how: str, b: Batch, c: Config, weighted: bool, version: str = "0.9.1"
+) -> torch.Tensor:
     weights = b.weights if weighted else torch.ones_like(b.weights)
     if mode == "geo_mean":
         sign, log_ratio = b.advantages.sign(), b.log_prob - b.old
@@ -176,7 +178,7 @@ def loss_by_formula(mode: str, how: str, b: Batch, c: Config, weighted: bool) ->
         advantage = (b.advantages * b.mask).sum(-1) / lengths
         weight = (((weights + 1e-10).log() * b.mask).sum(-1) / lengths).exp()
         return (-advantage * ratio * weight).mean()
-    if mode in ("gspo", "sapo"):
+    if mode == "sapo" or (mode == "gspo" and version == "0.9.0"):
         how = "seq-mean-token-mean"
     return _aggregate(FORMULAS[mode](b, c) * weights, b.mask, how, c.global_batch_info)
 

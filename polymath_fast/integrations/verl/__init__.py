@@ -22,8 +22,6 @@ __all__ = [
     "register_losses",
 ]
 
-_INSTALL = "pip install verl==0.9.0"
-
 
 def register_losses() -> list[str]:
     """Add "polymath_fast_<mode>" for every mode of `LOSS_MODES` to verl's policy losses.
@@ -34,12 +32,12 @@ def register_losses() -> list[str]:
     Raises:
         ImportError: no verl, or another version than 0.9.
     """
-    require("verl", tested="0.9.0", accepted=("0.9.",), install=_INSTALL)
+    version = _version()
     from verl.trainer.ppo.core_algos import register_policy_loss
 
     names = [PREFIX + mode for mode in LOSS_MODES]
     for mode, name in zip(LOSS_MODES, names, strict=True):
-        register_policy_loss(name)(policy_loss_fn(mode))
+        register_policy_loss(name)(policy_loss_fn(mode, version))
     return names
 
 
@@ -55,7 +53,7 @@ def patch_verl() -> Patch:
         ImportError: no verl, or another version than 0.9.
         UserError: patched already, or a verl whose functions take other arguments.
     """
-    require("verl", tested="0.9.0", accepted=("0.9.",), install=_INSTALL)
+    _version()
     import verl.utils.experimental.torch_functional as in_torch
     import verl.utils.kernel.linear_cross_entropy as in_triton
 
@@ -74,3 +72,7 @@ def patch_verl() -> Patch:
     function = in_triton.linear_cross_entropy
     pairs = {module: ours(FusedLinearForPPO), function: ours(linear_cross_entropy)}
     return Patch("verl", pairs)
+
+
+def _version() -> str:
+    return require("verl", tested="0.9.1", accepted=("0.9.",), install="pip install verl==0.9.1")

@@ -49,9 +49,10 @@ def linear_cross_entropy(
 
 
 class FusedLinearForPPO(torch.nn.Module):
-    """`verl.utils.experimental.torch_functional.FusedLinearForPPO`; it needs no chunk size."""
+    """`verl.utils.experimental.torch_functional.FusedLinearForPPO`; it needs neither chunk size nor
+    backend, which verl hands over from 0.9.1 on."""
 
-    def __init__(self, chunk_size: int = 512) -> None:
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
 
     def forward(

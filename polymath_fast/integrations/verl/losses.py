@@ -38,13 +38,15 @@ _OWN_FIELDS: dict[str, dict[str, float | None]] = {
     "kl_cov": {"kl_cov_ratio": 0.0002, "ppo_kl_coef": 1.0},
 }
 """mode -> fields of `config.policy_loss` that it reads, and what verl takes for None"""
-_BY_COMPLETION = ("gspo", "sapo", "geo_mean")
+_BY_COMPLETION = ("sapo", "geo_mean")
+VERSION = "0.9.1"
+"""of verl, as the losses here are unless another one is named"""
 
 PolicyLossFn = Callable[..., tuple[torch.Tensor, dict[str, float]]]
 
 
-def policy_loss_fn(mode: str) -> PolicyLossFn:
-    """verl's loss `mode` as a function that its registry takes.
+def policy_loss_fn(mode: str, version: str = VERSION) -> PolicyLossFn:
+    """verl's loss `mode`, as `version` has it, as a function that its registry takes.
 
     The function has verl's arguments: old_log_prob, log_prob, advantages, response_mask and
     rollout_is_weights are (B, T); it returns the loss, 0-d, and verl's metrics.
@@ -65,7 +67,7 @@ def policy_loss_fn(mode: str) -> PolicyLossFn:
         rollout_is_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         mask = response_mask.bool()
-        spec = loss_spec(mode, loss_agg_mode, config, mask)
+        spec = loss_spec(mode, loss_agg_mode, config, mask, version)
         # completions without a token are left out, so that a value a token is never taken for one
         # a completion; the spec's divisor counts what verl counts
         lengths = mask.sum(-1)
@@ -85,12 +87,17 @@ def policy_loss_fn(mode: str) -> PolicyLossFn:
 
 
 def loss_spec(
-    mode: str, loss_agg_mode: str, config: Any, response_mask: torch.Tensor
+    mode: str,
+    loss_agg_mode: str,
+    config: Any,
+    response_mask: torch.Tensor,
+    version: str = VERSION,
 ) -> PolicyLossSpec:
     """What verl's ActorConfig and its `global_batch_info` say about a loss.
 
     Args:
         response_mask: (B, T) bool, of the micro-batch.
+        version: of verl; in 0.9.0 gspo is a mean of completions, whatever `loss_agg_mode` says.
 
     Raises:
         ValueError: an aggregation or a number outside its range.
@@ -107,7 +114,8 @@ def loss_spec(
     for name, default in _OWN_FIELDS.get(mode, {}).items():
         value = getattr(config.policy_loss, name)
         options[name] = default if value is None else value
-    aggregation = "seq-mean-token-mean" if mode in _BY_COMPLETION else loss_agg_mode
+    by_completion = mode in _BY_COMPLETION or (mode, version) == ("gspo", "0.9.0")
+    aggregation = "seq-mean-token-mean" if by_completion else loss_agg_mode
     info = config.global_batch_info
     normalizer = _normalizer(aggregation, info, response_mask)
     if mode == "geo_mean":  # verl takes the plain mean of the micro-batch, whatever the step holds
