@@ -1,7 +1,8 @@
 """All that waits for a GPU, in one command: `python -m benchmarks.gpu_suite`.
 
 Correctness at real shapes, then times beside others' code, as shares of the rates this GPU reaches
-on plain matrix products and copies, then the tests marked gpu. It ends within nine minutes. A
+on plain matrix products and copies, then the tests marked gpu. It ends within nine minutes; vLLM's
+larger sections are for calls of their own, `--only` with their names, which keep the others. A
 section that fails is reported, with the tables it had finished, and the next one runs, in a new
 process where the old one was lost; a time of an operator that is not correct is not taken. Results:
 benchmarks/results/<gpu>/, h200 for an "NVIDIA H200" and h100-80gb-hbm3 for an "NVIDIA H100 80GB
@@ -80,6 +81,9 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "attention tiles": gpu_attention.time_tiles,
 } | gpu_vllm.sections()
 """what matters most, for its time, comes first: a run that is cut off has it"""
+ON_DEMAND = gpu_vllm.on_demand()
+"""those that run only when --only names them"""
+SECTIONS |= ON_DEMAND
 NEEDS = {
     "weight_sync 1.5B": "correct: weights",
     "weight_sync 7B": "correct: weights",
@@ -121,7 +125,8 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
+    unasked = [name for name in SECTIONS if name not in ON_DEMAND]
+    parser.add_argument("--only", nargs="+", default=unasked, choices=list(SECTIONS))
     # measures in this process; what `_supervise` starts
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -174,7 +179,7 @@ def _watch(child: subprocess.Popen, path: Path) -> str:
 
 
 def _limit(section: str) -> float:
-    return TESTS_LIMIT if "tests" in section else LIMIT
+    return TESTS_LIMIT if "tests" in section else gpu_vllm.LIMITS.get(section, LIMIT)
 
 
 def _work(path: Path, only: list[str]) -> int:

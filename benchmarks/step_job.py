@@ -10,6 +10,9 @@ from pathlib import Path
 class Job:
     """What every contender does `steps` times."""
 
+    model: str = "embedded:smollm2"
+    """that all of them train; what --model takes"""
+    device: str = "cpu"
     generations: int = 64
     length: int = 128
     prompt: int | None = None
@@ -29,15 +32,15 @@ def question(job: Job) -> str:
         return job.question
     from polymath_fast.samples import load_tokenizer
 
-    tokenizer = load_tokenizer(model_folder())
+    tokenizer = load_tokenizer(model_folder(job))
     template = 30  # what the chat template adds
     own = len(tokenizer(job.question).input_ids) + template
     word = " sum"
     return word.strip() + word * max(0, job.prompt - own - 1) + ". " + job.question
 
 
-def model_folder() -> Path:
-    """The model that all of them train."""
+def model_folder(job: Job) -> Path:
+    """Of the model that all of them train."""
     from polymath_fast.models import resolve_model
 
-    return resolve_model("embedded:smollm2", notify=lambda text: None)
+    return resolve_model(job.model, notify=lambda text: None)

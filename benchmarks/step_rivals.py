@@ -11,18 +11,28 @@ from benchmarks.step_job import Job, model_folder, question
 from benchmarks.step_reward import boxed_or_mentioned, score
 
 
-def trl(job: Job) -> list[dict[str, float]]:
-    """TRL's GRPOTrainer as its documentation has it, the same model, sample and reward."""
+def trl(job: Job, *, vllm: bool = False) -> list[dict[str, float]]:
+    """TRL's GRPOTrainer as its documentation has it, the same model, sample and reward.
+
+    With `vllm` the engine samples in the trainer's process, with the share of the device's memory
+    that TRL gives it, and room for the job's completions.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     from polymath_fast.precision import choose_dtype
+    from polymath_fast.samples import load_tokenizer
 
     batch = min(16, job.generations)
-    dtype, _ = choose_dtype("auto", "cpu")
+    dtype, _ = choose_dtype("auto", job.device)
+    folder_of_model, sampler = model_folder(job), {}
+    if vllm:
+        room = len(_prompt(job, load_tokenizer(folder_of_model))) + job.length
+        sampler = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": room}
     steps: list[float] = []
     generation: list[float] = []
+    syncs: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -36,7 +46,7 @@ def trl(job: Job) -> list[dict[str, float]]:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=str(model_folder()),
+            model=str(folder_of_model),
             reward_funcs=reward,
             args=GRPOConfig(
                 output_dir=folder,
@@ -49,13 +59,14 @@ def trl(job: Job) -> list[dict[str, float]]:
                 temperature=1.0,
                 beta=0.0,
                 bf16=dtype == "bfloat16",
-                use_cpu=True,
+                use_cpu=job.device == "cpu",
                 gradient_checkpointing=False,
                 report_to=[],
                 save_strategy="no",
                 logging_steps=1,
                 disable_tqdm=True,
                 model_init_kwargs={"dtype": dtype},
+                **sampler,
             ),
             train_dataset=Dataset.from_list(
                 [
@@ -71,16 +82,22 @@ def trl(job: Job) -> list[dict[str, float]]:
         trainer._generate_and_score_completions = _timed(
             trainer._generate_and_score_completions, generation
         )
+        if vllm:
+            engine = trainer.vllm_generation
+            engine.sync_weights = _timed(engine.sync_weights, syncs)
         trainer.train()
     lengths = [
         row["completions/mean_length"]
         for row in trainer.state.log_history
         if "completions/mean_length" in row
     ]
-    return [
+    found = [
         {"generate": drawn, "learn": step - drawn, "step": step, "mean_length": length}
         for step, drawn, length in zip(steps, generation, lengths, strict=True)
     ]
+    for row, sync in zip(found, syncs, strict=True) if vllm else ():
+        row |= {"sync": sync, "generate": row["generate"] - sync, "learn": row["learn"] + sync}
+    return found
 
 
 def plain(job: Job) -> list[dict[str, float]]:
@@ -94,12 +111,9 @@ def plain(job: Job) -> list[dict[str, float]]:
     from polymath_fast.samples import load_tokenizer
 
     environment.prepare()
-    folder = model_folder()
+    folder = model_folder(job)
     tokenizer = load_tokenizer(folder)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question(job)}], add_generation_prompt=True, tokenize=False
-    )
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = _prompt(job, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=default_dtype("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     engine = rollout.build_engine(
@@ -140,6 +154,12 @@ def plain(job: Job) -> list[dict[str, float]]:
         )
     engine.close()
     return found
+
+
+def _prompt(job: Job, tokenizer: Any) -> list[int]:
+    turns = [{"role": "user", "content": question(job)}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _padded_loss(model: Any, prompt: list[int], completions: Any, advantages: Any, tokens: int):

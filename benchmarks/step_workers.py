@@ -1,6 +1,6 @@
 """One contender of the whole-step benchmark in a process of its own: prints one line of JSON.
 
-python -m benchmarks.step_workers NAME JSON_OF_THE_JOB; `end_to_end` runs this.
+python -m benchmarks.step_workers NAME JSON_OF_THE_JOB; `end_to_end` and `vllm_step` run this.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def ours(job: Job, engine: str, **settings: Any) -> list[dict[str, float]]:
 
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
+            model=job.model,
+            device=job.device,
             question=question(job),
             answer=job.answer,
             instruction="",
@@ -75,6 +78,11 @@ CONTENDERS: dict[str, Callable[[Job], list[dict[str, float]]]] = {
     "TRL": trl,
     "plain loop": plain,
 }
+ON_A_GPU: dict[str, Callable[[Job], list[dict[str, float]]]] = {
+    "ours, vLLM": CONTENDERS["ours, vLLM"],
+    "TRL, vLLM": partial(trl, vllm=True),
+}
+"""likewise, for `vllm_step`"""
 
 
 def main() -> int:
@@ -84,13 +92,17 @@ def main() -> int:
     environment.prepare()  # before torch: it sets how threads wait
     import torch
 
-    if len(sys.argv) != 3 or sys.argv[1] not in CONTENDERS:
-        print(f"{__doc__}\nNAME is one of: {', '.join(CONTENDERS)}")
+    contenders = CONTENDERS | ON_A_GPU
+    if len(sys.argv) != 3 or sys.argv[1] not in contenders:
+        print(f"{__doc__}\nNAME is one of: {', '.join(contenders)}")
         return 2
     name, text = sys.argv[1:]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     job = Job(**json.loads(text))
-    print("RESULT " + json.dumps({"job": asdict(job), "steps": CONTENDERS[name](job)}), flush=True)
+    result = {"job": asdict(job), "steps": contenders[name](job)}
+    if job.device == "cuda":  # an engine in this process takes its memory from torch, too
+        result["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    print("RESULT " + json.dumps(result), flush=True)
     return 0
 
 

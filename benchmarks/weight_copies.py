@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from polymath_fast.models.random_models import FAMILIES
 from polymath_fast.precision import choose_dtype, torch_dtype
 
 Pairs = list[tuple[Tensor, Tensor]]
+T = TypeVar("T")
 BUCKET = 1 << 30
 """bytes"""
 _STACKED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}
@@ -67,11 +68,7 @@ def loop(pairs: Pairs) -> Callable[[], None]:
 def buckets(pairs: Pairs, most: int = BUCKET) -> Callable[[], None]:
     """Packed into buffers of at most `most` bytes each, sent as one, unpacked again, as trainers do
     whose sampler is another process; a larger tensor has a buffer of its own."""
-    parts: list[Pairs] = [[]]
-    for pair in pairs:
-        if parts[-1] and sum(s.nbytes for s, _ in parts[-1]) + pair[0].nbytes > most:
-            parts.append([])
-        parts[-1].append(pair)
+    parts = parts_of(pairs, lambda pair: pair[0].nbytes, most)
 
     def run() -> None:
         for part in parts:
@@ -81,6 +78,16 @@ def buckets(pairs: Pairs, most: int = BUCKET) -> Callable[[], None]:
                 target.copy_(value.view(target.shape))
 
     return run
+
+
+def parts_of(items: Sequence[T], size: Callable[[T], int], most: int = BUCKET) -> list[list[T]]:
+    """`items` in their order, in parts of at most `most` bytes; a larger one is a part."""
+    parts: list[list[T]] = [[]]
+    for item in items:
+        if parts[-1] and sum(map(size, parts[-1])) + size(item) > most:
+            parts.append([])
+        parts[-1].append(item)
+    return parts
 
 
 def contiguous(table: SegmentTable) -> Callable[[], None]:

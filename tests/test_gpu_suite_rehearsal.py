@@ -113,7 +113,7 @@ def end(folder: Path, process: subprocess.Popen) -> tuple[int, dict[str, Any], s
 @pytest.mark.slow
 def test_every_section_runs(rehearsals: dict[str, Any]) -> None:
     status, sections, said = end(*rehearsals["whole"])
-    rest = gpu_vllm.sections()
+    rest = gpu_vllm.sections() | gpu_vllm.on_demand()
     assert list(sections) == [name for name in gpu_suite.SECTIONS if name not in rest]
     for name, found in sections.items():
         assert "error" not in found, f"{name}: {found['error']}\n{said[-5000:]}"
