@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import gpu_sizes, rivals
+from benchmarks import gpu_rivals, gpu_sizes, rivals
 from benchmarks.case import relative_error
 from benchmarks.gpu_head import random_head
 from benchmarks.gpu_sections import GRADIENT_ERROR, gate, timed_table
@@ -141,25 +141,19 @@ def time_head_logprobs() -> dict[str, Any]:
         with torch.no_grad():
             linear_logprobs(hidden, weight, targets, impl="triton")
 
-    alone = timed_table({"triton": forward} | rivals.head_logprobs(data), flop_count=work)
-    both: Variants = {
-        "triton": _backward(
-            data, lambda *leaves: linear_logprobs(*leaves, targets, impl="triton")[0]
-        ),
-        "eager": _backward(
-            data,
-            lambda x, w: rivals.chosen_logprobs(torch.nn.functional.linear(x, w), targets),
-        ),
-    }
+    alone = timed_table({"triton": forward} | gpu_rivals.head_logprobs(data), flop_count=work)
+    heads: dict[str, rivals.Head] = {
+        "triton": lambda *leaves: linear_logprobs(*leaves, targets, impl="triton")[0],
+        "eager": lambda x, w: rivals.chosen_logprobs(torch.nn.functional.linear(x, w), targets),
+    } | gpu_rivals.fused_heads(targets)
+    both: Variants = {name: partial(_backward, data, head) for name, head in heads.items()}
     trained = timed_table(both, flop_count=3 * work, repeats=5)
     first = [row | {"what": f"forward, {row['what']}"} for row in alone["rows"]]
     return {"rows": first + [row | {"what": f"both, {row['what']}"} for row in trained["rows"]]}
 
 
-def _backward(
-    data: rivals.HeadData, logprobs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> Callable[[], None]:
-    return lambda: logprobs(*data.leaves()).sum().backward()
+def _backward(data: rivals.HeadData, head: rivals.Head) -> None:
+    head(*data.leaves()).sum().backward()
 
 
 def _ours(device: str) -> AbstractContextManager[None]:

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "transformers", "vllm", "liger-kernel", "cut-cross-entropy", "trl")
+PACKAGES = (
+    *("torch", "triton", "transformers", "vllm"),
+    *("liger-kernel", "cut-cross-entropy", "trl", "verl"),
+)
 _OURS = re.compile(r"\b(ours|triton|cuda|grad_norm)\b")
 _CANDIDATES = ("tiles", "attention tiles")
 """sections whose variants are ours, but may turn out not to fit"""

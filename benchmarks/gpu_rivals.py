@@ -1,6 +1,8 @@
-"""What others' libraries have for a GPU alone, beside the variants of `rivals`: Liger and CCE.
+"""What others' libraries have for a GPU alone, beside `rivals`: Liger, CCE and verl.
 
-A library that is not installed is left out.
+A library that is not installed is left out. "cce" computes the whole gradient, as all others do. By
+default CCE skips each tile of it where softmax - onehot stays below 2^-12 (`filter_eps`, in bf16),
+which hardly one of 150,000 tokens reaches where the model is unsure: a variant that says so.
 """
 
 from __future__ import annotations
@@ -13,6 +15,10 @@ import torch.nn.functional as F
 
 from benchmarks import rivals
 from benchmarks.timing import Variants, late
+
+FOR_CPUS = ("liger, eager", "cce, torch.compile")
+"""of `rivals`: their libraries have kernels"""
+CCE_FILTERED = "cce, small gradients dropped"
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> Variants:
@@ -64,33 +70,56 @@ def _liger_loss(
 def head_losses(data: rivals.HeadData) -> Variants:
     """Loss and gradients of hidden states and LM head."""
     variants = rivals.head_losses(data)
-    variants.pop("liger, eager", None)
+    for name in FOR_CPUS:
+        variants.pop(name, None)
+    heads = _kernels(data.targets)
     if find_spec("cut_cross_entropy"):
-        variants["cce"] = late(lambda: _cce(data))
+        heads[CCE_FILTERED] = late(lambda: rivals.cce(data.targets))
     if find_spec("liger_kernel"):
-        variants["liger, scaled cross entropy"] = late(lambda: _liger_scaled(data))
         variants["liger, fused linear grpo"] = late(lambda: _liger_fused(data))
-    return variants
+    return variants | rivals.with_loss(data, heads)
 
 
-def _cce(data: rivals.HeadData) -> Callable[[], None]:
-    from cut_cross_entropy import linear_cross_entropy
+def head_logprobs(data: rivals.HeadData) -> Variants:
+    """Log-probs from the head, no gradient."""
+    variants = rivals.head_logprobs(data)
+    for name in FOR_CPUS:
+        variants.pop(name, None)
+    return variants | rivals.forward_alone(data, _kernels(data.targets))
 
-    return _with_loss(
-        data, lambda *leaves: -linear_cross_entropy(*leaves, data.targets, reduction="none")
-    )
+
+def fused_heads(targets: torch.Tensor) -> dict[str, rivals.Head]:
+    """Log-probs that can be differentiated; but CCE's and Liger's all take the entropies, too."""
+    heads = rivals.fused_heads(targets) | _kernels(targets)
+    return {name: head for name, head in heads.items() if name not in FOR_CPUS}
 
 
-def _liger_scaled(data: rivals.HeadData) -> Callable[[], None]:
+def _kernels(targets: torch.Tensor) -> dict[str, rivals.Head]:
+    heads: dict[str, rivals.Head] = {}
+    if find_spec("cut_cross_entropy"):
+        heads["cce"] = late(lambda: rivals.cce(targets, filter_eps=None))
+    if find_spec("liger_kernel"):
+        heads["liger, scaled cross entropy"] = late(lambda: _liger_scaled(targets))
+    if find_spec("verl"):
+        heads["verl kernels"] = late(lambda: _verl(targets))
+    return heads
+
+
+def _verl(targets: torch.Tensor) -> rivals.Head:
+    fused = rivals.verl_module("kernel.linear_cross_entropy").linear_cross_entropy
+    return lambda *leaves: fused(*leaves, targets)[0]
+
+
+def _liger_scaled(targets: torch.Tensor) -> rivals.Head:
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
         LigerFusedLinearScaledCrossEntropyFunction,
     )
 
     def scaled_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        found = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, data.targets, 1.0)
+        found = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets, 1.0)
         return -(found[0] if isinstance(found, tuple) else found)
 
-    return _with_loss(data, scaled_cross_entropy)
+    return scaled_cross_entropy
 
 
 def _liger_fused(data: rivals.HeadData) -> Callable[[], None]:
@@ -113,15 +142,3 @@ def _liger_fused(data: rivals.HeadData) -> Callable[[], None]:
         loss.backward()
 
     return chunked
-
-
-def _with_loss(
-    data: rivals.HeadData, logprobs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> Callable[[], None]:
-    """The clipped loss of somebody's log-probs, forward and backward."""
-
-    def run() -> None:
-        found = logprobs(*data.leaves())
-        rivals.clipped(found, data.old_logprobs, data.per_token, len(found)).backward()
-
-    return run

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 
-from benchmarks import rivals
+from benchmarks import gpu_rivals, rivals
 from benchmarks.case import (
     CHECKED_ROWS,
     LOGPROB_ERROR,
@@ -49,7 +50,7 @@ def linear_logprobs_case(device: str) -> Case:
     vocab = data.weight.shape[0]
     return Case(
         shape={"N": count, "H": size, "V": vocab},
-        variants={"ours": ours, **rivals.head_logprobs(data)},
+        variants={"ours": ours, **_others(data).head_logprobs(data)},
         baseline="torch.compile, 8 chunks",
         check=check,
         flops=2.0 * count * size * vocab,
@@ -78,6 +79,10 @@ def _head(device: str, live: float) -> rivals.HeadData:
     )
 
 
+def _others(data: rivals.HeadData) -> ModuleType:
+    return gpu_rivals if data.hidden.is_cuda else rivals
+
+
 def _head_case(data: rivals.HeadData, ours: dict[str, float | str]) -> Case:
     count, size = data.hidden.shape
     vocab = data.weight.shape[0]
@@ -94,7 +99,7 @@ def _head_case(data: rivals.HeadData, ours: dict[str, float | str]) -> Case:
     variants = {name: run(tolerance) for name, tolerance in ours.items()}
     return Case(
         shape={"N": count, "H": size, "V": vocab},
-        variants=variants | rivals.head_losses(data),
+        variants=variants | _others(data).head_losses(data),
         baseline="torch.compile, 8 chunks",
         check=lambda: _check_head(data, list(ours.values())),
         flops=6.0 * count * size * vocab,

@@ -1,4 +1,4 @@
-"""The same results by others' code on a CPU: eager PyTorch, torch.compile, Liger and TRL.
+"""The same results by others' code on a CPU: eager PyTorch, torch.compile, Liger, TRL, CCE, verl.
 
 Each function returns variants by name; a library that is not installed is left out of them. Losses
 are the clipped one with old log-probs given, forward and backward.
@@ -6,9 +6,13 @@ are the clipped one with old log-probs given, forward and backward.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,9 @@ from benchmarks.timing import Variants, late
 
 CHUNKS = 8
 """pieces in which a careful user would run the head through torch.compile"""
+
+Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""hidden (N, H) and weight (V, H) -> log-probs (N,)"""
 
 
 @dataclass
@@ -76,9 +83,7 @@ def head_losses(data: HeadData) -> Variants:
     }
     if find_spec("liger_kernel"):
         variants["liger, eager"] = late(lambda: _liger(data))
-    if find_spec("trl"):
-        variants["trl chunked"] = late(lambda: _trl(data))
-    return variants
+    return variants | with_loss(data, fused_heads(data.targets))
 
 
 def head_logprobs(data: HeadData) -> Variants:
@@ -90,12 +95,39 @@ def head_logprobs(data: HeadData) -> Variants:
         return torch.cat([chosen_logprobs(F.linear(some, weight), ids) for some, ids in pieces])
 
     compiled = torch.compile(chunked, dynamic=False)
-    inputs = (data.hidden, data.weight)
+    heads: dict[str, Head] = {
+        "torch.compile, 8 chunks": compiled,
+        "eager": lambda *inputs: chosen_logprobs(F.linear(*inputs), data.targets),
+    }
+    return forward_alone(data, heads | fused_heads(data.targets))
+
+
+def fused_heads(targets: torch.Tensor) -> dict[str, Head]:
+    """Log-probs that can be differentiated; TRL's and verl's take the entropies on the way."""
+    heads: dict[str, Head] = {}
+    if find_spec("trl"):
+        heads["trl chunked"] = late(lambda: _trl(targets))
+    if find_spec("cut_cross_entropy"):
+        heads["cce, torch.compile"] = late(lambda: cce(targets, impl="torch_compile"))
+    if find_spec("verl"):
+        heads["verl chunked"] = late(lambda: _verl(targets))
+    return heads
+
+
+def with_loss(data: HeadData, heads: dict[str, Head]) -> Variants:
+    """The clipped loss of each one's log-probs, forward and backward."""
+
+    def run(head: Head) -> None:
+        loss = clipped(head(*data.leaves()), data.old_logprobs, data.per_token, len(data.targets))
+        loss.backward()
+
+    return {name: partial(run, head) for name, head in heads.items()}
+
+
+def forward_alone(data: HeadData, heads: dict[str, Head]) -> Variants:
+    """Each one's log-probs, no gradient."""
     return _without_grad(
-        {
-            "torch.compile, 8 chunks": lambda: compiled(*inputs),
-            "eager": lambda: chosen_logprobs(F.linear(*inputs), data.targets),
-        }
+        {name: partial(head, data.hidden, data.weight) for name, head in heads.items()}
     )
 
 
@@ -171,16 +203,33 @@ def _liger(data: HeadData) -> Callable[[], None]:
     return run
 
 
-def _trl(data: HeadData) -> Callable[[], None]:
+def _trl(targets: torch.Tensor) -> Head:
     from trl.kernels import ChunkedLogProbFunction
 
-    def run() -> None:
-        found = ChunkedLogProbFunction.apply(
-            *data.leaves(), None, data.targets, 1.0, 32768, None, 1.0, ("entropy",)
-        )
-        clipped(found[0], data.old_logprobs, data.per_token, len(data.targets)).backward()
+    # as its trainers call it
+    options = (1.0, 32768, None, 1.0, ("entropy",))
+    return lambda *leaves: ChunkedLogProbFunction.apply(*leaves, None, targets, *options)[0]
 
-    return run
+
+def cce(targets: torch.Tensor, **options: object) -> Head:
+    """Of cut-cross-entropy; `options` are those of its `linear_cross_entropy`."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda *leaves: -linear_cross_entropy(*leaves, targets, reduction="none", **options)
+
+
+def _verl(targets: torch.Tensor) -> Head:
+    fused = verl_module("experimental.torch_functional").FusedLinearForPPO()
+    return lambda *leaves: fused(*leaves, targets)[0]
+
+
+def verl_module(name: str) -> ModuleType:
+    """One of `verl.utils`, by itself: importing verl takes ray, tensordict and what they need,
+    which its heads do not use."""
+    for package in ("verl", "verl.utils"):
+        if package not in sys.modules:
+            sys.modules[package] = module_from_spec(find_spec(package))
+    return import_module(f"verl.utils.{name}")
 
 
 def _without_grad(variants: Variants) -> Variants:

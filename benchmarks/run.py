@@ -25,7 +25,7 @@ from benchmarks.timing import copy_rate, gemm_rate, interleave
 from polymath_fast.precision import choose_dtype
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numba", "triton", "liger-kernel", "trl")
+PACKAGES = ("torch", "numba", "triton", "liger-kernel", "cut-cross-entropy", "trl", "verl")
 CPUINFO = Path("/proc/cpuinfo")
 INSTRUCTION_SETS = {
     "AMX": "amx_bf16",
