@@ -1,4 +1,4 @@
-"""Sections of the GPU suite: one update by the whole learner, beside a padded transformers pass.
+"""Sections of the GPU suite: one update by the whole learner, beside others' passes.
 
 The model is a random one of a true shape, made on the GPU. What an update takes is reported as the
 share of the rate of plain bf16 products that 6 operations a parameter and completion token come to
@@ -12,17 +12,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from benchmarks import gpu_sizes, gpu_timing
+from benchmarks import gpu_learner_rivals, gpu_sizes, gpu_timing
+from benchmarks.gpu_learner_rivals import padded_logprobs
 from benchmarks.gpu_sections import gate, rates
-from benchmarks.rivals import chosen_logprobs
 from polymath_fast.config import Config
 from polymath_fast.kernels.policy_loss import policy_loss
 from polymath_fast.learner import fused_layers
@@ -111,7 +111,7 @@ def _plain_update(
     model: PreTrainedModel, rows: Sequence[TrainingRow], config: Config
 ) -> tuple[Tensor, float]:
     """(N,) log-probs and the loss of all rows, padded; gradients are left on the parameters."""
-    logprobs = _padded_logprobs(model, rows)
+    logprobs = padded_logprobs(model, rows)
     flat = partial(torch.tensor, device=model.device)
     lengths = flat([0, *(len(row.token_ids) for row in rows)])
     out = policy_loss(
@@ -123,18 +123,6 @@ def _plain_update(
     )
     out.loss.backward()
     return logprobs.detach(), float(out.loss.detach())
-
-
-def _padded_logprobs(model: PreTrainedModel, rows: Sequence[TrainingRow]) -> Tensor:
-    """(N,) log-probs of the completions' tokens by transformers' own forward pass."""
-    texts = [torch.tensor([*row.prompt_ids, *row.token_ids], device=model.device) for row in rows]
-    attend = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-    ids = pad_sequence(texts, batch_first=True)
-    logits = model(ids, attention_mask=attend, use_cache=False).logits
-    start = len(rows[0].prompt_ids)
-    parts = [row[start - 1 : len(t) - 1] for row, t in zip(logits, texts, strict=True)]
-    targets = [text[start:] for text in texts]
-    return chosen_logprobs(torch.cat(parts), torch.cat(targets))
 
 
 def _our_update(
@@ -168,7 +156,7 @@ def _worst(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 
 def time_learner() -> dict[str, Any]:
     """One update on 512 completions of 1,024 tokens; on fewer with transformers' decoder layers in
-    place of fused ones; and the padded passes of 16 of them, no update.
+    place of fused ones; and others' passes of 16 of them, no update.
 
     Each once, after a micro-batch that compiles what is to be compiled: each takes seconds, and
     repeats itself inside. One after the other: two models with gradients do not fit.
@@ -178,17 +166,28 @@ def time_learner() -> dict[str, Any]:
     rows = random_rows(sizes.update, shape["vocab_size"])
     some, few = rows[: sizes.unfused_completions], rows[: sizes.rival_completions]
     table: list[dict[str, Any]] = []
-    for what, make, which in (
-        ("ours, one update", _ours, rows),
-        (f"ours, layers not fused, {len(some)} completions", _unfused, some),
-        (f"transformers, padded, {len(few)} completions", _rival, few),
+    ratios: dict[str, float] = {}
+    for name, what, make, which in (
+        ("", "ours, one update", _ours, rows),
+        ("layers not fused", f"ours, layers not fused, {len(some)} completions", _unfused, some),
+        *((n, f"{n}, padded, {len(few)} completions", make, few) for n, make in _rivals().items()),
     ):
         table.append(_row(what, partial(make, which), shape, which))
-        gpu_timing.keep({"rows": table})
-    ours, *others = (row.get("us a token") for row in table)
-    names = ("layers not fused / ours, a token", "transformers / ours, a token")
-    ratios = {n: other / ours for n, other in zip(names, others, strict=True) if ours and other}
+        ours, other = (row.get("us a token") for row in (table[0], table[-1]))
+        if name and ours and other:
+            ratios[f"{name} / ours, a token"] = other / ours
+        gpu_timing.keep({"rows": table, "values": ratios})
     return {"rows": table, "values": ratios}
+
+
+def _rivals() -> dict[str, Callable[[Sequence[TrainingRow]], Callable[[], object]]]:
+    """By name; a library that is not installed is left out."""
+    rivals = {"transformers": gpu_learner_rivals.padded}
+    if find_spec("trl"):
+        rivals["trl"] = gpu_learner_rivals.trl
+        if find_spec("liger_kernel"):
+            rivals["trl with liger's layers"] = partial(gpu_learner_rivals.trl, liger=True)
+    return rivals
 
 
 def _row(
@@ -236,21 +235,3 @@ def _ours(rows: Sequence[TrainingRow], at_once: int | None = None) -> Callable[[
     if now + expected > gpu_timing.deadline + gpu_timing.GRACE:
         raise TimeoutError(f"not begun: an update would take {expected:.0f} s")
     return lambda: learner.update(rows, 0)
-
-
-def _rival(rows: Sequence[TrainingRow]) -> Callable[[], object]:
-    """Forward and backward passes as a plain loop has them, warmed up."""
-    sizes = gpu_sizes.SIZES
-    model = random_models.in_memory(sizes.learner_model, "bfloat16", "cuda").eval()
-    at_once = sizes.rival_completions_at_once
-
-    def run(rows: Sequence[TrainingRow]) -> None:
-        for start in range(0, len(rows), at_once):
-            part = rows[start : start + at_once]
-            # the gradient of the loss, on policy, is that of these products
-            advantages = torch.tensor([row.advantage for row in part], device="cuda")
-            logprobs = _padded_logprobs(model, part).view(len(part), -1)
-            (logprobs * advantages[:, None]).sum().neg().backward()
-
-    run(rows[:at_once])
-    return lambda: run(rows)

@@ -67,7 +67,8 @@ class Sizes:
     rival_completions: int = 16
     rival_completions_at_once: int = 8
     """8 x 1,174 tokens: 27.3e9 bytes of activations, 6.2e9 of bf16 weights and gradients, and of
-    the logits two bf16 and four fp32 copies, 25.6e9: 59.1e9 bytes, 55 GiB"""
+    the logits two bf16 and four fp32 copies, 25.6e9: 59.1e9 bytes, 55 GiB. TRL's head has a tile of
+    4,096 x 32,768 logits, 0.3e9, and its weight's gradient in fp32 and bf16, 1.4e9: 33 GiB"""
 
     checked_model: str = "qwen2.5-0.5b"
     small_model: str = "qwen2.5-1.5b"

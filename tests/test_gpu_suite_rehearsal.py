@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_it():
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     time.sleep(3600)
 """
-RIVALS = ("flex attention", "liger", "cce")
+RIVALS = ("flex attention", "liger", "cce", "verl")
 """whose code needs CUDA in one place or another, if it is installed at all"""
 
 
@@ -129,9 +130,12 @@ def test_every_section_runs(rehearsals: dict[str, Any]) -> None:
     assert {"N=8 triton on-policy", "N=8 eager", "N=12 triton on-policy"} <= set(heads)
     weights = [row["what"] for row in sections["weight_sync 7B"]["rows"]]
     assert {"bf16 to bf16 cuda", "fp32 to bf16 triton"} <= set(weights)
-    ours, unfused, rival = sections["learner 1.5B"]["rows"]
+    ours, unfused, rival, *trl = sections["learner 1.5B"]["rows"]
     assert ours["what"] == "ours, one update" and "padded, 2 completions" in rival["what"]
     ratios = sections["learner 1.5B"]["values"]
+    if find_spec("trl"):
+        assert trl[0]["what"] == "trl, padded, 2 completions" and trl[0]["flops"] == rival["flops"]
+        assert ratios["trl / ours, a token"] == pytest.approx(2 * trl[0]["median"] / ours["median"])
     # 16 tokens beside 12 and 8
     assert ratios["layers not fused / ours, a token"] == pytest.approx(
         16 / 12 * unfused["median"] / ours["median"]
