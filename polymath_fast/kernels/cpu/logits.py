@@ -45,9 +45,7 @@ class LogitRows:
         if inplace and source.stride(0) >= vocab:
             out = source
         else:
-            # the compiled pass walks both with one step
-            source = source.contiguous()
-            out = torch.empty_like(source)
+            out = torch.empty_like(source, memory_format=torch.contiguous_format)
         # an excluded target has no log-prob to speak of, but its row may have an entropy
         by_logprob, by_entropy = (
             torch.where(found.isfinite(), slope, 0).float()
@@ -66,6 +64,7 @@ class LogitRows:
             by_logprob.numpy(),
             by_entropy.numpy(),
             _flat(out),
+            out.stride(0),
         )
         return out
 

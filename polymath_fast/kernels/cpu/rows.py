@@ -106,13 +106,14 @@ def logits_statistics(start, stop, source, step, vocab, half, targets, scale, fo
 
 @njit()
 def logits_slopes(
-    start, stop, source, step, vocab, half, targets, scale, found, by_logprob, by_entropy, out
-):
-    """Gradient of the loss with respect to rows [start, stop) into rows of `out`, laid out like
-    `source`, which it may be."""
+    start, stop, source, step, vocab, half, targets, scale, found, by_logprob, by_entropy, out,
+    out_step,
+):  # fmt: skip
+    """Gradient of the loss with respect to rows [start, stop); row i goes to
+    out[i * out_step :][:vocab], which may be where it came from."""
     row = np.empty(vocab, np.float32)
     for i in range(start, stop):
-        target_row = out[i * step : i * step + vocab]
+        target_row = out[i * out_step : i * out_step + vocab]
         if by_logprob[i] == 0 and by_entropy[i] == 0:
             target_row[:] = 0
         else:
