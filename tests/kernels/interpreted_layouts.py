@@ -12,12 +12,15 @@ import pytest
 import torch
 from interpreter import interpret
 from torch import Tensor
+from torch.testing import assert_close
 from triton_cases import BF16, FP32, head_loss, rows_loss, upstream
 from triton_checks import make_head, make_logits
 
 from polymath_fast.kernels.linear_logprobs._triton import linear_logprobs
+from polymath_fast.kernels.prefix_attention import _triton as attention
+from polymath_fast.kernels.prefix_attention.blocks import Block
 from polymath_fast.kernels.token_logprobs._triton import token_logprobs
-from polymath_fast.kernels.triton import head
+from polymath_fast.kernels.triton import head, rows
 
 interpret()
 
@@ -98,3 +101,48 @@ def test_heads(name: str, dtype: torch.dtype, monkeypatch) -> None:
 
     del tensors["bias"]
     require_same(run, tensors)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_logits_that_begin_anywhere_take_two_sweeps(entropy_coef: float, monkeypatch) -> None:
+    """What they do on a GPU, where the fused kernel has no registers for them."""
+    tensors = make_logits(6, 700, FP32, "cpu")
+    tensors["logits"][2, 3] = torch.inf
+    tensors["logits"][4, tensors["targets"][4]] = -torch.inf
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(rows, "fuses", lambda *matrices, fused=fused: fused)
+        leaf = tensors["logits"].clone().requires_grad_()
+        out = rows_loss(leaf, tensors["targets"], entropy_coef=entropy_coef)
+        out.loss.backward()
+        found.append((out.logprobs, out.entropy, leaf.grad))
+    assert found[0][2].isfinite().all() and found[0][2].any()
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["odd address", "an odd step apart", "rows apart"])
+def test_attention(layout: str, monkeypatch) -> None:
+    """Kernels get nothing whose vectors begin anywhere."""
+    seen, launched = [], attention.attention_kernel
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *given, **options: (
+                seen.extend(given[:3]),
+                launched[grid](*given, **options),
+            )
+
+    monkeypatch.setattr(attention, "attention_kernel", Kernel())
+    x = torch.randn(3, 20, 2 * 16, generator=torch.Generator().manual_seed(3)).to(BF16)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        leaves = [each.requires_grad_() for each in (q, k, v)]
+        heads = [each.unflatten(1, (2, 16)) for each in leaves]
+        out = attention.prefix_attention(*heads, (Block(6, (0, 6, 14)),), 0.25)
+        return with_gradients((out,), leaves, torch.ones_like(out))
+
+    require_same(run, dict(zip("qkv", map(LAYOUTS[layout], x), strict=True)))
+    assert len(seen) == 6
+    for each in seen:
+        assert each.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in each.stride()[:2])

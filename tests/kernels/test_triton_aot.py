@@ -27,12 +27,14 @@ VARIANTS = {variant.name: variant for variant in variants()}
 EVERY = [(name, cap) for name, variant in VARIANTS.items() for cap in variant.capabilities]
 FEW = {
     "statistics-bf16",
+    "slopes-bf16-odd",
     "slopes-bf16-bonus",
     "fused-bf16-1",
     "fused-bf16-bonus-2",
     "exp-gemm-hopper-descriptors-store",
     "exp-gemm-hopper-descriptors-store-flat",
-    "exp-gemm-hopper-pointers-store-bias",
+    "exp-gemm-hopper-descriptors-store-odd",
+    "exp-gemm-any-pointers-store-odd",
     "exp-gemm-ampere-pointers-store",
     "hidden-gemm-hopper-descriptors",
     "hidden-gemm-ampere-pointers",

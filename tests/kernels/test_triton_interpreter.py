@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 PARTS = {
-    "head": (["head", "layouts"], 25),
+    "head": (["head", "layouts"], 30),
     "head_loss": (["head_loss", "head_memory"], 29),
     "rows": (["rows", "advantages", "weight_sync", "no_sync", "races"], 66),
     "attention": (["attention", "bad_values"], 65),

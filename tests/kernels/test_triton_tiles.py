@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from polymath_fast.kernels.triton import tiles
 from polymath_fast.kernels.triton.budget import Gpu, chunk_rows, head_bytes
 from polymath_fast.kernels.triton.tiles import BACKWARD_TILES, LIVE_STEP, TILES, best_rows
 
@@ -73,3 +74,23 @@ def test_zeros_reach_as_far_as_the_products_read(kind: str) -> None:
     assert LIVE_STEP % TILES[kind].m == 0
     assert TILES[kind].m % BACKWARD_TILES[kind].k == 0
     assert LIVE_STEP % BACKWARD_TILES[kind].k == 0
+
+
+@pytest.mark.parametrize("kind", ["hopper", "ampere", "small"])
+def test_matrices_of_odd_steps_have_tiles_of_their_own(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "kind_of", lambda device: kind)
+    device, good = torch.device("cpu"), torch.zeros(8, 48, dtype=BF16)
+    memory = torch.zeros(9 * 49, dtype=BF16)
+    odd = {
+        "step": memory[: 8 * 49].view(8, 49)[:, :48],
+        "address": memory[1 : 1 + 8 * 48].view(8, 48),
+    }
+    chosen = (tiles.tiles_for, TILES), (tiles.backward_tiles_for, BACKWARD_TILES)
+    for choose, table in chosen:
+        assert choose(device, good, good) is table[kind]
+        for name, matrix in odd.items():
+            assert choose(device, matrix, good) is choose(device, good, matrix) is table["odd"], (
+                name
+            )

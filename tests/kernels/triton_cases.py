@@ -42,8 +42,8 @@ def prepared_batch(count: int, spec: PolicyLossSpec, mask: torch.Tensor | None =
     return prepare(spec, count, FP32, torch.device("cpu"), advantages, ends, mask=mask, **given)
 
 
-def rows_loss(logits, targets, inplace=False):
-    spec = PolicyLossSpec()
+def rows_loss(logits, targets, inplace=False, **options):
+    spec = PolicyLossSpec(**options)
     return grpo_loss(logits, targets, prepared_batch(len(targets), spec), spec, inplace)
 
 

@@ -184,4 +184,10 @@ def _shape(depth: int, way: Way, q: Tensor) -> dict[str, Any]:
 
 
 def _rows_in_one_piece(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
+    """`x` (T, heads, D), or a copy: tiles are fetched in vectors, and with the address of each
+    number to be computed they would have no registers left."""
+    steps, depth = x.stride(), x.shape[2]
+    aligned = x.data_ptr() % 16 == 0 and steps[0] % 16 == 0 and steps[1] % 16 == 0
+    if steps[2] == 1 and (aligned or depth % 16 != 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -66,7 +66,7 @@ class Head:
         self.temperature = temperature
         self.vocab, self.depth = weight.shape
         self.by_exps = hidden.dtype == torch.bfloat16
-        self.tiles = tiles_for(hidden.device)
+        self.tiles = tiles_for(hidden.device, self.hidden, self.weight)
         self.width = width_of(self.vocab)
         self.rows = self._rows_that_fit()
         self._scratch = Scratch(hidden.device)

@@ -119,10 +119,10 @@ def exp_gemm_kernel(
         tile_m, tile_n = tile_of(tile, rows, vocab, BLOCK_M, BLOCK_N, GROUP_M)
         row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        end = rows
+        last = rows
         if not OTHERS:
-            end = tl.where(tile_m * BLOCK_M < live, rows, 0)
-        wanted = row < end
+            last = tl.where(tile_m * BLOCK_M < live, rows, 0)
+        wanted = row < last
         if AGAIN:
             wanted = wanted & (tl.load(again_ptr + row, mask=wanted, other=0) != 0)
         busy = True
@@ -156,16 +156,20 @@ def exp_gemm_kernel(
             scale = LOG2E / temperature
             left, right = halves(total)
             near = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+            end = vocab - tile_n * BLOCK_N
             sum_e = tl.zeros([BLOCK_M], tl.float32)
             sum_ey = tl.zeros([BLOCK_M], tl.float32)
             top = tl.full([BLOCK_M], FLOOR, tl.float32)
             for half in tl.static_range(2):
                 some = right if half else left
                 near += half * (BLOCK_N // 2)
+                # constants against one number: a condition a column would spill registers where
+                # the vocabulary is no multiple of 16
+                inside = tl.arange(0, BLOCK_N // 2) < end - half * (BLOCK_N // 2)
                 if BIAS:
-                    bias = tl.load(bias_ptr + near, mask=near < vocab, other=0.0)
+                    bias = tl.load(bias_ptr + near, mask=inside, other=0.0)
                     some += bias.to(tl.float32)[None, :]
-                kept = (near < vocab)[None, :] & (near[None, :] != target[:, None])
+                kept = inside[None, :] & (near[None, :] != target[:, None])
                 y = tl.where(kept, above_floor(some * scale - offset[:, None]), FLOOR)
                 e = tl.exp2(y)
                 sum_e += tl.sum(e, axis=1)

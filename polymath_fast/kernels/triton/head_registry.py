@@ -8,9 +8,19 @@ from polymath_fast.kernels.triton import head_kernels, product_kernels
 from polymath_fast.kernels.triton.aot import Variant
 from polymath_fast.kernels.triton.tiles import BACKWARD_TILES, FLATTENING, TILES, Tiles
 
-_KINDS = {"hopper": (90, 100), "ampere": (80,), "small": (80,)}
+_KINDS = {"hopper": (90, 100), "ampere": (80,), "small": (80,), "any": (80, 90, 100)}
 """tiles -> compute capabilities they are compiled for"""
 _FP32, _INT64, _SIZE = "*fp32:16", "*i64:16", "i32:16"
+
+
+_WAYS = {
+    "hopper": ((True, False), (True, True)),
+    "ampere": ((False, False),),
+    "small": ((False, False),),
+    "any": ((False, True),),
+}
+"""tiles -> descriptors, and sizes, steps and addresses that are no multiples of 16: without
+descriptors newer GPUs have nothing else"""
 
 
 def head_variants() -> Iterator[Variant]:
@@ -40,16 +50,18 @@ def _forward_variants() -> Iterator[Variant]:
         "temperature": "fp32",
     }
     for kind, capabilities in _KINDS.items():
-        tiles = TILES[kind]
-        for descriptors in (True, False) if kind == "hopper" else (False,):
+        for descriptors, odd in _WAYS[kind]:
+            tiles = TILES["odd" if kind == "any" else kind]
             matrices = {"hidden": "*bf16:16", "weight": "*bf16:16"}
             if descriptors:
                 matrices = {
                     "hidden": f"tensordesc<bf16[{tiles.m}, {tiles.k}]>",
                     "weight": f"tensordesc<bf16[{tiles.n}, {tiles.k}]>",
                 }
+            given = _odd(types | matrices, descriptors) if odd else types | matrices
             for store, others, again, bias, flat in _EXP_FLAGS:
-                if flat and kind != "hopper":
+                # with a bias and an odd vocabulary 48 bytes spill on 10.0: no model has both
+                if (flat and not descriptors) or (odd and bias and descriptors):
                     continue
                 constants = {
                     "BIAS": bias,
@@ -65,12 +77,12 @@ def _forward_variants() -> Iterator[Variant]:
                 constants |= {} if again else {"any_ptr": None}
                 words = [kind, "descriptors" if descriptors else "pointers"]
                 flags = {"store": store, "alone": not others, "again": again, "bias": bias}
-                flags["flat"] = flat
+                flags |= {"flat": flat, "odd": odd}
                 words += [word for word, on in flags.items() if on]
                 yield Variant(
                     "exp-gemm-" + "-".join(words),
                     head_kernels.exp_gemm_kernel,
-                    types | matrices,
+                    given,
                     constants,
                     tiles.warps,
                     tiles.stages,
@@ -116,19 +128,34 @@ _EXP_FLAGS = (
 and those of a persistent product on Hopper"""
 
 
+def _odd(types: dict[str, str], descriptors: bool) -> dict[str, str]:
+    """Of an odd vocabulary and, where addresses are computed, of any matrices."""
+    sizes = {"vocab", "columns"}
+    if not descriptors:
+        sizes |= {
+            "depth",
+            "stride_hidden",
+            "stride_weight",
+            "stride_scaled",
+            "stride_head",
+            "stride_out",
+        }
+        sizes |= {"hidden", "weight", "head_ptr", "bias_ptr"}
+    return {n: kind.removesuffix(":16") if n in sizes else kind for n, kind in types.items()}
+
+
 def _product_variants() -> Iterator[Variant]:
-    for kind, capabilities in _KINDS.items():
-        for descriptors in (True, False) if kind == "hopper" else (False,):
+    for kind in _KINDS:
+        for descriptors, odd in _WAYS[kind]:
             for some in (False, True):
-                yield from _products("bf16", kind, capabilities, descriptors, some)
-    yield from _products("fp16", "hopper", _KINDS["hopper"], True, False)
+                if not (some and odd and descriptors):  # the choice's columns are a multiple of 128
+                    yield from _products("bf16", kind, descriptors, some, odd)
+    yield from _products("fp16", "hopper", True, False, False)
 
 
-def _products(
-    dtype: str, kind: str, capabilities: tuple[int, ...], descriptors: bool, some: bool
-) -> Iterator[Variant]:
+def _products(dtype: str, kind: str, descriptors: bool, some: bool, odd: bool) -> Iterator[Variant]:
     """Both backward products."""
-    tiles = BACKWARD_TILES[kind]
+    tiles = BACKWARD_TILES["odd" if kind == "any" else kind]
     types = {
         "live_ptr": "*i32:16",
         "width_ptr": "*i32:16",
@@ -149,14 +176,16 @@ def _products(
     flags = {"SOME": some, "DESCRIPTORS": descriptors, "WIDEN": False} | _blocks(tiles)
     flags |= {} if some else {"width_ptr": None}
     words = [kind, "descriptors" if descriptors else "pointers"] + ["some"] * some
-    words += [dtype] * (dtype != "bf16")
+    words += [dtype] * (dtype != "bf16") + ["odd"] * odd
+    if odd:
+        types = _odd(types, descriptors)
 
     def operands(**shapes: tuple[int, int]) -> dict[str, str]:
         if not descriptors:
-            return {name: f"*{dtype}:16" for name in shapes}
+            return {name: f"*{dtype}" + ":16" * (not odd) for name in shapes}
         return {name: f"tensordesc<{dtype}[{m}, {n}]>" for name, (m, n) in shapes.items()}
 
-    how = {"warps": tiles.warps, "stages": tiles.stages, "capabilities": capabilities}
+    how = {"warps": tiles.warps, "stages": tiles.stages, "capabilities": _KINDS[kind]}
     yield Variant(
         "hidden-gemm-" + "-".join(words),
         product_kernels.hidden_gemm_kernel,

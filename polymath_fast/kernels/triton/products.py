@@ -71,8 +71,11 @@ def hidden_product(
         a, b: (C,) fp32; index, targets: (C,) int64.
     """
     (rows, columns), depth = exps.shape, weight.shape[1]
-    tiles = backward_tiles_for(out.device)
-    operands, described = _operands((exps, (tiles.m, tiles.k)), (weight, (tiles.k, tiles.n)))
+    described = describable(exps) and describable(weight)
+    tiles = backward_tiles_for(out.device, exps, weight, out)
+    operands = [exps, weight]
+    if described:
+        operands = _descriptors((exps, (tiles.m, tiles.k)), (weight, (tiles.k, tiles.n)))
     hidden_gemm_kernel[(triton.cdiv(rows, tiles.m) * triton.cdiv(depth, tiles.n),)](
         *operands,
         live,
@@ -114,8 +117,11 @@ def weight_product(
         width: (1,) int32, how many rows of `out` are made; None: all.
     """
     columns, depth = exps.shape[1], scaled.shape[1]
-    tiles = backward_tiles_for(out.device)
-    operands, described = _operands((exps, (tiles.k, tiles.m)), (scaled, (tiles.k, tiles.n)))
+    described = describable(exps) and describable(scaled)
+    tiles = backward_tiles_for(out.device, exps, scaled)
+    operands = [exps, scaled]
+    if described:
+        operands = _descriptors((exps, (tiles.k, tiles.m)), (scaled, (tiles.k, tiles.n)))
     weight_gemm_kernel[(triton.cdiv(columns, tiles.m) * triton.cdiv(depth, tiles.n),)](
         *operands,
         live,
@@ -133,8 +139,6 @@ def weight_product(
     )
 
 
-def _operands(*matrices: tuple[torch.Tensor, tuple[int, int]]) -> tuple[list, bool]:
-    """The matrices, as descriptors of their tiles where the device can fetch them all so."""
-    if not all(describable(matrix) for matrix, _ in matrices):
-        return [matrix for matrix, _ in matrices], False
-    return [TensorDescriptor.from_tensor(matrix, list(tile)) for matrix, tile in matrices], True
+def _descriptors(*matrices: tuple[torch.Tensor, tuple[int, int]]) -> list[TensorDescriptor]:
+    """Of the tiles of each matrix."""
+    return [TensorDescriptor.from_tensor(matrix, list(tile)) for matrix, tile in matrices]

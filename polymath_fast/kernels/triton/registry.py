@@ -58,7 +58,9 @@ def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
         "count": "i32",
         "temperature": "fp32",
     }
-    odd = types | {"logits_ptr": f"*{dtype}", "stride_n": "i32", "vocab": "i32", "stride_v": "i32"}
+    odd = types | {"logits_ptr": f"*{dtype}", "stride_n": "i32", "vocab": "i32"}
+    odd |= {"out_ptr": f"*{dtype}", "out_stride_n": "i32"}
+    any_steps = odd | {"stride_v": "i32", "out_ptr": _FP32}
     small = {"LANES": rows.LANES, "WIDTH": width}
     near, nearby = {"stride_v": 1}, {"stride_v": 1, "out_stride_v": 1}
     alone = {"index_ptr": None}
@@ -69,25 +71,37 @@ def _row_variants(dtype: str, width: int) -> Iterator[Variant]:
         types | statistics,
         small | near | alone,
     )
-    yield Variant(
-        f"statistics-{dtype}-odd", row_kernels.statistics_kernel, odd | statistics, small | alone
-    )
+    for suffix, some, step in (("odd", odd | statistics, near), ("strided", any_steps, {})):
+        yield Variant(
+            f"statistics-{dtype}-{suffix}",
+            row_kernels.statistics_kernel,
+            some,
+            small | step | alone,
+        )
     for bonus in (False, True):
         flags = {"BONUS": bonus} | ({} if bonus else {"g_entropy_ptr": None})
         suffix = f"{dtype}-bonus" if bonus else dtype
         yield Variant(
             f"slopes-{suffix}", row_kernels.slopes_kernel, types, small | nearby | flags, rows.WARPS
         )
+        yield Variant(
+            f"slopes-{suffix}-odd",
+            row_kernels.slopes_kernel,
+            odd,
+            small | nearby | flags,
+            rows.WARPS,
+        )
         for way in (rows.FUSED_ONE, rows.FUSED_TWO):
-            yield Variant(
-                f"fused-{suffix}-{way.programs}",
-                row_kernels.fused_kernel,
-                types,
-                {"LANES": way.lanes, "WIDTH": width} | nearby | flags,
-                way.warps,
-                programs=way.programs,
-                registers=rows.FUSED_REGISTERS,
-            )
+            for cut in (False, True):
+                yield Variant(
+                    f"fused-{suffix}-{way.programs}" + "-cut" * cut,
+                    row_kernels.fused_kernel,
+                    types | ({"vocab": "i32"} if cut else {}),
+                    {"LANES": way.lanes, "WIDTH": width} | nearby | flags,
+                    way.warps,
+                    programs=way.programs,
+                    registers=rows.FUSED_REGISTERS,
+                )
     if dtype == "fp32":
         # logits of the head of fp16 and fp32 inputs
         yield Variant(

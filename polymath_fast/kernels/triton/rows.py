@@ -116,7 +116,12 @@ def statistics_and_slopes(
     temperature: float,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """`statistics` and `slopes` in one sweep over memory, for g that is known beforehand."""
+    """`statistics` and `slopes` in one sweep over memory, for g that is known beforehand.
+
+    In two where a row begins at any address: the fused kernel has no registers for single loads.
+    """
+    if not fuses(logits, out):
+        return _one_after_the_other(logits, targets, g, g_entropy, temperature, out)
     count, vocab = logits.shape
     found = torch.empty(4, count, dtype=torch.float32, device=logits.device)
     if count:
@@ -143,6 +148,31 @@ def statistics_and_slopes(
                 num_warps=way.warps,
                 maxnreg=FUSED_REGISTERS,
             )
+    return found
+
+
+def fuses(*matrices: torch.Tensor) -> bool:
+    """Whether Triton knows that vectors of each row lie where 16 bytes are loaded at once."""
+    return all(
+        not matrix.is_cuda
+        or (matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0 and matrix.stride(1) == 1)
+        for matrix in matrices
+    )
+
+
+def _one_after_the_other(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    g: torch.Tensor,
+    g_entropy: torch.Tensor | None,
+    temperature: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """What `statistics_and_slopes` does, by a kernel each."""
+    found = statistics(logits, targets, temperature)
+    sound = found[0].isfinite()
+    g, g_entropy = (None if x is None else torch.where(sound, x, 0) for x in (g, g_entropy))
+    slopes(logits, targets, found, g, g_entropy, temperature, out)
     return found
 
 

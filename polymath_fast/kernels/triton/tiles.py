@@ -36,10 +36,11 @@ TILES = {
     "hopper": Tiles(128, 256, 64, 8, 3),
     "ampere": Tiles(128, 128, 32, 8, 4),
     "small": Tiles(128, 128, 32, 8, 3),
+    "odd": Tiles(128, 64, 32, 8, 3),
     "interpreter": Tiles(64, 512, 32, 4, 1),
 }
-"""for compute capability 9.0 and 10.0, for 8.0, for those with 100 KB of shared memory, and for
-checks without a GPU"""
+"""for compute capability 9.0 and 10.0, for 8.0, for those with 100 KB of shared memory, for
+matrices of any steps and addresses, which take more registers, and for checks without a GPU"""
 BACKWARD_TILES = TILES | {"interpreter": Tiles(256, 64, 64, 4, 1)}
 """their depth divides the height of `TILES`: rows up to a whole tile are zero past the live ones"""
 FLATTENING = (90,)
@@ -58,14 +59,28 @@ def kind_of(device: torch.device) -> str:
     return "ampere" if capability == (8, 0) else "small"
 
 
-def tiles_for(device: torch.device) -> Tiles:
-    """Of the forward product."""
-    return TILES[kind_of(device)]
+def tiles_for(device: torch.device, *operands: torch.Tensor) -> Tiles:
+    """Of the forward product of these matrices."""
+    return TILES[_kind_for(device, operands)]
 
 
-def backward_tiles_for(device: torch.device) -> Tiles:
-    """Of the two backward products."""
-    return BACKWARD_TILES[kind_of(device)]
+def backward_tiles_for(device: torch.device, *matrices: torch.Tensor) -> Tiles:
+    """Of a backward product that reads or writes these."""
+    return BACKWARD_TILES[_kind_for(device, matrices)]
+
+
+def _kind_for(device: torch.device, matrices: tuple[torch.Tensor, ...]) -> str:
+    """`kind_of`, or "odd" where the address of each number would be computed by itself."""
+    kind = kind_of(device)
+    if kind == "interpreter":
+        return kind
+    regular = describable if kind == "hopper" else _in_vectors
+    return kind if all(regular(matrix) for matrix in matrices) else "odd"
+
+
+def _in_vectors(matrix: torch.Tensor) -> bool:
+    """Whether Triton sees that its rows begin at multiples of 16 bytes."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0 and matrix.stride(1) == 1
 
 
 def processors(device: torch.device) -> int:
