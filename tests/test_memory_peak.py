@@ -34,7 +34,8 @@ from polymath_fast.rollout.types import SamplingOptions
 
 config, prompt, draw = Config(**json.loads(sys.argv[2])), tuple(range(100, 160)), random.Random(0)
 policy = Policy(sys.argv[1], gradient_checkpointing=config.gradient_checkpointing)
-learner = Learner(policy, config, lends=True)
+reference = Policy(sys.argv[1]) if config.beta else None
+learner = Learner(policy, config, reference, lends=True)
 shape = models.read_config(Path(sys.argv[1]))
 where = {"engine": "transformers", "prompt_tokens": len(prompt), "device": "cpu"}
 tape = Tape(tape_rows(shape, config, **where, dtype=choose_dtype("auto", "cpu")[0]))
@@ -65,6 +66,7 @@ OPTIONS = {
     "plain": {"tape_gib": 0},
     "checkpointed": {"gradient_checkpointing": True},
     "taped": {},
+    "with a reference, updated twice": {"beta": 0.04, "updates_per_batch": 2},
     "off-loaded": {"tape_gib": 0, "offload_optimizer": True},
 }
 
