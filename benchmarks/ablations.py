@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest import mock
 
 from torch import nn
@@ -112,6 +113,22 @@ def _duplicates(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(passes, "merge_duplicates", list))
 
 
+def _every_row(stack: ExitStack) -> None:
+    """Completions that the loss has no coefficient for go through the model like any other.
+
+    They are those of groups whose rewards agree, and with --mask-truncated-completions those that
+    were cut off; the LM head leaves them out all the same. One group with a graded reward has none
+    of them, so the standard step would show nothing. Of pairs with a reward of 0 or 1 at least half
+    agree, whatever the policy, as larger groups do where it fails or succeeds nearly always.
+    """
+    from polymath_fast.learner import step
+
+    def everything(rows, _):
+        return [row if row.trained else replace(row, trained=True, advantage=0.0) for row in rows]
+
+    stack.enter_context(mock.patch.object(step, "with_influence", everything))
+
+
 def _no_tree(stack: ExitStack) -> None:
     """Completions that begin alike compute their beginnings each for itself."""
     from polymath_fast.learner import passes
@@ -142,9 +159,15 @@ ABLATIONS: dict[str, Callable[[ExitStack], None]] = {
     "no old-log-prob pass": _old_logprobs,
     "AdamW in one pass": _many_passes,
     "duplicates once": _duplicates,
+    "no row without influence": _every_row,
     "common beginnings learned once": _no_tree,
     "common beginnings sampled once": _rows_apart,
 }
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "no row without influence": {"groups": 32, "generations": 2, "reward": "mentioned"},
+}
+"""of jobs where an idea has something to do; the others have the standard one"""
 
 
 @contextmanager

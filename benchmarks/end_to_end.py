@@ -79,12 +79,9 @@ def main() -> int:
             for size in CURVES[axis]
         ]
     if options.ablations:
-        from benchmarks.ablations import ABLATIONS
-
         result["ablated job"] = asdict(job)
         result["ablations"] = {
-            name or "all ideas": measure(OURS, replace(job, without=name))
-            for name in (None, *ABLATIONS)
+            name: measure(OURS, ablated) for name, ablated in ablated_jobs(job).items()
         }
     path.write_text(json.dumps(result, indent=1) + "\n")
     (out / "end_to_end.md").write_text(markdown(result))
@@ -92,6 +89,21 @@ def main() -> int:
     plot(result, out)
     failed = [name for name, row in result.get("contenders", {}).items() if "error" in row]
     return int(bool(failed))
+
+
+def ablated_jobs(job: Job) -> dict[str, Job]:
+    """Name of a row -> what is measured for it: all ideas, and one less; where an idea has a
+    setting of its own, all of them in that first."""
+    from benchmarks.ablations import ABLATIONS, SETTINGS
+
+    jobs = {"all ideas": job}
+    for name in ABLATIONS:
+        own = replace(job, **SETTINGS.get(name, {}))
+        if own != job:
+            sizes = f"{own.groups} groups of {own.generations}"
+            jobs[f"all ideas, {sizes}"] = own
+        jobs[name] = replace(own, without=name)
+    return jobs
 
 
 def measure(name: str, job: Job, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -120,7 +132,7 @@ def measure(name: str, job: Job, earlier: dict[str, Any] | None = None) -> dict[
         for key in ("step", "generate", "learn", "sync", "mean_length")
         if key in counted[-1]
     }
-    tokens = job.generations * row["mean_length"]
+    tokens = job.groups * job.generations * row["mean_length"]
     return row | {
         "tokens_per_s": tokens / row["step"],
         "learn_flops_per_s": 6 * PARAMETERS * tokens / row["learn"],

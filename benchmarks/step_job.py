@@ -14,12 +14,17 @@ class Job:
     """that all of them train; what --model takes"""
     device: str = "cpu"
     generations: int = 64
+    """completions of a group"""
+    groups: int = 1
+    """ours only"""
     length: int = 128
     prompt: int | None = None
     """tokens the prompt is filled up to; None = as long as it is"""
     steps: int = 3
     question: str = "What is 17 + 25? Think step by step and put the final answer within \\boxed{}."
     answer: str = "42"
+    reward: str = "boxed_or_mentioned"
+    """function of `step_reward`; ours only have another one"""
     without: str | None = None
     """name of an idea in `ablations` that is switched off"""
     full_length: bool = False

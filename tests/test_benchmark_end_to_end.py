@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import end_to_end
+from benchmarks import ablations, end_to_end
 from benchmarks.step_job import Job
 
 JOB = Job(generations=8, length=16)
@@ -107,3 +108,13 @@ def test_without_ours_there_is_nothing_to_compare_with() -> None:
     lines = end_to_end.markdown(result(ours=FAILED, TRL=measured(8.0))).splitlines()
     assert "| TRL | 10 | 8.0 | 2.0 | 4.0 | 1.0 | 100.00 | 25% |" in lines
     assert not [line for line in lines if line.startswith("*")]
+
+
+def test_an_idea_with_a_setting_of_its_own_has_its_own_row_to_compare_with() -> None:
+    jobs = end_to_end.ablated_jobs(JOB)
+    idea = "no row without influence"
+    (base,) = (name for name, job in jobs.items() if job == replace(jobs[idea], without=None))
+    assert base == "all ideas, 32 groups of 2" and list(jobs).index(base) < list(jobs).index(idea)
+    assert {name for name, job in jobs.items() if job.without} == set(ablations.ABLATIONS)
+    for name, job in jobs.items():
+        assert name in (base, idea) or replace(job, without=None) == JOB

@@ -26,6 +26,7 @@ from polymath_fast.kernels.prefix_attention import tiles
 from polymath_fast.kernels.triton.budget import Gpu
 from polymath_fast.learner import loss as losses
 from polymath_fast.learner import optimizer, passes, rows
+from polymath_fast.learner import step as steps
 from polymath_fast.learner.taped import TapedPass
 from polymath_fast.models.random_models import FAMILIES
 from polymath_fast.rollout import tile_weights, transformers_engine
@@ -143,6 +144,7 @@ def test_an_idea_is_off_inside_and_on_again_behind(idea: str) -> None:
             optimizer,
             passes,
             passes.Passes,
+            steps,
             tiles,
             tile_weights,
             Tape,

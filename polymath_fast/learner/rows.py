@@ -39,6 +39,14 @@ def training_rows(
     return rows
 
 
+def with_influence(rows: Sequence[TrainingRow], regularised: bool) -> list[TrainingRow]:
+    """The rows that the gradient depends on; the loss of the others has a coefficient of 0.
+
+    `regularised`: by a term that asks for no advantage, of KL or entropy.
+    """
+    return [row for row in rows if row.trained and (row.advantage != 0 or regularised)]
+
+
 def minibatches(rows: Sequence[TrainingRow], count: int, seed: str) -> list[list[TrainingRow]]:
     """Split rows into `count` parts at random; each part keeps the rows in their order."""
     if count == 1:

@@ -20,7 +20,7 @@ from polymath_fast.learner.optimizer import FlatAdamW, learning_rate_at
 from polymath_fast.learner.packing import TrainingRow, shared_token_ratio
 from polymath_fast.learner.passes import Passes
 from polymath_fast.learner.policy import Policy
-from polymath_fast.learner.rows import minibatches
+from polymath_fast.learner.rows import minibatches, with_influence
 from polymath_fast.ranks import ALONE, Ranks
 
 
@@ -64,7 +64,7 @@ class Learner:
         """
         config = self._config_for(rows)
         regularised = config.beta != 0 or config.entropy_coef != 0
-        needed = [row for row in rows if row.trained and (row.advantage != 0 or regularised)]
+        needed = with_influence(rows, regularised)
         if not needed:
             return {"update/skipped": 1.0}
         trained = [len(row.token_ids) for row in rows if row.trained]

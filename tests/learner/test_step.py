@@ -9,8 +9,10 @@ import pytest
 import torch
 from closeness import relative_error
 
+from benchmarks.ablations import switched_off
 from polymath_fast.config import Config
 from polymath_fast.learner.packing import TrainingRow
+from polymath_fast.learner.passes import Passes
 from polymath_fast.learner.policy import Policy
 from polymath_fast.learner.rows import training_rows
 from polymath_fast.learner.step import Learner
@@ -72,6 +74,22 @@ def test_rows_without_influence_may_stay_out(tiny_model, rows, loss_type):
     without = gradient(tiny_model, config(loss_type=loss_type), rows)
     within = gradient(tiny_model, config(loss_type=loss_type, entropy_coef=1e-9), rows)
     assert relative_error(without, within) < 1e-5
+
+
+def test_rows_without_influence_enter_where_the_benchmark_lets_them(tiny_model, rows, monkeypatch):
+    """`benchmarks.ablations`: more rows go through the model, and the gradient is the same."""
+    rows = [*rows[:-1], replace(rows[-1], trained=False)]
+    entered, learn = [], Passes.learn
+    monkeypatch.setattr(
+        Passes,
+        "learn",
+        lambda self, some, *rest: (entered.append(len(some)), learn(self, some, *rest)),
+    )
+    without = gradient(tiny_model, config(), rows)
+    with switched_off("no row without influence"):
+        within = gradient(tiny_model, config(), rows)
+    assert entered == [5, 9]
+    assert relative_error(within, without) < 1e-6
 
 
 def test_on_policy_ratio_is_one_and_sampler_agrees(tiny_model, rows):
