@@ -19,7 +19,7 @@ _MICROBATCH = (16384, 2048)  # tokens, on a GPU and on a CPU
 TAPED_ROWS = 4
 """rows of a pass over the tape for each row of one whose activations are kept by autograd"""
 _TAPED_LAYERS = 3  # of which such a pass holds what the tape has of one, and its gradients
-_LIBRARIES = {"vllm": 1.6 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU
+_LIBRARIES = {"vllm": 1.0 * GIB, "transformers": 0.7 * GIB}  # resident after imports, on a CPU
 
 
 def microbatch_tokens(config: Config, device: str) -> int:
