@@ -13,12 +13,16 @@ from tests.kernels.heads import make_head
 
 
 def _found(hidden, weight, bias, targets, temperature=1.0):
-    """Log-probs, entropies and shares of the other tokens, by our own products on any processor."""
-    head = cpu_head.Head(hidden, weight, bias, targets, temperature)
-    head.products = TileProducts(weight)
-    for _ in head.blocks():
+    """Log-probs, entropies and shares of the other tokens, by our own products on any processor;
+    the same whether logits are held or not."""
+    heads = [cpu_head.Head(hidden, weight, bias, targets, temperature) for _ in range(2)]
+    for head in heads:
+        head.products = TileProducts(weight)
+    for _ in heads[0].blocks():
         pass
-    return head.found[0], head.found[1], head.found[3]
+    heads[1].visit()
+    torch.testing.assert_close(heads[1].found, heads[0].found, rtol=0, atol=0, equal_nan=True)
+    return heads[1].found[0], heads[1].found[1], heads[1].found[3]
 
 
 def _truth(hidden, weight, bias, targets, temperature=1.0):
@@ -80,3 +84,15 @@ def test_rows_that_are_not_finite_are_none_of_the_others_business():
     assert found[1][0] == pytest.approx(float(sound[1][0]), abs=2e-5)
     assert found[0][2].isnan()
     assert not found[0][4].isfinite()
+
+
+def test_far_rows_of_several_blocks_find_their_places():
+    head = make_head(2 * cpu_head.ROWS_ALONE + 6, 34, 130)
+    far = torch.tensor([3, cpu_head.ROWS_ALONE, 2 * cpu_head.ROWS_ALONE + 5])
+    # their target's logit is far below the others'
+    head.hidden[far] = head.weight[9] * 60 / head.weight[9].float().square().sum()
+    head.targets[far] = (head.hidden[far].float() @ head.weight.float().t()).argmin(1)
+    given = (head.hidden, head.weight, head.bias, head.targets)
+    found = _found(*given)
+    assert (found[0][far] < -60).all()
+    _assert_close(found, _truth(*given))

@@ -19,6 +19,9 @@ from polymath_fast.kernels.cpu.workspace import buffer
 
 LOGITS_BYTES = 72 * 2**20
 """of fp32 logits at a time: enough rows to pay for reading the weight once a block"""
+ROWS_ALONE = 512
+"""at a time where logits are not held: they and the logits of one group of columns stay in the
+second-level cache"""
 
 
 class Head:
@@ -38,6 +41,7 @@ class Head:
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.products = products_for(weight)
+        self.temperature = temperature
         self.scale = np.float32(1 / temperature)
         self.targets = np.ascontiguousarray(targets.numpy())
         self.vocab = weight.shape[0]
@@ -63,6 +67,30 @@ class Head:
             stop = min(start + self.block, self.hidden.shape[0])
             self._held = self._logits(start, stop)
             yield start, stop
+
+    def visit(self) -> None:
+        """All rows; no logits are held, so that hardly any leave the cache."""
+        if not isinstance(self.products, TileProducts):
+            for _ in self.blocks():
+                pass
+            return
+        far = [
+            start + np.flatnonzero(self._statistics_by_sums(slice(start, start + ROWS_ALONE), None))
+            for start in range(0, self.hidden.shape[0], ROWS_ALONE)
+        ]
+        index = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *far]))
+        if len(index):
+            some = (
+                self.hidden[index],
+                self.weight,
+                self.bias,
+                torch.from_numpy(self.targets)[index],
+            )
+            rest = Head(*some, self.temperature)
+            rest.products = self.products
+            for _ in rest.blocks():
+                pass
+            self.found[:, index] = rest.found
 
     def sound(self, start: int, stop: int) -> torch.Tensor:
         """(2, stop - start) which rows have a finite log-prob, and which a finite entropy; by
@@ -123,22 +151,24 @@ class Head:
         )
 
     def _logits_with_statistics(self, block: slice, out: torch.Tensor) -> None:
+        far = self._statistics_by_sums(block, out[:, : self.vocab])
+        if far.any():
+            found, targets = self.found[:, block].numpy(), self.targets[block]
+            given = (out.numpy(), self.vocab, targets, self.scale, found, far)
+            parallel(head_sums.far_statistics, split(len(far)), *given)
+
+    def _statistics_by_sums(self, block: slice, out: torch.Tensor | None) -> np.ndarray:
+        """(rows,) bool: those whose statistics cannot be had so; their logits are in `out`, if
+        there is one."""
         hidden, targets = self.hidden[block], self.targets[block]
         shifts = self._target_logits(hidden, targets)
-        sums = self.products.logits_and_sums(
-            hidden, self._bias, targets, self.scale, shifts, out[:, : self.vocab]
+        sums, chosen = self.products.logits_and_sums(
+            hidden, self._bias, targets, self.scale, shifts, out
         )
-        parallel(
-            head_sums.shifted_statistics,
-            split(len(out)),
-            out.numpy(),
-            self.vocab,
-            targets,
-            self.scale,
-            shifts,
-            sums,
-            self.found[:, block].numpy(),
-        )
+        far = np.empty(len(hidden), np.bool_)
+        given = (self.scale, shifts, sums, chosen, self.found[:, block].numpy(), far)
+        parallel(head_sums.shifted_statistics, split(len(hidden)), *given)
+        return far
 
     def _target_logits(self, hidden: torch.Tensor, targets: np.ndarray) -> np.ndarray:
         """(rows,) fp32 and scaled, about as they will be in the product."""

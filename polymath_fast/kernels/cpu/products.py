@@ -85,15 +85,25 @@ class TileLogits:
         targets: np.ndarray,
         scale: np.float32,
         shifts: np.ndarray,
-        out: torch.Tensor,
-    ) -> np.ndarray:
-        """`logits` with `bias`, and the sums (groups, R, 2) for `head_sums.shifted_statistics`."""
+        out: torch.Tensor | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`logits` with `bias`, unless nobody wants them, and for `head_sums.shifted_statistics`
+        the sums (groups, R, 2) and the targets' logits (R,)."""
         left, panels = self._factors(hidden)
         groups = head_sums.group_count(len(panels))
         sums = buffer("softmax_sums", (groups, len(hidden), 2), torch.float32).numpy()
-        given = (left, len(hidden), panels, bias, targets, scale, shifts, out.numpy(), sums)
-        parallel(head_sums.logits_and_sums, split(groups), *given)
-        return sums
+        chosen = np.empty(len(hidden), np.float32)
+        given = (bias, targets, scale, shifts)
+        if out is None:
+            vocab = len(self._weight)
+            rows = (left, len(hidden), panels, vocab)
+            parallel(head_sums.sums_alone, split(groups), *rows, *given, sums, chosen)
+        else:
+            rows = (left, len(hidden), panels)
+            parallel(
+                head_sums.logits_and_sums, split(groups), *rows, *given, out.numpy(), sums, chosen
+            )
+        return sums, chosen
 
     def _factors(self, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Rows and panels of the product."""

@@ -16,7 +16,7 @@ from numba.extending import overload
 
 from polymath_fast.kernels.cpu import scalar
 from polymath_fast.kernels.cpu.jit import INLINED, njit
-from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, value
+from polymath_fast.kernels.cpu.scalar import exp, fma, maximum, value, whole_vectors
 
 BLOCK = 1024
 _FLOOR = np.float32(-100.0)
@@ -29,6 +29,7 @@ _FAST = {"reassoc", "nsz", "contract", "arcp"}  # NaN and infinity keep their me
 def head_statistics(start, stop, logits, vocab, bias, targets, scale, found):
     """Statistics of rows [start, stop) of `logits` (R, V + padding), to which `bias` (V,) or (0,)
     is added in place; found (4, R) fp64."""
+    whole_vectors()
     for i in range(start, stop):
         row = logits[i, :vocab]
         for v in range(bias.size):
@@ -45,6 +46,7 @@ def head_slopes(
     by_logprob, by_entropy (R,) fp32: derivatives of the loss. Row index[j] goes to out[first + j],
     bf16 bits or fp32; columns past V become zero.
     """
+    whole_vectors()
     for j in range(start, stop):
         i = index[j]
         target_row = out[first + j]
@@ -73,6 +75,7 @@ def recorded_slopes(
     Its targets are order[bounds[i] : bounds[i + 1]] of N, each with by_logprob (N,); found (4, N)
     is what `draw` found of them, of which found[2] is the sum of the exponentials.
     """
+    whole_vectors()
     for j in range(start, stop):
         i = index[j]
         members = order[bounds[i] : bounds[i + 1]]
@@ -98,6 +101,7 @@ def recorded_slopes(
 def logits_statistics(start, stop, source, step, vocab, half, targets, scale, found):
     """Statistics of rows [start, stop); row i is source[i * step :][:vocab], fp32, or bf16 or
     (`half`) fp16 bits."""
+    whole_vectors()
     row = np.empty(vocab, np.float32)
     for i in range(start, stop):
         scalar.load_row(source[i * step : i * step + vocab], half, np.float32(1), row)
@@ -111,6 +115,7 @@ def logits_slopes(
 ):  # fmt: skip
     """Gradient of the loss with respect to rows [start, stop); row i goes to
     out[i * out_step :][:vocab], which may be where it came from."""
+    whole_vectors()
     row = np.empty(vocab, np.float32)
     for i in range(start, stop):
         target_row = out[i * out_step : i * out_step + vocab]
@@ -126,6 +131,7 @@ def logits_slopes(
 @njit()
 def statistics(row, target, scale, found):
     """Sums leave the target out, so that 1 - p keeps its digits where the model is confident."""
+    whole_vectors()
     kept = row[target]
     row[target] = -np.inf
     top, total, moment = _sums(row, scale, kept * scale)
@@ -154,6 +160,7 @@ def finish(scaled, top, total, moment, found):
 @njit(fastmath=_FAST, forceinline=True)
 def _sums(row, scale, top):
     """Largest x = row * scale, sum of exp(x - largest) and of exp(x - largest) (x - largest)."""
+    whole_vectors()
     total = 0.0
     moment = 0.0
     for first in range(0, row.size, BLOCK):
@@ -178,6 +185,7 @@ def _sums(row, scale, top):
 def block_sums(block, scale, top, bounded):
     """Sums of exp(x) and of exp(x) x, x = block * scale - top, `_FAR` where it is larger or NaN if
     `bounded`."""
+    whole_vectors()
     total = np.float32(0)
     moment = np.float32(0)
     for v in range(block.size):
@@ -196,6 +204,7 @@ def _slopes(row, target, scale, found, by_logprob, by_entropy, out, half):
 
     d logprob / d row = scale (onehot - p); d entropy / d row = -scale p (log p + entropy)
     """
+    whole_vectors()
     shift = np.float32(found[2])
     rest = np.float32(found[2] - shift)  # what rounding took off, much where logits are large
     entropy = np.float32(found[1])

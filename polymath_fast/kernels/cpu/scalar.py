@@ -34,6 +34,20 @@ def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
 
 
 @intrinsic
+def whole_vectors(typing_context):
+    """Lets loops of the kernel that says so at its beginning use vectors of 512 bits where there
+    are any: LLVM takes half of them on Intel's processors, whose first ones slowed down. For loops
+    over long rows; short ones end in more single numbers."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        # an attribute of LLVM's that llvmlite does not list
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
 def exp(typing_context, value):
     """exp(x) for x <= 88, relative error 2e-7 near 0; exactly 0 below -87; NaN stays NaN."""
     return types.float32(types.float32), _emit_exp

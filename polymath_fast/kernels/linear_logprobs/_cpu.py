@@ -47,8 +47,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, bias)
         ctx.temperature = temperature
         head = Head(hidden, weight, bias, targets, temperature)
-        for _ in head.blocks():
-            pass
+        head.visit()
         return head.logprobs, head.entropy
 
     @staticmethod
