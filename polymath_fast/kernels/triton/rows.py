@@ -14,6 +14,7 @@ from polymath_fast.kernels.triton.row_kernels import (
     statistics_kernel,
     targets_kernel,
 )
+from polymath_fast.kernels.triton.tiles import in_vectors
 
 LANES = 512
 WARPS = 4
@@ -153,11 +154,7 @@ def statistics_and_slopes(
 
 def fuses(*matrices: torch.Tensor) -> bool:
     """Whether Triton knows that vectors of each row lie where 16 bytes are loaded at once."""
-    return all(
-        not matrix.is_cuda
-        or (matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0 and matrix.stride(1) == 1)
-        for matrix in matrices
-    )
+    return all(in_vectors(matrix) for matrix in matrices if matrix.is_cuda)
 
 
 def _one_after_the_other(

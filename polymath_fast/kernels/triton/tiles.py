@@ -74,11 +74,11 @@ def _kind_for(device: torch.device, matrices: tuple[torch.Tensor, ...]) -> str:
     kind = kind_of(device)
     if kind == "interpreter":
         return kind
-    regular = describable if kind == "hopper" else _in_vectors
+    regular = describable if kind == "hopper" else in_vectors
     return kind if all(regular(matrix) for matrix in matrices) else "odd"
 
 
-def _in_vectors(matrix: torch.Tensor) -> bool:
+def in_vectors(matrix: torch.Tensor) -> bool:
     """Whether Triton sees that its rows begin at multiples of 16 bytes."""
     return matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0 and matrix.stride(1) == 1
 
