@@ -27,39 +27,21 @@ def group_count(panels: int) -> int:
 
 @njit()
 def logits_and_sums(
-    start, stop, hidden, count, packed, bias, targets, scale, shifts, out, sums, chosen
+    start, stop, hidden, count, packed, vocab, bias, targets, scale, shifts, out, sums, chosen
 ):  # fmt: skip
     """As `bf16.logits`, with `bias` (V,) or (0,); sums (groups, count, 2) and chosen (count,) fp32,
-    see `_shifted_sums`. The range is of groups."""
+    see `_shifted_sums`. The range is of groups. If `out` has no rows, logits stay in the
+    second-level cache, where the next group's take their place."""
     whole_vectors()
+    held = out.shape[0] > 0
+    room = np.empty((0 if held else count, PANELS * COLUMNS), np.float32)
     spare = np.empty((blocks.rows_of(packed), COLUMNS), np.float32)
     before = np.empty(blocks.SAVED, np.uint8)
     blocks.begin(packed, before)
     for group in range(start, stop):
         first, last = group * PANELS, min((group + 1) * PANELS, packed.shape[0])
-        for panel in range(first, last):
-            put_logits(panel, hidden, count, packed, out, spare)
-        left, right = first * COLUMNS, min(last * COLUMNS, out.shape[1])
-        some = out[:count, left:right]
-        _shifted_sums(some, left, bias, targets, scale, shifts, sums[group], chosen)
-    blocks.end(packed, before)
-
-
-@njit()
-def sums_alone(
-    start, stop, hidden, count, packed, vocab, bias, targets, scale, shifts, sums, chosen
-):  # fmt: skip
-    """As `logits_and_sums`; but logits stay in the second-level cache, where the next group's take
-    their place."""
-    whole_vectors()
-    room = np.empty((count, PANELS * COLUMNS), np.float32)
-    spare = np.empty((blocks.rows_of(packed), COLUMNS), np.float32)
-    before = np.empty(blocks.SAVED, np.uint8)
-    blocks.begin(packed, before)
-    for group in range(start, stop):
-        first, last = group * PANELS, min((group + 1) * PANELS, packed.shape[0])
-        left = first * COLUMNS
-        some = room[:, : min(last * COLUMNS, vocab) - left]
+        left, right = first * COLUMNS, min(last * COLUMNS, vocab)
+        some = out[:count, left:right] if held else room[:, : right - left]
         for panel in range(last - first):
             put_logits(panel, hidden, count, packed[first:], some, spare)
         _shifted_sums(some, left, bias, targets, scale, shifts, sums[group], chosen)

@@ -93,16 +93,9 @@ class TileLogits:
         groups = head_sums.group_count(len(panels))
         sums = buffer("softmax_sums", (groups, len(hidden), 2), torch.float32).numpy()
         chosen = np.empty(len(hidden), np.float32)
-        given = (bias, targets, scale, shifts)
-        if out is None:
-            vocab = len(self._weight)
-            rows = (left, len(hidden), panels, vocab)
-            parallel(head_sums.sums_alone, split(groups), *rows, *given, sums, chosen)
-        else:
-            rows = (left, len(hidden), panels)
-            parallel(
-                head_sums.logits_and_sums, split(groups), *rows, *given, out.numpy(), sums, chosen
-            )
+        held = np.empty((0, 0), np.float32) if out is None else out.numpy()
+        given = (left, len(hidden), panels, len(self._weight), bias, targets, scale, shifts, held)
+        parallel(head_sums.logits_and_sums, split(groups), *given, sums, chosen)
         return sums, chosen
 
     def _factors(self, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
